@@ -1,0 +1,1 @@
+"""The ground: configuration, messages, placement, table, controller. Imports no torch."""
