@@ -65,3 +65,60 @@ class HostReport:
     rss_bytes: int
     load_seconds: float
     kernel: str
+    connections: int
+    """Engines connected now."""
+    dispatches: int
+    rows: int
+    compute_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What the router deployment hands to its engine process, as JSON in vLLM's configuration."""
+
+    table: str
+    """The placement table's JSON."""
+    model: str
+    """Digest of the checkpoint, compared in the data plane's handshake."""
+    moe_layers: tuple[int, ...]
+    node_id: str
+    hidden: int
+    top_k: int
+    dtype: str
+    max_rows: int
+    deadline_s: float
+    connect_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class HostSpec:
+    """What an expert host is told to be. A restarted host gets the same one again."""
+
+    host_id: str
+    node_id: str
+    model_path: str
+    model: str
+    """Digest of the checkpoint."""
+    manifest: str
+    dtype: str
+    device: str
+    kernel: str
+    threads: int
+    experts: Mapping[int, tuple[int, ...]]
+    """Layer index → numbers of the experts to hold."""
+    unix: str
+    """Name to listen on in the abstract socket namespace."""
+    tcp_ip: str
+    """Address to listen on for engines of other nodes; empty for none."""
+    tcp_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostProgress:
+    """How far a host is with loading."""
+
+    host_id: str
+    layers_loaded: int
+    layers: int
+    ready: bool
+    error: str

@@ -1,0 +1,278 @@
+"""Dispatch and combine: one layer's rows out to the hosts, their sums back.
+
+    1. look up which host answers each (row, expert) in the placement table of this step
+    2. per host: its rows, with the ids of the experts it holds, into its connection's memory
+    3. one header to every host, before the first answer is awaited
+    4. combine: add the shares up in the table's order of hosts, so that the same rows give the same
+       bits whichever host answers first
+
+Shape suffixes: T = tokens of the step, K = top-k, H = hidden size, E = experts of the layer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter_ns
+
+import numpy as np
+import structlog
+import torch
+
+from actors.buffers import Layout
+from actors.link import HostLink
+from cluster.errors import HostError, ProtocolError
+from cluster.frame import manifest_id
+from cluster.messages import HostAddress
+
+log = structlog.get_logger()
+
+# Marks an expert that another host answers for.
+_NOT_HERE = np.int32(-1)
+# Pause between attempts to reach a host that is restarting; short against its load time.
+_RECONNECT_PAUSE_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What one step needs of the placement table: plain arrays, made once per epoch."""
+
+    manifest: str
+    epoch: int
+    hosts: tuple[HostAddress, ...]
+    host_of: Mapping[int, np.ndarray]
+    """Per layer, int16 [E]: position in `hosts` of the host that answers for each expert."""
+
+
+class Dispatcher:
+    """Sends rows to the expert hosts and combines what comes back.
+
+    `layout.max_rows` bounds one message; longer batches go in several rounds.
+    """
+
+    def __init__(
+        self, route: Route, layout: Layout, *, node_id: str, model: str, key: bytes, deadline_s: float
+    ) -> None:
+        self.layout = layout
+        self.deadline_s = deadline_s
+        self.stats = DispatchStats()
+        self._node_id, self._model, self._key = node_id, model, key
+        self._links: dict[str, HostLink] = {}
+        self.set_route(route)
+
+    def set_route(self, route: Route) -> None:
+        """Use another placement table from the next call on. Called between two steps."""
+        links = {}
+        for address in route.hosts:
+            old = self._links.pop(address.host_id, None)
+            if old is not None and old.address == address:
+                links[address.host_id] = old
+                continue
+            if old is not None:
+                old.close()
+            links[address.host_id] = HostLink(
+                address, self.layout, local=address.node_id == self._node_id, model=self._model, key=self._key
+            )
+        for gone in self._links.values():
+            gone.close()
+        self._links = links
+        self._ordered = [links[address.host_id] for address in route.hosts]
+        self._manifest = manifest_id(route.manifest)
+        self.route = route
+
+    def connect(self, timeout_s: float) -> None:
+        """Connect to every host, waiting for those that are still starting; HostError names who did not come."""
+        deadline = time.monotonic() + timeout_s
+        for link in self._ordered:
+            if not link.connected:
+                self._reconnect(link, deadline)
+
+    def ping(self, timeout_s: float) -> dict[str, float]:
+        """Round-trip seconds per host id; raises if one does not answer."""
+        return {link.address.host_id: link.ping(timeout_s) for link in self._ordered}
+
+    def close(self) -> None:
+        """Drop every connection."""
+        for link in self._links.values():
+            link.close()
+
+    def __call__(
+        self,
+        layer: int,
+        x_TH: torch.Tensor,
+        weights_TK: torch.Tensor,
+        ids_TK: torch.Tensor,
+        out_TH: torch.Tensor,
+    ) -> None:
+        """Fill `out_TH` with the routed experts' weighted sum per row.
+
+        Args: x and out [T, H] in the connection's dtype, weights [T, K] float32, ids [T, K] int32; all
+        contiguous, since rows are copied as plain memory. Raises HostError if a host can't be reached
+        within the deadline, or refuses.
+        """
+        started = perf_counter_ns()
+        rows, step = len(x_TH), self.layout.max_rows
+        if rows <= step:
+            self._round(layer, x_TH, weights_TK, ids_TK, out_TH)
+        else:
+            for start in range(0, rows, step):
+                part = slice(start, start + step)
+                self._round(layer, x_TH[part], weights_TK[part], ids_TK[part], out_TH[part])
+        stats = self.stats
+        stats.dispatches += 1
+        stats.rows += rows
+        stats.nanoseconds += perf_counter_ns() - started
+
+    def _round(
+        self,
+        layer: int,
+        x_TH: torch.Tensor,
+        weights_TK: torch.Tensor,
+        ids_TK: torch.Tensor,
+        out_TH: torch.Tensor,
+    ) -> None:
+        if len(self._ordered) == 1:
+            # Every expert lives on one host: all rows go there as they are, one copy each way.
+            part = _Whole(self._ordered[0], x_TH, weights_TK, ids_TK)
+            self._send(layer, part)
+            self._receive(layer, part)
+            part.link.copy_out(out_TH.data_ptr(), part.rows)
+        else:
+            self._split(layer, x_TH, weights_TK, ids_TK, out_TH)
+
+    def _split(
+        self,
+        layer: int,
+        x_TH: torch.Tensor,
+        weights_TK: torch.Tensor,
+        ids_TK: torch.Tensor,
+        out_TH: torch.Tensor,
+    ) -> None:
+        x, weights, ids = _raw(x_TH), weights_TK.numpy(), ids_TK.numpy()
+        host_TK = self.route.host_of[layer].take(ids)
+        parts: list[_Share] = []
+        for position, link in enumerate(self._ordered):
+            here_TK = host_TK == position
+            rows = np.flatnonzero(here_TK.any(axis=1))
+            if rows.size:
+                part = _Share(link, rows, here_TK, x, weights, ids)
+                parts.append(part)
+                self._send(layer, part)
+        # Shares are added in float32: a sum in the model's dtype would round once per host.
+        total_TH = out_TH.zero_() if out_TH.dtype == torch.float32 else torch.zeros(out_TH.shape)
+        for part in parts:
+            self._receive(layer, part)
+            share = part.link.buffers.views(part.rows).out
+            if part.rows == len(x):
+                total_TH.add_(share)
+            else:
+                total_TH.index_add_(0, torch.from_numpy(part.row_numbers), share.to(total_TH.dtype))
+        if total_TH is not out_TH:
+            out_TH.copy_(total_TH)
+
+    def _send(self, layer: int, part: _Whole | _Share) -> None:
+        try:
+            part.fill()
+            part.link.send(self._manifest, self.route.epoch, layer, part.rows)
+        except OSError:
+            # Not connected, or the host is gone: `_receive` sends the same rows again.
+            part.link.close()
+
+    def _receive(self, layer: int, part: _Whole | _Share) -> None:
+        """Wait for the answer to `part`; sends it again over a new connection if the host went away.
+
+        Hosts hold no request state, so the same rows may be sent any number of times.
+        """
+        link = part.link
+        deadline = 0.0
+        while True:
+            try:
+                link.receive(part.rows)
+                return
+            except (OSError, ProtocolError) as error:
+                log.warning("expert host lost, reconnecting", host=link.address.host_id, reason=str(error))
+                self.stats.reconnects += 1
+                link.close()
+            deadline = deadline or time.monotonic() + self.deadline_s
+            self._reconnect(link, deadline)
+            self._send(layer, part)
+
+    def _reconnect(self, link: HostLink, deadline: float) -> None:
+        while True:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise HostError(
+                    f"expert host {link.address.host_id} at {link.address.unix if link.local else link.address.tcp} "
+                    f"could not be reached",
+                    "see `expertmesh status` and the host's log",
+                )
+            try:
+                link.connect(min(remaining, self.deadline_s))
+                link.set_deadline(self.deadline_s)
+                return
+            except OSError:
+                time.sleep(min(_RECONNECT_PAUSE_S, max(remaining, 0)))
+
+
+class DispatchStats:
+    """Counters of one engine process, read by its metrics; plain integers, one writer."""
+
+    def __init__(self) -> None:
+        self.dispatches = 0
+        self.rows = 0
+        self.nanoseconds = 0
+        self.reconnects = 0
+
+
+class _Whole:
+    """A round's rows as they are, for the only host; `fill` may be called again for another attempt."""
+
+    __slots__ = ("ids", "link", "rows", "weights", "x")
+
+    def __init__(
+        self, link: HostLink, x_TH: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor
+    ) -> None:
+        self.link, self.rows = link, len(x_TH)
+        self.x, self.weights, self.ids = x_TH.data_ptr(), weights_TK.data_ptr(), ids_TK.data_ptr()
+
+    def fill(self) -> None:
+        self.link.copy_in(self.x, self.weights, self.ids, self.rows)
+
+
+class _Share:
+    """One host's share of a round: the rows that need it, ids of other hosts' experts made -1."""
+
+    __slots__ = ("here", "ids", "link", "row_numbers", "rows", "weights", "x")
+
+    def __init__(
+        self,
+        link: HostLink,
+        row_numbers: np.ndarray,
+        here: np.ndarray,
+        x: np.ndarray,
+        weights: np.ndarray,
+        ids: np.ndarray,
+    ) -> None:
+        self.link, self.row_numbers, self.rows = link, row_numbers, len(row_numbers)
+        self.here, self.x, self.weights, self.ids = here, x, weights, ids
+
+    def fill(self) -> None:
+        views = self.link.buffers.views(self.rows)
+        rows, ids = self.row_numbers, np.where(self.here, self.ids, _NOT_HERE)
+        # mode="clip" because the default checks bounds through a temporary copy; the rows are in bounds.
+        self.x.take(rows, 0, out=views.x_raw, mode="clip")
+        self.weights.take(rows, 0, out=views.weights_np, mode="clip")
+        ids.take(rows, 0, out=views.ids_np, mode="clip")
+
+
+def _raw(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's memory as integers of the item size: a copy needs no dtype, and NumPy has no bfloat16."""
+    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16).numpy()
+
+
+def fixed_route(
+    manifest: str, epoch: int, hosts: Sequence[HostAddress], owners: Mapping[int, Sequence[int]]
+) -> Route:
+    """A route from plain lists: `owners[layer][expert]` is the position in `hosts`."""
+    return Route(manifest, epoch, tuple(hosts), {k: np.asarray(v, np.int16) for k, v in owners.items()})

@@ -1,0 +1,240 @@
+"""vLLM's plug-in: routed experts leave the engine.
+
+vLLM calls `register` in each of its processes before it builds the model. From then on
+
+    RoutedExperts  ->  MeshRoutedExperts: no weights; its apply is the op `expertmesh::experts`
+    load format "expertmesh"  ->  MeshModelLoader: reads every tensor but the routed experts'
+    torch.ops.expertmesh.experts  ->  the process's Dispatcher
+
+An engine that was not started with expertmesh's settings keeps vLLM's own layer, so stock vLLM runs
+unchanged in the same environment. Seen to work with vLLM 0.32; attention, gate, top-k, shared
+experts and scaling stay vLLM's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from actors.buffers import Layout
+from actors.dispatch import Dispatcher, route_from_table
+from cluster.checkpoint import Checkpoint
+from cluster.errors import CheckpointError
+from cluster.messages import EngineSettings
+from cluster.table import PlacementTable
+
+LOAD_FORMAT = "expertmesh"
+SETTINGS_KEY = "expertmesh"
+DATA_KEY_VARIABLE = "EXPERTMESH_DATA_KEY"
+"""Environment variable that carries the data plane's key (hexadecimal): vLLM logs its configuration,
+so a secret can't travel in it."""
+
+# One engine process has one dispatcher. A custom op gets tensors and numbers only, so it must find
+# the dispatcher here.
+_dispatcher: Dispatcher | None = None
+_library = torch.library.Library("expertmesh", "FRAGMENT")
+
+
+def register() -> None:
+    """Install the layer, the loader and the op. vLLM may call this more than once in a process."""
+    from vllm.model_executor.custom_op import op_registry_oot
+
+    if "RoutedExperts" in op_registry_oot:
+        return
+    RoutedExperts.register_oot(MeshRoutedExperts, name="RoutedExperts")
+    register_model_loader(LOAD_FORMAT)(MeshModelLoader)
+    direct_register_custom_op("experts", _experts, fake_impl=_experts_shape, target_lib=_library)
+
+
+def engine_settings(config: VllmConfig) -> EngineSettings | None:
+    """What the router deployment handed to this engine; None for a stock engine."""
+    additional = config.additional_config
+    raw = additional.get(SETTINGS_KEY) if isinstance(additional, dict) else None
+    return EngineSettings(**raw) if raw else None
+
+
+def _experts(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, layer: int) -> torch.Tensor:
+    """Rows [T, H], float32 weights [T, K] and int32 ids [T, K] of one layer → weighted sums [T, H]."""
+    out = torch.empty_like(x)
+    if len(x):
+        assert _dispatcher is not None, "the dispatcher connects before the first step"
+        _dispatcher(layer, x, weights, ids, out)
+    return out
+
+
+def _experts_shape(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, layer: int) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class MeshRoutedExperts(RoutedExperts):
+    """vLLM's routed experts without weights: `apply` sends the rows to the expert hosts."""
+
+    def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> FusedMoEMethodBase:
+        self.remote = engine_settings(get_current_vllm_config()) is not None
+        if not self.remote:
+            return super()._get_quant_method(prefix, quant_config, moe_config)
+        if self.apply_router_weight_on_input:
+            raise CheckpointError(
+                f"{prefix} multiplies the router's weight into the experts' input",
+                "expertmesh applies it to their output; this architecture is not supported yet",
+            )
+        return RemoteExpertsMethod(moe_config, extract_layer_index(prefix))
+
+    def load_weights(self, weights: Any) -> Iterator[str]:
+        if not self.remote:
+            return super().load_weights(weights)
+        for _ in weights:
+            pass  # a checkpoint loaded in another format may still offer the experts' tensors
+        return iter(())
+
+    def get_expert_weights(self) -> Any:
+        return () if self.remote else super().get_expert_weights()
+
+
+class RemoteExpertsMethod(FusedMoEMethodBase):
+    """The quantisation method of a layer whose experts live elsewhere."""
+
+    def __init__(self, moe: Any, layer: int) -> None:
+        super().__init__(moe)
+        self._layer = layer
+        # With tensor parallelism the runner sums over ranks: one rank brings the result, the rest zeros.
+        self._sends = get_tensor_model_parallel_rank() == 0
+
+    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """None: the experts' weights never enter this process."""
+
+    def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
+        return None
+
+    def maybe_make_prepare_finalize(self, *args: Any, **kwargs: Any) -> None:
+        """Asked for by vLLM 0.26; there is nothing to prepare."""
+
+    def apply(
+        self,
+        layer: nn.Module,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if not self._sends:
+            return torch.zeros_like(x)
+        return torch.ops.expertmesh.experts(
+            x.contiguous(),
+            topk_weights.to(torch.float32).contiguous(),
+            topk_ids.to(torch.int32).contiguous(),
+            self._layer,
+        )
+
+
+class MeshModelLoader(DefaultModelLoader):
+    """Reads a checkpoint's safetensors without its routed experts, then connects to the hosts."""
+
+    def __init__(self, load_config: Any) -> None:
+        # vLLM's own reader is asked for safetensors; only which tensors are read differs.
+        super().__init__(load_config)
+
+    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        checkpoint = Checkpoint.open(Path(model_config.model))
+        by_file: dict[Path, list[str]] = {}
+        for name, entry in checkpoint.tensors.items():
+            if not checkpoint.is_expert_tensor(name):
+                by_file.setdefault(entry.file, []).append(name)
+        for file, names in by_file.items():
+            with safe_open(file, framework="pt") as tensors:
+                for name in names:
+                    yield name, tensors.get_tensor(name)
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """Nothing to do: the folder is local."""
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        settings = engine_settings(vllm_config)
+        if settings is None:
+            raise CheckpointError(f"load format {LOAD_FORMAT!r} needs expertmesh's settings", "use `expertmesh serve`")
+        model = super().load_model(vllm_config, model_config, prefix)
+        _check_coverage(model, settings)
+        _connect(settings)
+        return model
+
+
+def _check_coverage(model: nn.Module, settings: EngineSettings) -> None:
+    """Refuse a model with an MoE layer that vLLM did not build from `RoutedExperts`: it would stay empty."""
+    remote: set[int] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, MoERunner):
+            continue
+        if not isinstance(module.routed_experts, MeshRoutedExperts):
+            raise CheckpointError(
+                f"{type(model).__name__}: {name} brings its own expert layer, {type(module.routed_experts).__name__}",
+                "expertmesh can't take these experts out of the engine; this architecture is not supported",
+            )
+        remote.add(extract_layer_index(name))
+    missing = sorted(set(settings.moe_layers) - remote)
+    if missing:
+        raise CheckpointError(
+            f"{type(model).__name__}: vLLM built no replaceable experts for layers {missing}",
+            "this architecture is not supported",
+        )
+
+
+def _connect(settings: EngineSettings) -> None:
+    global _dispatcher
+    table = PlacementTable.from_json(settings.table)
+    _dispatcher = Dispatcher(
+        route_from_table(table),
+        Layout(settings.max_rows, settings.hidden, settings.top_k, settings.dtype),
+        node_id=settings.node_id,
+        model=settings.model,
+        key=bytes.fromhex(os.environ[DATA_KEY_VARIABLE]),
+        deadline_s=settings.deadline_s,
+    )
+    _dispatcher.connect(settings.connect_timeout_s)
+
+
+class WorkerExtension:
+    """Methods that the router deployment calls in the worker between two steps (`collective_rpc`)."""
+
+    def expertmesh_set_table(self, table: str) -> int:
+        """Route by another placement table from the next step on; returns its epoch."""
+        assert _dispatcher is not None
+        route = route_from_table(PlacementTable.from_json(table))
+        _dispatcher.set_route(route)
+        return route.epoch
+
+    def expertmesh_ping(self, timeout_s: float) -> dict[str, float]:
+        """Round-trip seconds per expert host; raises if one does not answer."""
+        assert _dispatcher is not None
+        return _dispatcher.ping(timeout_s)
+
+    def expertmesh_stats(self) -> dict[str, float]:
+        """Counters since start, and the process's resident bytes."""
+        import psutil
+
+        assert _dispatcher is not None
+        stats = _dispatcher.stats
+        return {
+            "dispatches": stats.dispatches,
+            "rows": stats.rows,
+            "seconds": stats.nanoseconds / 1e9,
+            "reconnects": stats.reconnects,
+            "epoch": _dispatcher.route.epoch,
+            "rss_bytes": psutil.Process().memory_info().rss,
+            "pid": os.getpid(),
+        }

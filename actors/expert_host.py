@@ -1,0 +1,130 @@
+"""An expert host: loads its experts, then computes for whichever engines connect.
+
+A plain class; `actors.ray_hosts` wraps it in a Ray actor. Loading runs in a thread, so that the actor
+answers `progress` meanwhile.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import structlog
+import torch
+
+from actors.expert_kernels import build_layer
+from actors.host_server import HostedLayer, HostServer
+from cluster.checkpoint import Checkpoint
+from cluster.errors import CheckpointError, ExpertmeshError, HostError
+from cluster.frame import manifest_id
+from cluster.messages import HostAddress, HostProgress, HostReport, HostSpec
+
+log = structlog.get_logger()
+
+
+class ExpertHost:
+    """Holds the experts that `spec` names, on one device, and serves them on the data plane."""
+
+    def __init__(self, spec: HostSpec, key: bytes) -> None:
+        self.spec = spec
+        self._key = key
+        self._server: HostServer | None = None
+        self._address: HostAddress | None = None
+        self._layers: dict[int, HostedLayer] = {}
+        self._weight_bytes = 0
+        self._kernels: set[str] = set()
+        self._load_seconds = 0.0
+        self._error: Exception | None = None
+        self._done = threading.Event()
+
+    def start(self) -> None:
+        """Begin loading in the background."""
+        threading.Thread(target=self._run, name="expertmesh-load", daemon=True).start()
+
+    def progress(self) -> HostProgress:
+        """How far loading is; `error` says why it ended, if it failed."""
+        ready = self._done.is_set() and self._error is None
+        error = str(self._error) if self._error else ""
+        return HostProgress(self.spec.host_id, len(self._layers), len(self.spec.experts), ready, error)
+
+    def wait_ready(self, timeout_s: float) -> HostAddress:
+        """Where the host listens, once it does. Raises what made loading fail, or HostError past the time."""
+        if not self._done.wait(timeout_s):
+            raise HostError(f"host {self.spec.host_id} did not finish loading within {timeout_s:.0f} s")
+        if self._error is not None:
+            raise self._error
+        assert self._address is not None
+        return self._address
+
+    def report(self) -> HostReport:
+        """Sizes, kernel and counters of a ready host."""
+        address = self.wait_ready(0)
+        server = self._server
+        assert server is not None
+        return HostReport(
+            address=address,
+            experts_loaded=sum(len(experts) for experts in self.spec.experts.values()),
+            weight_bytes=self._weight_bytes,
+            rss_bytes=psutil.Process().memory_info().rss,
+            load_seconds=self._load_seconds,
+            kernel=", ".join(sorted(self._kernels)),
+            connections=server.connections,
+            dispatches=server.dispatches_served,
+            rows=server.rows_served,
+            compute_seconds=server.compute_ns / 1e9,
+        )
+
+    def close(self) -> None:
+        """Stop serving; engines see the closed connections at once."""
+        if self._server is not None:
+            self._server.close()
+
+    def _run(self) -> None:
+        started = time.perf_counter()
+        try:
+            self._load()
+            self._listen()
+        except ExpertmeshError as error:
+            self._error = error
+        except Exception as error:
+            log.exception("host failed to load", host=self.spec.host_id)
+            self._error = HostError(f"host {self.spec.host_id} could not load: {type(error).__name__}: {error}")
+        self._load_seconds = time.perf_counter() - started
+        self._done.set()
+
+    def _load(self) -> None:
+        spec = self.spec
+        torch.set_num_threads(spec.threads)
+        checkpoint = Checkpoint.open(Path(spec.model_path))
+        if checkpoint.digest != spec.model:
+            raise CheckpointError(
+                f"host {spec.host_id}: {spec.model_path} is not the checkpoint that the engine was started with",
+                "put the same folder on every node",
+            )
+        sizes = {layer.index: layer.num_experts for layer in checkpoint.moe_layers}
+        for layer, experts in spec.experts.items():
+            built = build_layer(
+                checkpoint, layer, experts, getattr(torch, spec.dtype), spec.device, kernel=spec.kernel
+            )
+            self._layers[layer] = HostedLayer(built, tuple(experts), sizes[layer])
+            self._weight_bytes += built.weight_bytes
+            self._kernels.add(built.kernel)
+        self._hidden = checkpoint.hidden_size
+
+    def _listen(self) -> None:
+        spec = self.spec
+        server = HostServer(
+            spec.host_id,
+            self._layers,
+            manifest=manifest_id(spec.manifest),
+            model=spec.model,
+            dtype=spec.dtype,
+            hidden=self._hidden,
+            key=self._key,
+        )
+        server.listen_unix(spec.unix)
+        tcp = server.listen_tcp(spec.tcp_ip, spec.tcp_port) if spec.tcp_ip else ""
+        self._server = server
+        self._address = HostAddress(spec.host_id, spec.node_id, spec.unix, tcp, psutil.Process().pid)

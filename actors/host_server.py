@@ -1,0 +1,286 @@
+"""The host's end of the data plane: listens, greets, answers dispatches.
+
+One thread per connection, each blocking in the kernel until its engine sends: no event loop, no
+polling, one system call per message each way. Kernels run one at a time under a lock, since each of
+them uses all of the host's threads and vLLM's CPU kernel shares one scratch memory per process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Mapping
+from socket import MSG_WAITALL
+from time import perf_counter_ns
+from typing import Protocol
+
+import numpy as np
+import structlog
+import torch
+
+from actors.buffers import Buffers, Views
+from actors.handshake import greet
+from actors.link import read_exactly, send_all
+from cluster.errors import ExpertmeshError, HostError, ProtocolError
+from cluster.frame import (
+    DISPATCH,
+    DTYPE_CODES,
+    ERROR,
+    HEADER,
+    HEADER_BYTES,
+    ITEM_BYTES,
+    MAGIC,
+    MAX_ERROR_BYTES,
+    PING,
+    PONG,
+    PROTOCOL_VERSION,
+    REPLY,
+    decode,
+    dispatch_bytes,
+    encode_into,
+)
+
+log = structlog.get_logger()
+
+# A peer that connects and then says nothing is dropped after this long.
+_GREETING_TIMEOUT_S = 10.0
+
+
+class Experts(Protocol):
+    """One layer's local experts; see `actors.expert_kernels`."""
+
+    def compute(
+        self, x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
+    ) -> None: ...
+
+
+# slot_of's mark for an expert of the layer that this host does not hold.
+_ABSENT = -2
+# ndarray.min goes through two Python frames; the ufunc's own reduction does not.
+_minimum = np.minimum.reduce
+
+
+class HostedLayer:
+    """A layer's experts and the map from the model's expert numbers to the host's slots."""
+
+    def __init__(self, experts: Experts, expert_ids: tuple[int, ...], num_experts: int) -> None:
+        self.experts = experts
+        # slot_of[-1] is the last element: ids of -1 ("not for this host") stay -1 without a branch.
+        self.slot_of = np.full(num_experts + 1, _ABSENT, np.int32)
+        self.slot_of[list(expert_ids)] = np.arange(len(expert_ids), dtype=np.int32)
+        self.slot_of[-1] = -1
+
+
+class HostServer:
+    """Serves `layers` (layer index → HostedLayer) on a unix socket and, if asked, on TCP."""
+
+    def __init__(
+        self,
+        host_id: str,
+        layers: Mapping[int, HostedLayer],
+        *,
+        manifest: int,
+        model: str,
+        dtype: str,
+        hidden: int,
+        key: bytes,
+    ) -> None:
+        self.host_id = host_id
+        self.layers = layers
+        self.rows_served = 0
+        self.dispatches_served = 0
+        self.compute_ns = 0
+        self.manifest, self._model, self._dtype, self._hidden = manifest, model, dtype, hidden
+        self.dtype_code = DTYPE_CODES[dtype]
+        self._key = key
+        self.kernel_lock = threading.Lock()
+        self._listeners: list[socket.socket] = []
+        self._connections: set[socket.socket] = set()
+
+    @property
+    def connections(self) -> int:
+        """Engines connected now."""
+        return len(self._connections)
+
+    def listen_unix(self, name: str) -> None:
+        """Listen on `name` in the abstract namespace, which leaves no file behind."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        _bind(listener, "\0" + name, f"data-plane socket {name!r}")
+        self._start(listener)
+
+    def listen_tcp(self, ip: str, port: int = 0) -> str:
+        """Listen on TCP; returns `ip:port` with the port that was taken."""
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _bind(listener, (ip, port), f"data-plane address {ip}:{port}")
+        self._start(listener)
+        return f"{ip}:{listener.getsockname()[1]}"
+
+    def close(self) -> None:
+        """Stop listening and drop every connection; engines see it at once."""
+        for sock in [*self._listeners, *self._connections]:
+            # shutdown wakes the thread that blocks in accept or recv; close alone would not.
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        self._listeners.clear()
+
+    def _start(self, listener: socket.socket) -> None:
+        listener.listen(64)
+        self._listeners.append(listener)
+        threading.Thread(target=self._accept, args=(listener,), name="expertmesh-accept", daemon=True).start()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(sock,), name="expertmesh-link", daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        self._connections.add(sock)
+        try:
+            sock.settimeout(_GREETING_TIMEOUT_S)
+            identity, fd = greet(sock, self._key, self.host_id, self._model, self._dtype, self._hidden)
+            if fd >= 0:
+                try:
+                    buffers = Buffers.attached(identity.layout, fd)
+                finally:
+                    os.close(fd)
+            else:
+                buffers = Buffers.private(identity.layout)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.settimeout(None)
+            _Connection(self, sock, buffers, inline=not identity.shared).run()
+        except (ConnectionError, TimeoutError):
+            pass  # the engine went away: nothing of it is held here
+        except (OSError, ExpertmeshError, ValueError) as error:
+            log.warning("data-plane connection dropped", host=self.host_id, reason=str(error))
+        finally:
+            self._connections.discard(sock)
+            sock.close()
+
+
+class _Connection:
+    """The loop of one engine's connection, with everything it needs at hand."""
+
+    def __init__(self, server: HostServer, sock: socket.socket, buffers: Buffers, *, inline: bool) -> None:
+        self._server = server
+        self._sock = sock
+        self._buffers = buffers
+        self._inline = inline
+        layout = buffers.layout
+        self._slots = np.empty((layout.max_rows, layout.top_k), np.int32)
+        self._slot_views: dict[int, tuple[np.ndarray, torch.Tensor]] = {}
+
+    def run(self) -> None:
+        """Answer frames until the engine closes; ProtocolError if it sends what makes no sense."""
+        sock, server = self._sock, self._server
+        request, reply = bytearray(HEADER_BYTES), bytearray(HEADER_BYTES)
+        layout = self._buffers.layout
+        due = (MAGIC, PROTOCOL_VERSION, DISPATCH, server.dtype_code, layout.top_k, layout.hidden)
+        out_bytes = layout.hidden * ITEM_BYTES[layout.dtype]
+        in_bytes = dispatch_bytes(1, layout.hidden, layout.top_k, ITEM_BYTES[layout.dtype])
+        while sock.recv_into(request, HEADER_BYTES, MSG_WAITALL) == HEADER_BYTES:
+            (
+                magic,
+                version,
+                kind,
+                request_id,
+                manifest,
+                epoch,
+                layer,
+                dtype,
+                top_k,
+                rows,
+                hidden,
+                size,
+                _,
+            ) = HEADER.unpack_from(request)
+            # Checked before anything is read: a wrong count must not move the stream out of step.
+            if (
+                (magic, version, kind, dtype, top_k, hidden) != due
+                or size != rows * in_bytes
+                or rows > layout.max_rows
+            ):
+                self._answer_rare(request, reply)
+                continue
+            views = self._buffers.views(rows)
+            if self._inline:
+                for part in (views.ids_np, views.weights_np, views.x_raw):
+                    read_exactly(sock, memoryview(part).cast("B"))
+            try:
+                compute_ns = self._compute(layer, manifest, rows, views)
+            except Exception as error:
+                # Whatever a kernel throws concerns these rows alone; the connection and the host live on.
+                log.warning("dispatch failed", host=server.host_id, layer=layer, reason=str(error))
+                self._send_error(request, reply, str(error) or type(error).__name__)
+                continue
+            HEADER.pack_into(
+                reply, 0, MAGIC, PROTOCOL_VERSION, REPLY, request_id, manifest, epoch, layer,
+                dtype, top_k, rows, hidden, rows * out_bytes, compute_ns,
+            )  # fmt: skip
+            if self._inline:
+                send_all(sock, [reply, views.out_raw])
+            else:
+                sock.send(reply)
+
+    def _answer_rare(self, request: bytearray, reply: bytearray) -> None:
+        """A ping, or something that ends the connection with ProtocolError."""
+        frame = decode(request)
+        if frame.kind != PING:
+            raise ProtocolError(f"{frame} on a connection made for {self._buffers.layout}")
+        encode_into(reply, PONG, frame.request_id, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+        self._sock.send(reply)
+
+    def _compute(self, layer: int, manifest: int, rows: int, views: Views) -> int:
+        """Run the layer's experts on the rows in the buffers; returns nanoseconds."""
+        server = self._server
+        hosted = server.layers.get(layer)
+        if hosted is None:
+            raise HostError(f"holds no experts of layer {layer}")
+        if manifest != server.manifest:
+            raise HostError(f"holds manifest {server.manifest:016x}, the dispatch wants {manifest:016x}")
+        slots_np, slots = self._slots_of(rows)
+        # take raises on an id outside the layer; "absent" marks an expert that lives elsewhere.
+        hosted.slot_of.take(views.ids_np, out=slots_np)
+        if rows and _minimum(slots_np, None) == _ABSENT:
+            missing = sorted(set(views.ids_np[slots_np == _ABSENT].tolist()))
+            raise HostError(f"does not hold experts {missing} of layer {layer}")
+        with server.kernel_lock:
+            started = perf_counter_ns()
+            hosted.experts.compute(views.x, slots, views.weights, views.out)
+            elapsed = perf_counter_ns() - started
+            server.dispatches_served += 1
+            server.rows_served += rows
+            server.compute_ns += elapsed
+        return elapsed
+
+    def _slots_of(self, rows: int) -> tuple[np.ndarray, torch.Tensor]:
+        pair = self._slot_views.get(rows)
+        if pair is None:
+            if len(self._slot_views) >= 512:
+                self._slot_views.clear()
+            array = self._slots[:rows]
+            pair = self._slot_views[rows] = (array, torch.from_numpy(array))
+        return pair
+
+    def _send_error(self, request: bytearray, reply: bytearray, text: str) -> None:
+        frame, data = decode(request), text.encode()[:MAX_ERROR_BYTES]
+        encode_into(
+            reply, ERROR, frame.request_id, frame.manifest, frame.epoch, frame.layer, 0, 0, 0, 0, len(data), 0
+        )
+        send_all(self._sock, [reply, data])
+
+
+def _bind(listener: socket.socket, address: object, what: str) -> None:
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise HostError(
+            f"{what} can't be taken: {error.strerror}", "another host runs there; `expertmesh down`"
+        ) from error
