@@ -91,7 +91,9 @@ class Sources:
         finally:
             loader.dispose()
         if not isinstance(tree, dict):
-            raise ConfigError(f"{file}:1: not a mapping of keys to values", "begin with a key such as `server:`")
+            raise ConfigError(
+                f"{file}:1: not a mapping of keys to values", "begin with a key such as `server:`"
+            )
         self.tree = tree
 
     def add_environment(self, environ: Mapping[str, str]) -> None:
@@ -106,7 +108,9 @@ class Sources:
                 value = _parse_variable(environ[name], free_form="options" in path)
             except yaml.YAMLError:
                 self.mistakes.append(
-                    Mistake(origin, dotted(path), None, "not valid YAML", "write it as [a, b] or {key: value}")
+                    Mistake(
+                        origin, dotted(path), None, "not valid YAML", "write it as [a, b] or {key: value}"
+                    )
                 )
                 continue
             self._set(path, value, origin)
@@ -116,7 +120,9 @@ class Sources:
         for key, value in flags.items():
             if value is not None:
                 leaf = key.rsplit(".", 1)[-1].replace("_", "-")
-                self._set(_parse_path(key.split(".")), value, Origin("flag", flag_names.get(key, f"--{leaf}")))
+                self._set(
+                    _parse_path(key.split(".")), value, Origin("flag", flag_names.get(key, f"--{leaf}"))
+                )
 
     def _set(self, path: KeyPath, value: object, origin: Origin) -> None:
         if isinstance(value, Mapping) and value:
@@ -125,23 +131,17 @@ class Sources:
             return
         node: Any = self.tree
         for depth, part in enumerate(path):
+            if not isinstance(part, int) or not isinstance(node, list):
+                part = str(part)
+            path = (*path[:depth], part, *path[depth + 1 :])
+            if problem := _cannot_enter(node, part, path[:depth]):
+                self.mistakes.append(Mistake(origin, dotted(path), None, *problem))
+                return
             last = depth == len(path) - 1
             fresh: Any = value if last else [] if isinstance(path[depth + 1], int) else {}
-            if isinstance(node, list) and isinstance(part, int):
-                if part > len(node):
-                    self.mistakes.append(
-                        Mistake(origin, dotted(path), None, f"there is no entry {part}", f"the next is {len(node)}")
-                    )
-                    return
-                if part == len(node):
-                    node.append(fresh)
-            elif not isinstance(node, dict):
-                above = dotted(path[:depth])
-                self.mistakes.append(
-                    Mistake(origin, dotted(path), None, f"{above} is no mapping with such keys", f"remove {above}")
-                )
-                return
-            if last or (isinstance(node, dict) and node.get(part) is None):
+            if isinstance(node, list) and part == len(node):
+                node.append(fresh)
+            elif last or (isinstance(node, dict) and node.get(part) is None):
                 node[part] = fresh
             node = node[part]
         for old in [known for known in self.origins if known[: len(path)] == path]:
@@ -191,6 +191,19 @@ class _Reader:
                     Mistake(origin, dotted((*path, key)), None, problem, "keep one of the two")
                 )
             lines.setdefault(key, line)
+
+
+def _cannot_enter(node: object, part: str | int, above: KeyPath) -> tuple[str, str] | None:
+    """Problem and way out if ``node``, reached by ``above``, cannot have an entry ``part``."""
+    if isinstance(node, list) and isinstance(part, int):
+        if part <= len(node):
+            return None
+        return f"there is no entry {part}", f"the next one is {dotted((*above, len(node)))}"
+    if isinstance(node, dict):
+        return None
+    if isinstance(node, list):
+        return f"{dotted(above)} is a list", f"name an entry: {dotted((*above, 0, part))}"
+    return f"{dotted(above)} is a single value, not a mapping", f"correct or remove {dotted(above)}"
 
 
 def dotted(path: Sequence[str | int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,3 +123,18 @@ class HostProgress:
     layers: int
     ready: bool
     error: str
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSpec:
+    """What a router replica is told to be."""
+
+    model_path: str
+    served_name: str
+    settings: EngineSettings
+    engine: Mapping[str, Any]
+    """vLLM engine arguments beyond those that the plug-in needs."""
+    frontend: Mapping[str, Any]
+    """vLLM API-server arguments, such as the chat template."""
+    api_key_digests: tuple[str, ...]
+    ready_timeout_s: float

@@ -59,7 +59,13 @@ _ARCHITECTURES: Final[dict[str, dict[str, Any]]] = {
         "head_dim": 32,
         "norm_topk_prob": True,
     },
-    "deepseek_v2": {**_LATENT, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
+    "deepseek_v2": {
+        **_LATENT,
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+    },
     "deepseek_v3": {
         **_LATENT,
         "topk_method": "noaux_tc",
@@ -94,7 +100,13 @@ ARCHITECTURES: Final = tuple(_ARCHITECTURES)
 
 
 def make_tiny(
-    arch: str, path: Path, *, seed: int = 0, dtype: str = "float32", max_shard_size: str = "50GB", **changes: Any
+    arch: str,
+    path: Path,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    max_shard_size: str = "50GB",
+    **changes: Any,
 ) -> Path:
     """Write a random checkpoint of ``arch`` (one of ``ARCHITECTURES``) into the folder ``path``; return it.
 

@@ -1,0 +1,104 @@
+"""Who may call the API, which of vLLM's routes are offered, and errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+from fastapi import FastAPI
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# Probes of load balancers and kubelets carry no key; they tell nothing but up or down.
+_OPEN_PATHS = frozenset({"/health", "/ready"})
+# vLLM's application also has routes that scale, profile and tokenise for other products; this is what
+# expertmesh promises, and nothing that changes the engine is reachable from outside.
+_OFFERED = (
+    "/v1/models",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/tokenize",
+    "/detokenize",
+    "/health",
+    "/metrics",
+    "/version",
+    "/openapi.json",
+    "/docs",
+    "/redoc",
+)
+
+
+def keep_listed_routes(app: FastAPI) -> None:
+    """Take every route off that is not offered."""
+    app.router.routes[:] = [
+        route
+        for route in app.router.routes
+        if any(
+            getattr(route, "path", "") == path or getattr(route, "path", "").startswith(path + "/")
+            for path in _OFFERED
+        )
+    ]
+
+
+def key_digest(key: str) -> str:
+    """sha256 hex of an API key: the replica compares digests and never holds the keys."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+class ApiKeys:
+    """401 in OpenAI's shape to every request without a known bearer key, probes excepted."""
+
+    def __init__(self, app: ASGIApp, digests: tuple[str, ...]) -> None:
+        self._app = app
+        self._digests = digests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in _OPEN_PATHS or self._known(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        await _error(401, "invalid API key", "authentication_error", "invalid_api_key")(scope, receive, send)
+
+    def _known(self, headers: Headers) -> bool:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            return False
+        digest = key_digest(key.strip())
+        # Every digest is compared, so that the time taken does not tell which one came close.
+        return any([hmac.compare_digest(digest, known) for known in self._digests])
+
+
+class OpenAIErrors:
+    """Unknown paths and wrong methods answer in OpenAI's error shape as well, not in Starlette's."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        replaced = False
+
+        async def answer(message: Message) -> None:
+            nonlocal replaced
+            if message["type"] == "http.response.start" and message["status"] in (404, 405):
+                kind = Headers(raw=message["headers"]).get("content-type", "")
+                length = Headers(raw=message["headers"]).get("content-length", "")
+                # Starlette's own two bodies: {"detail":"Not Found"} and {"detail":"Method Not Allowed"}.
+                if kind == "application/json" and length in ("22", "31"):
+                    replaced = True
+                    text = "unknown path" if message["status"] == 404 else "method not allowed on"
+                    response = _error(message["status"], f"{text} {scope['path']}", "invalid_request_error", None)
+                    await response(scope, receive, send)
+                    return
+            if not replaced:
+                await send(message)
+
+        await self._app(scope, receive, answer)
+
+
+def _error(status: int, message: str, kind: str, code: str | None) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status)

@@ -1,0 +1,71 @@
+"""The controller as a Ray actor, with its document in Ray's own key-value store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ray
+from ray.experimental import internal_kv
+
+from actors.ray_hosts import RayHosts
+from cluster.controller import Controller, Deployment
+from cluster.messages import HostProgress, HostReport
+
+NAME = "controller"
+
+
+class KvStore:
+    """A document in the cluster's key-value store: it lives as long as the cluster."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key.encode()
+
+    def load(self) -> bytes | None:
+        return internal_kv._internal_kv_get(self._key)
+
+    def save(self, document: bytes) -> None:
+        internal_kv._internal_kv_put(self._key, document, overwrite=True)
+
+
+@ray.remote(max_restarts=-1, max_task_retries=-1, max_concurrency=8, num_cpus=0)
+class ControllerActor:
+    """Ray's view of a Controller."""
+
+    def __init__(self, namespace: str) -> None:
+        self._controller = Controller(RayHosts(namespace), KvStore(f"expertmesh:{namespace}:deployment"))
+
+    def deploy(self, deployment: Deployment) -> None:
+        self._controller.deploy(deployment)
+
+    def progress(self) -> list[HostProgress]:
+        return self._controller.progress()
+
+    def publish(self, timeout_s: float) -> str:
+        return self._controller.publish(timeout_s)
+
+    def table(self) -> str:
+        return self._controller.table()
+
+    def reports(self) -> Mapping[str, HostReport | str]:
+        return self._controller.reports()
+
+    def deployment(self) -> Deployment | None:
+        return self._controller.deployment()
+
+    def stop(self) -> None:
+        self._controller.stop()
+
+
+def get_or_start(namespace: str):  # noqa: ANN201
+    """The cluster's controller; the first caller starts it."""
+    return ControllerActor.options(  # type: ignore[attr-defined]
+        name=NAME, namespace=namespace, lifetime="detached", get_if_exists=True
+    ).remote(namespace)
+
+
+def find(namespace: str):  # noqa: ANN201
+    """The running controller, or None."""
+    try:
+        return ray.get_actor(NAME, namespace=namespace)
+    except ValueError:
+        return None

@@ -1,0 +1,90 @@
+"""Expert hosts as Ray actors: the edge between plain `ExpertHost` and Ray.
+
+The actors are detached and named, so they outlive whoever started them and a restarted controller
+finds them again; Ray restarts a host that dies, with the same specification.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.expert_host import ExpertHost
+from cluster.auth import data_plane_key
+from cluster.messages import HostAddress, HostProgress, HostReport, HostSpec
+
+_PREFIX = "host:"
+
+
+@ray.remote(max_restarts=-1, max_task_retries=0, max_concurrency=4, num_cpus=0)
+class HostActor:
+    """Ray's view of an ExpertHost. Loading starts at once; `wait_ready` tells when it is done."""
+
+    def __init__(self, spec: HostSpec) -> None:
+        self._host = ExpertHost(spec, data_plane_key())
+        self._host.start()
+
+    def progress(self) -> HostProgress:
+        return self._host.progress()
+
+    def wait_ready(self, timeout_s: float) -> HostAddress:
+        return self._host.wait_ready(timeout_s)
+
+    def report(self) -> HostReport:
+        return self._host.report()
+
+
+class RayHost:
+    """A handle on one host actor with blocking calls."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def progress(self, timeout_s: float) -> HostProgress:
+        return ray.get(self._actor.progress.remote(), timeout=timeout_s)
+
+    def wait_ready(self, timeout_s: float) -> HostAddress:
+        return ray.get(self._actor.wait_ready.remote(timeout_s), timeout=timeout_s + 10)
+
+    def report(self, timeout_s: float) -> HostReport:
+        return ray.get(self._actor.report.remote(), timeout=timeout_s)
+
+    def stop(self) -> None:
+        ray.kill(self._actor, no_restart=True)
+
+
+class RayHosts:
+    """Launches and finds host actors in one Ray namespace."""
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+
+    def launch(self, spec: HostSpec) -> RayHost:
+        """Start the host on the node that the plan chose."""
+        options = {
+            "name": _PREFIX + spec.host_id,
+            "namespace": self._namespace,
+            "lifetime": "detached",
+            "num_gpus": 1 if spec.device == "cuda" else 0,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(spec.node_id, soft=False),
+            "runtime_env": {"env_vars": host_environment(spec.threads)},
+        }
+        return RayHost(HostActor.options(**options).remote(spec))
+
+    def find(self, host_id: str) -> RayHost | None:
+        """A running host of that name, or None."""
+        try:
+            return RayHost(ray.get_actor(_PREFIX + host_id, namespace=self._namespace))
+        except ValueError:
+            return None
+
+
+def host_environment(threads: int) -> dict[str, str]:
+    """Environment of a process that computes beside others on the same cores.
+
+    An OpenMP thread that spins between two kernels takes the core from whoever computes next: engine
+    and host alternate within every layer, so waiting threads must sleep.
+    """
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}

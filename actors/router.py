@@ -1,0 +1,190 @@
+"""The router deployment: one vLLM engine behind Ray Serve, with vLLM's own OpenAI application.
+
+    1. `build` fixes the engine's arguments: the plug-in's load format, layer settings, worker methods
+    2. the engine core starts as a process of its own, loads the dense weights, connects to the hosts
+    3. Serve binds vLLM's FastAPI application late (`__serve_build_asgi_app__`), with /ready added and
+       the metrics of the mesh beside vLLM's
+    4. Serve restarts the replica if `check_health` says that the engine is gone
+
+No OpenAI type or route is written here: they are vLLM's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+from dataclasses import asdict
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from actors.api_access import ApiKeys, OpenAIErrors, keep_listed_routes
+from actors.router_metrics import MeshMetrics
+from cluster.messages import EngineSettings, RouterSpec
+
+log = structlog.get_logger()
+
+# A readiness probe answers from this engine process, not from another one's past.
+_PING_TIMEOUT_S = 2.0
+_STATS_PERIOD_S = 5.0
+
+
+class Router:
+    """One replica of the router deployment. Serve makes it in an actor; tests call it directly."""
+
+    def __init__(self, spec: RouterSpec) -> None:
+        self.spec = spec
+        self.engine: Any = None
+        self.metrics = MeshMetrics()
+        self._background: list[asyncio.Task[None]] = []
+
+    async def start(self) -> FastAPI:
+        """Start the engine and return the application that serves it."""
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+        from vllm.entrypoints.launchers.cli_args import FrontendArgs
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        engine_args = AsyncEngineArgs(**engine_arguments(self.spec))
+        config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        loop = asyncio.get_running_loop()
+        # Starting blocks for as long as the engine loads; Serve's probes must be answered meanwhile.
+        self.engine = await loop.run_in_executor(
+            None,
+            lambda: AsyncLLM.from_vllm_config(
+                config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                enable_log_requests=False,
+                disable_log_stats=False,
+            ),
+        )
+        frontend = FrontendArgs(**self.spec.frontend)
+        args = argparse.Namespace(**(vars(frontend) | vars(engine_args)))
+        tasks = await self.engine.get_supported_tasks()
+        app = build_app(args, tasks, self.engine.model_config)
+        await init_app_state(self.engine, app.state, args, tasks)
+        self._finish(app)
+        self._background.append(asyncio.create_task(self._watch_stats()))
+        return app
+
+    async def ready(self) -> dict[str, Any]:
+        """Ask every expert host and one token of the engine; raises what does not answer."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        round_trips = (await self.engine.collective_rpc("expertmesh_ping", args=(_PING_TIMEOUT_S,)))[0]
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, output_kind=RequestOutputKind.FINAL_ONLY)
+        request_id = f"ready-{os.urandom(8).hex()}"
+        async for _ in self.engine.generate({"prompt_token_ids": [self._probe_token()]}, sampling, request_id):
+            pass
+        return {"ready": True, "host_round_trip_us": {k: round(v * 1e6, 1) for k, v in round_trips.items()}}
+
+    async def stats(self) -> dict[str, float]:
+        """The engine process's counters."""
+        return (await self.engine.collective_rpc("expertmesh_stats"))[0]
+
+    async def set_table(self, table: str) -> int:
+        """Route by another placement table from the next step on; returns its epoch."""
+        return (await self.engine.collective_rpc("expertmesh_set_table", args=(table,)))[0]
+
+    async def check_health(self) -> None:
+        """Raises if the engine process is gone, so that Serve replaces the replica."""
+        if self.engine is not None:
+            await self.engine.check_health()
+
+    def shutdown(self) -> None:
+        """End the engine process."""
+        for task in self._background:
+            task.cancel()
+        if self.engine is not None:
+            self.engine.shutdown()
+
+    def _probe_token(self) -> int:
+        tokens = self.engine.model_config.hf_text_config
+        bos = getattr(tokens, "bos_token_id", None)
+        return bos if isinstance(bos, int) else 0
+
+    def _finish(self, app: FastAPI) -> None:
+        """Our routes and middleware on vLLM's application."""
+        keep_listed_routes(app)
+
+        @app.get("/ready", tags=["expertmesh"])
+        async def ready() -> Response:
+            """200 once every expert host answers and a token flows; 503 with the reason until then."""
+            try:
+                return JSONResponse(await asyncio.wait_for(self.ready(), self.spec.ready_timeout_s))
+            except Exception as error:
+                return JSONResponse({"ready": False, "reason": str(error) or type(error).__name__}, 503)
+
+        @app.get("/expertmesh/stats", tags=["expertmesh"])
+        async def stats(request: Request) -> Response:
+            """Counters of this replica's engine process."""
+            return JSONResponse(await self.stats())
+
+        app.middleware_stack = None
+        app.openapi_schema = None
+        app.add_middleware(OpenAIErrors)
+        if self.spec.api_key_digests:
+            app.add_middleware(ApiKeys, digests=self.spec.api_key_digests)
+
+    async def _watch_stats(self) -> None:
+        while True:
+            try:
+                self.metrics.update(await self.stats())
+            except Exception as error:
+                log.warning("engine stats unavailable", reason=str(error))
+            await asyncio.sleep(_STATS_PERIOD_S)
+
+
+def engine_arguments(spec: RouterSpec) -> dict[str, Any]:
+    """vLLM's engine arguments for a mesh engine."""
+    from actors.engine_plugin import LOAD_FORMAT, SETTINGS_KEY
+
+    return {
+        "model": spec.model_path,
+        "served_model_name": [spec.served_name],
+        "load_format": LOAD_FORMAT,
+        "worker_extension_cls": "actors.engine_plugin.WorkerExtension",
+        "additional_config": {SETTINGS_KEY: settings_json(spec.settings)},
+        **spec.engine,
+    }
+
+
+def settings_json(settings: EngineSettings) -> dict[str, Any]:
+    """The settings as JSON types: vLLM copies and hashes its configuration."""
+    return json.loads(json.dumps(asdict(settings)))
+
+
+def serve_application(spec: RouterSpec, *, replicas: int, options: dict[str, Any]) -> Any:
+    """The Ray Serve application of `replicas` routers."""
+    from ray import serve
+
+    @serve.ingress()
+    class RouterReplica:
+        """Serve's view of a Router: the application comes once the engine runs."""
+
+        def __init__(self, spec: RouterSpec) -> None:
+            self._router = Router(spec)
+
+        async def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201
+            return await self._router.start()
+
+        async def check_health(self) -> None:
+            await self._router.check_health()
+
+        async def set_table(self, table: str) -> int:
+            return await self._router.set_table(table)
+
+        async def stats(self) -> dict[str, float]:
+            return await self._router.stats()
+
+        def __del__(self) -> None:
+            self._router.shutdown()
+
+    return serve.deployment(RouterReplica, name="router", num_replicas=replicas, **options).bind(spec)

@@ -1,0 +1,30 @@
+"""The mesh's own Prometheus series in the router process, beside vLLM's in the same registry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge
+
+_SERIES = {
+    "dispatches": "Dispatches to the expert hosts since start (one per MoE layer and step)",
+    "rows": "Activation rows dispatched since start",
+    "seconds": "Seconds spent between dispatch and combine since start",
+    "reconnects": "Connections to expert hosts lost and made again since start",
+    "epoch": "Epoch of the placement table in use",
+    "rss_bytes": "Resident memory of the engine process",
+}
+
+
+class MeshMetrics:
+    """Gauges named `expertmesh_engine_*`, set from the engine process's counters."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self._gauges = {
+            name: Gauge(f"expertmesh_engine_{name}", text, registry=registry) for name, text in _SERIES.items()
+        }
+
+    def update(self, stats: Mapping[str, float]) -> None:
+        """Take over the counters of `WorkerExtension.expertmesh_stats`."""
+        for name, gauge in self._gauges.items():
+            gauge.set(stats[name])

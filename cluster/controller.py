@@ -1,0 +1,136 @@
+"""The controller: starts the expert hosts, owns the placement table, answers who is where.
+
+Its state is one JSON document in a store that outlives it; a new controller reads it and finds the
+hosts again. Ray comes in through `Hosts` and `Store`, so unit tests need none.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from pydantic import TypeAdapter
+
+from cluster.errors import HostError
+from cluster.messages import HostAddress, HostProgress, HostReport, HostSpec
+from cluster.table import PlacementTable
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """What is to run: the hosts with their experts, and the empty-addressed table that routes to them."""
+
+    served_name: str
+    hosts: tuple[HostSpec, ...]
+    table: str
+    """JSON of the planned table; its addresses are filled in as hosts come up."""
+
+
+class Host(Protocol):
+    """A running host, as `actors.ray_hosts.RayHost`."""
+
+    def progress(self, timeout_s: float) -> HostProgress: ...
+    def wait_ready(self, timeout_s: float) -> HostAddress: ...
+    def report(self, timeout_s: float) -> HostReport: ...
+    def stop(self) -> None: ...
+
+
+class Hosts(Protocol):
+    """Starts and finds hosts, as `actors.ray_hosts.RayHosts`."""
+
+    def launch(self, spec: HostSpec) -> Host: ...
+    def find(self, host_id: str) -> Host | None: ...
+
+
+class Store(Protocol):
+    """One small document that outlives the controller."""
+
+    def load(self) -> bytes | None: ...
+    def save(self, document: bytes) -> None: ...
+
+
+_DEPLOYMENT = TypeAdapter(Deployment)
+# A host that loads answers quickly all the same: loading runs in a thread of its own.
+_CALL_TIMEOUT_S = 10.0
+
+
+class Controller:
+    """Owns one deployment. Calls may come from several threads; changes are made one at a time."""
+
+    def __init__(self, hosts: Hosts, store: Store) -> None:
+        self._hosts = hosts
+        self._store = store
+        self._change = threading.Lock()
+        self._deployment: Deployment | None = None
+        self._running: dict[str, Host] = {}
+        self._recover()
+
+    def deploy(self, deployment: Deployment) -> None:
+        """Start every host of `deployment`; returns while they load. HostError if one is deployed already."""
+        with self._change:
+            if self._deployment is not None:
+                raise HostError(
+                    f"{self._deployment.served_name} is deployed on this cluster already",
+                    "end it with `expertmesh down` first",
+                )
+            self._save(deployment)
+            self._running = {spec.host_id: self._hosts.launch(spec) for spec in deployment.hosts}
+
+    def progress(self) -> list[HostProgress]:
+        """How far each host is with loading."""
+        return [host.progress(_CALL_TIMEOUT_S) for host in self._running.values()]
+
+    def publish(self, timeout_s: float) -> str:
+        """Wait for every host, then publish the table with their addresses as its next epoch; returns its JSON."""
+        with self._change:
+            deployment = self._required()
+            addresses = {host_id: host.wait_ready(timeout_s) for host_id, host in self._running.items()}
+            table = PlacementTable.from_json(deployment.table).next_epoch(hosts=addresses).to_json()
+            self._save(Deployment(deployment.served_name, deployment.hosts, table))
+            return table
+
+    def table(self) -> str:
+        """JSON of the current table; HostError if nothing is deployed."""
+        return self._required().table
+
+    def reports(self) -> Mapping[str, HostReport | str]:
+        """Per host its report, or why there is none."""
+        reports: dict[str, HostReport | str] = {}
+        for host_id, host in self._running.items():
+            try:
+                reports[host_id] = host.report(_CALL_TIMEOUT_S)
+            except Exception as error:
+                reports[host_id] = str(error).strip().splitlines()[-1] if str(error) else type(error).__name__
+        return reports
+
+    def deployment(self) -> Deployment | None:
+        """What is deployed."""
+        return self._deployment
+
+    def stop(self) -> None:
+        """End every host and forget the deployment."""
+        with self._change:
+            for host in self._running.values():
+                host.stop()
+            self._running = {}
+            self._deployment = None
+            self._store.save(b"")
+
+    def _recover(self) -> None:
+        document = self._store.load()
+        if not document:
+            return
+        self._deployment = _DEPLOYMENT.validate_json(document)
+        for spec in self._deployment.hosts:
+            self._running[spec.host_id] = self._hosts.find(spec.host_id) or self._hosts.launch(spec)
+
+    def _save(self, deployment: Deployment) -> None:
+        self._store.save(_DEPLOYMENT.dump_json(deployment))
+        self._deployment = deployment
+
+    def _required(self) -> Deployment:
+        if self._deployment is None:
+            raise HostError("nothing is deployed on this cluster", "start it with `expertmesh serve`")
+        return self._deployment
