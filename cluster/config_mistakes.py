@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, Final, NoReturn, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ByteSize, ValidationError
 from pydantic_core import ErrorDetails
 
 from cluster.config_sources import KeyPath, Mistake, Sources, dotted
@@ -16,6 +16,15 @@ from cluster.errors import ConfigError
 REFERENCE: Final = "docs/configuration.md describes every key"
 # Values that must not reach a terminal or a log, not even wrong ones.
 _SECRET: Final = ("server", "api_keys")
+
+
+class BadValue(ValueError):
+    """Raised by the configuration's validators; ``path`` is the key at fault where that isn't the checked one."""
+
+    def __init__(self, problem: str, way_out: str = "", path: KeyPath | None = None) -> None:
+        super().__init__(problem)
+        self.way_out = way_out
+        self.path = path
 
 
 def raise_mistakes(mistakes: Sequence[Mistake]) -> NoReturn:
@@ -36,6 +45,9 @@ def _mistake(schema: type[BaseModel], details: ErrorDetails, sources: Sources) -
     path: KeyPath = tuple(part for part in details["loc"] if part != "[key]")
     shown = None if path[:2] == _SECRET else _shown(details["input"])
     problem, way_out = _explain(schema, details, path)
+    cause = details.get("ctx", {}).get("error")
+    if isinstance(cause, BadValue) and cause.path:
+        path, shown = cause.path, None
     return Mistake(sources.origin(path), dotted(path), shown, problem, way_out)
 
 
@@ -51,12 +63,13 @@ def _explain(schema: type[BaseModel], details: ErrorDetails, path: KeyPath) -> t
     if kind in ("model_type", "model_attributes_type"):
         section = _section(schema, path)
         return "should be a mapping of keys to values", f"its keys: {', '.join(section.model_fields)}"
+    if kind == "tuple_type":
+        return "should be a list", f"an entry has the keys {', '.join(_section(schema, path).model_fields)}"
     if kind == "string_type":
         return "should be a text", "put it in quotes"
     if kind == "value_error":
-        # The validators' own messages say what would be right; a colon sets the way out apart.
-        problem, _, way_out = str(context["error"]).partition(": ")
-        return problem, way_out or _default_hint(schema, path)
+        cause = context["error"]
+        return str(cause), getattr(cause, "way_out", "") or _default_hint(schema, path)
     problem = details["msg"].removeprefix("Input ").removesuffix(", unable to parse string as an integer")
     return problem[0].lower() + problem[1:], _default_hint(schema, path)
 
@@ -103,6 +116,8 @@ def _keys(schema: type[BaseModel], above: KeyPath = ()) -> Iterator[KeyPath]:
 
 def _shown(value: object) -> str | None:
     """A single value as YAML would write it; ``None`` for anything larger, which may hold secrets."""
+    if isinstance(value, ByteSize):
+        return value.human_readable()
     if isinstance(value, str):
         return repr(value if len(value) <= 60 else value[:57] + "...")
     if isinstance(value, bool):

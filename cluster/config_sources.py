@@ -1,6 +1,6 @@
 """Where configuration values come from: a YAML file, the environment, flags; merged, each with its origin.
 
-Knows nothing of the schema: values are what the sources say, keys are paths such as ``("hosts", 0, "count")``.
+Knows nothing of the schema: values are what the sources say, keys are paths: ``("hosts", 0, "count")``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Who set a value; ``str()`` gives "flag --port", "environment X", "file expertmesh.yaml:12", "default"."""
+    """Who set a value; ``str()`` gives "flag --port", "file expertmesh.yaml:12", "default" and the like."""
 
     kind: Literal["default", "file", "environment", "flag"] = "default"
     name: str = ""
@@ -60,11 +60,11 @@ class Sources:
     mistakes: list[Mistake] = field(default_factory=list)
 
     def origin(self, path: KeyPath) -> Origin:
-        """Who set ``path``, or the nearest thing above it."""
+        """Who set ``path``, or the nearest thing above it, or something in it."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.origins:
                 return self.origins[path[:end]]
-        return Origin()
+        return next((o for known, o in self.origins.items() if known[: len(path)] == path), Origin())
 
     def add_file(self, file: Path) -> None:
         """Read a YAML file; ConfigError if it is unreadable or no YAML, for then nothing else can be said."""
@@ -98,7 +98,7 @@ class Sources:
 
     def add_environment(self, environ: Mapping[str, str]) -> None:
         """Take every ``EXPERTMESH__SECTION__KEY``; an empty variable counts as unset."""
-        # Shorter names first, so that EXPERTMESH__HOSTS is there before EXPERTMESH__HOSTS__0__COUNT changes it.
+        # Shorter names first: EXPERTMESH__HOSTS must be there before EXPERTMESH__HOSTS__0__COUNT changes it.
         for name in sorted((n for n in environ if n.startswith(_PREFIX)), key=lambda n: (n.count("__"), n)):
             if not environ[name].strip():
                 continue
@@ -225,7 +225,7 @@ def _parse_path(parts: Sequence[str]) -> KeyPath:
 
 
 def _parse_variable(text: str, *, free_form: bool) -> object:
-    # Plain scalars stay text for the schema to read: as YAML, a key or name such as 0123 would become a number.
+    # Plain scalars stay text for the schema to read: YAML would make a number of a name like 0123.
     # Extra engine options have no schema, so there YAML decides.
     stripped = text.strip()
     if free_form or stripped.startswith(("[", "{")):
