@@ -1,11 +1,11 @@
 """What an expert host runs per layer and step: several implementations of one call, :class:`LayerExperts`.
 
-``vllm-cpu-amx`` and ``vllm-cpu-vec`` run vLLM's own CPU kernel over weights packed once at load, so they give
-the bits that stock vLLM gives. ``grouped-mm`` runs any expert that transformers can describe. ``noop`` measures
-the way there and back. All add a row's local shares in float32 and round once, into the caller's buffer.
+``vllm-cpu-amx`` and ``vllm-cpu-vec`` run vLLM's own CPU kernel over weights packed once at load, so they
+give the bits that stock vLLM gives. ``grouped-mm`` runs any expert that transformers can describe. ``noop``
+measures the way there and back. All add a row's local shares in float32 and write into the caller's buffer.
 
-Letters: N rows, K slots a row (top-k), P = local (row, slot) pairs, E local experts, H hidden, I intermediate,
-U = 2·I with a gate and I without.
+Letters: N rows, K slots a row (top-k), P = local (row, slot) pairs, E local experts, H hidden,
+I intermediate, U = 2·I with a gate and I without.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LayerExperts(Protocol):
 
 
 class PairBuffers:
-    """Buffers that grow to the largest number of pairs seen and are kept, so that a step allocates nothing."""
+    """Buffers that grow to the largest number of pairs seen and are kept from step to step."""
 
     def __init__(self, dtype: torch.dtype, widths: tuple[int, ...]) -> None:
         self._dtype = dtype

@@ -62,7 +62,7 @@ class ExpertMaths:
             name: nn.Parameter(tensor, requires_grad=False) for name, tensor in parameters.items()
         }
         module._buffers = dict(self.module._buffers)
-        module.num_experts = num_experts
+        setattr(module, "num_experts", num_experts)  # noqa: B010, a plain int beside typed submodules
         return module
 
 
@@ -75,8 +75,8 @@ def layer_maths(checkpoint: Checkpoint, layer: int) -> ExpertMaths:
     module = _experts_modules(checkpoint.path.as_posix(), checkpoint.digest).get(layer)
     if module is None:
         raise CheckpointError(
-            f"{checkpoint.path}: transformers keeps the experts of layer {layer} of {checkpoint.model_type!r} "
-            "in a class of their own",
+            f"{checkpoint.path}: transformers keeps the experts of layer {layer} of "
+            f"{checkpoint.model_type!r} in a class of their own",
             "supported are the models whose experts can be run by another implementation",
         )
     return inspect_module(module)

@@ -1,8 +1,8 @@
 """Reads single experts out of a checkpoint, whatever layout its files use, without copying more than them.
 
-Files are memory-mapped while an :func:`open_layer` block lasts. What it yields are views of the mapping, always
-as [out, in]; the caller copies them into its own memory, which also converts dtype and transposition in one
-pass. Leaving the block unmaps the files, so their pages leave the process's resident memory.
+Files are memory-mapped while an :func:`open_layer` block lasts. What it yields are views of the mapping,
+always as [out, in]; the caller copies them into its own memory, which also converts dtype and transposition
+in one pass. Leaving the block unmaps the files, so their pages leave the process's resident memory.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ def open_layer(checkpoint: Checkpoint, layer: int, maths: ExpertMaths) -> Iterat
                 if f"{part}.bias" in layout.parts
             }
             gate_bias, up_bias = bias.get("gate"), bias.get("up")
+            gate: torch.Tensor | None
             if "gate_up" in layout.parts:
                 both = oriented("gate_up", expert, maths.up_rows, hidden)
                 gate, up = _split(both, maths)

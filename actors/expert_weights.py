@@ -1,6 +1,6 @@
 """Loads some experts of one layer into the memory of the kernel that will run them.
 
-One expert at a time goes from the mapped file into its place: no second copy of the layer exists at any moment.
+One expert at a time goes from the mapped file into its place: the layer is never in memory twice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from actors.vllm_cpu_kernel import padded_intermediate, vllm_cpu_isa, vllm_cpu_o
 from cluster.checkpoint import Checkpoint
 from cluster.errors import HostError
 
-KERNELS: Final = ("auto", "vllm-cpu", "grouped-mm", "module", "noop")
+KERNELS: Final = ("auto", "vllm-cpu", "vllm-cpu-amx", "vllm-cpu-vec", "grouped-mm", "module", "noop")
 
 
 def build_layer(
@@ -34,24 +34,36 @@ def build_layer(
     it takes ``module``. ``noop`` loads nothing. Raises CheckpointError for unreadable or unsupported weights
     and HostError for a kernel that cannot run this layer.
     """
-    if kernel not in KERNELS and not kernel.startswith("vllm-cpu-"):
-        raise HostError(f"no kernel of the name {kernel!r}", f"known are {', '.join(KERNELS)}")
     if kernel == "noop":
         return NoopLayer()
-    maths = layer_maths(checkpoint, layer)
+    return pack_layer(checkpoint, layer, layer_maths(checkpoint, layer), experts, dtype, device, kernel)
+
+
+def pack_layer(
+    checkpoint: Checkpoint,
+    layer: int,
+    maths: ExpertMaths,
+    experts: Sequence[int],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    kernel: str = "auto",
+) -> LayerExperts:
+    """:func:`build_layer` for known maths; the choice of the kernel is made here."""
+    if kernel not in KERNELS:
+        raise HostError(f"no kernel of the name {kernel!r}", f"known are {', '.join(KERNELS)}")
     if kernel == "module" or (kernel == "auto" and device != "cpu"):
         return _build_module(checkpoint, layer, maths, experts, dtype, device)
     if device != "cpu":
         raise HostError(f"the kernel {kernel!r} runs on CPU only, not on {device!r}", "use kernel auto")
-    isa = vllm_cpu_isa(maths, dtype)
-    if kernel == "grouped-mm" or (kernel == "auto" and isa is None):
+    isa = None if kernel == "grouped-mm" else vllm_cpu_isa(maths, dtype)
+    if isa is not None and kernel in ("auto", "vllm-cpu", f"vllm-cpu-{isa}"):
+        return _build_vllm_cpu(checkpoint, layer, maths, experts, dtype, isa)
+    if kernel in ("auto", "grouped-mm"):
         return _build_grouped(checkpoint, layer, maths, experts, dtype)
-    if isa is None or kernel not in ("auto", "vllm-cpu", f"vllm-cpu-{isa}"):
-        raise HostError(
-            f"the kernel {kernel!r} cannot run layer {layer} of {checkpoint.path} in {dtype} here",
-            f"vLLM's choice here is {isa or 'none'}; use kernel auto",
-        )
-    return _build_vllm_cpu(checkpoint, layer, maths, experts, dtype, isa)
+    raise HostError(
+        f"the kernel {kernel!r} cannot run layer {layer} of {checkpoint.path} in {dtype} here",
+        f"vLLM's choice here is {isa or 'none'}; use kernel auto",
+    )
 
 
 def _build_vllm_cpu(

@@ -98,6 +98,13 @@ _ARCHITECTURES: Final[dict[str, dict[str, Any]]] = {
 }
 ARCHITECTURES: Final = tuple(_ARCHITECTURES)
 
+# What ``vllm.LLM`` needs beyond the usual to run an architecture in float32: with AMX, vLLM would otherwise
+# choose a latent attention that packs its weights and takes 16-bit ones only.
+ENGINE_ARGUMENTS: Final[dict[str, dict[str, Any]]] = {
+    arch: {"attention_backend": "CPU_MLA"} if arch in ("deepseek_v2", "deepseek_v3") else {}
+    for arch in ARCHITECTURES
+}
+
 
 def make_tiny(
     arch: str,
