@@ -68,7 +68,7 @@ class HostGroup(_Section):
     memory: AutoSize = "auto"
     threads: AutoCount = "auto"
     selector: dict[str, str] = {}
-    kernel: Name = "auto"
+    kernel: Literal["auto", "vllm-cpu", "grouped-mm", "module", "noop"] = "auto"
 
 
 class ServerConfig(_Section):

@@ -19,7 +19,7 @@ _SECRET: Final = ("server", "api_keys")
 
 
 class BadValue(ValueError):
-    """Raised by the configuration's validators; ``path`` is the key at fault where that isn't the checked one."""
+    """Raised by validators; ``path`` is the key at fault where that isn't the checked one."""
 
     def __init__(self, problem: str, way_out: str = "", path: KeyPath | None = None) -> None:
         super().__init__(problem)

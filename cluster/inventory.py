@@ -1,0 +1,213 @@
+"""What the cluster has, and which expert hosts go onto which node: pure functions."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cluster.config import HostGroup
+from cluster.errors import PlacementError
+from cluster.messages import HostSlot, NodeInfo
+
+# Part of a host's share of its node that may be expert weights; the rest is for the process itself, its
+# buffers, and the peak while a layer is packed.
+_WEIGHT_SHARE: Final = 0.8
+# Ray reports a GPU's kind, not its memory: the smallest that is sold under each name, in GiB.
+_GPU_GIB: Final[Mapping[str, int]] = {
+    "T4": 16,
+    "V100": 16,
+    "A10G": 24,
+    "L4": 24,
+    "L40S": 48,
+    "A100": 40,
+    "H100": 80,
+    "H20": 96,
+    "H200": 141,
+    "B200": 180,
+    "GB200": 186,
+    "B300": 268,
+    "GB300": 268,
+}
+_GPU_LABEL: Final = "ray.io/accelerator-type"
+_NEGATION: Final = re.compile(r"(!?)(?:in\(([^)]*)\)|(.*))")
+
+
+def nodes_from_ray(raw: Sequence[Mapping[str, Any]]) -> tuple[NodeInfo, ...]:
+    """The living nodes among ``ray.nodes()``'s, sorted by id."""
+    nodes = []
+    for entry in raw:
+        if not entry.get("Alive"):
+            continue
+        resources = entry.get("Resources") or {}
+        nodes.append(
+            NodeInfo(
+                node_id=str(entry["NodeID"]),
+                ip=str(entry.get("NodeManagerAddress", "")),
+                hostname=str(entry.get("NodeManagerHostname", "")),
+                cpus=float(resources.get("CPU", 0)),
+                gpus=float(resources.get("GPU", 0)),
+                memory_bytes=int(resources.get("memory", 0)),
+                labels=dict(entry.get("Labels") or {}),
+            )
+        )
+    return tuple(sorted(nodes, key=lambda node: node.node_id))
+
+
+def matches(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+    """Whether labels satisfy a selector in Ray's notation: ``b``, ``!b``, ``in(a, b)`` or ``!in(a, b)``."""
+    for key, wanted in selector.items():
+        match = _NEGATION.fullmatch(wanted.strip())
+        assert match is not None  # the last alternative takes any text
+        values = {value.strip() for value in (match[2] if match[2] is not None else match[3]).split(",")}
+        if (labels.get(key) in values) == bool(match[1]):
+            return False
+    return True
+
+
+@dataclass
+class _Room:
+    """What is left of one node while hosts are laid onto it."""
+
+    node: NodeInfo
+    memory: int
+    gpus: float
+    cpu_hosts: int = 0
+    """Hosts whose memory is ``auto``: they share what explicit limits leave."""
+    hosts: int = 0
+
+    @property
+    def share(self) -> int:
+        """Bytes that one more host of ``auto`` memory would get."""
+        return self.memory // (self.cpu_hosts + 1)
+
+
+def slots(
+    groups: Sequence[HostGroup],
+    nodes: Sequence[NodeInfo],
+    *,
+    reserved_memory: Mapping[str, int] | None = None,
+    reserved_gpus: Mapping[str, int] | None = None,
+) -> tuple[HostSlot, ...]:
+    """Lay the groups' hosts onto nodes, in turn, those with most free memory first.
+
+    ``reserved_*`` say by node id what the engines take (bytes, GPUs). A host's memory of ``auto`` is its
+    share of what the node has left, a GPU host's that of its GPU; threads of ``auto`` are the node's cores
+    over its hosts. Host ids are the group's name and a number.
+
+    Raises PlacementError if no node matches a group, or those that do have too little memory or GPUs.
+    """
+    rooms = {
+        node.node_id: _Room(
+            node,
+            memory=node.memory_bytes - (reserved_memory or {}).get(node.node_id, 0),
+            gpus=node.gpus - (reserved_gpus or {}).get(node.node_id, 0),
+        )
+        for node in nodes
+    }
+    chosen: list[tuple[HostGroup, str, _Room]] = []
+    for group in groups:
+        matching = _matching(group, rooms)
+        taken: Counter[str] = Counter()
+        for index in range(group.count):
+            fitting = [room for room in matching if _fits(group, room)]
+            if not fitting:
+                raise _no_room(group, index, matching)
+            room = min(fitting, key=lambda r: (taken[r.node.node_id], -r.share, r.hosts, r.node.node_id))
+            taken[room.node.node_id] += 1
+            _take(group, room)
+            chosen.append((group, f"{group.name}-{index}", room))
+    return tuple(
+        HostSlot(
+            host_id=host_id,
+            group=group.name,
+            device=group.device,
+            node_id=room.node.node_id,
+            memory_bytes=_memory(group, room),
+            threads=max(1, int(room.node.cpus) // room.hosts) if group.threads == "auto" else group.threads,
+        )
+        for group, host_id, room in chosen
+    )
+
+
+def _matching(group: HostGroup, rooms: Mapping[str, _Room]) -> list[_Room]:
+    labelled = [room for room in rooms.values() if matches(group.selector, room.node.labels)]
+    if not labelled:
+        # Ray gives every node a label with its own id, which says nothing about what there is.
+        known = sorted(
+            {
+                f"{k}: {v}"
+                for room in rooms.values()
+                for k, v in room.node.labels.items()
+                if k != "ray.io/node-id"
+            }
+        )
+        wanted = ", ".join(f"{key}: {value}" for key, value in group.selector.items()) or "(none)"
+        raise PlacementError(
+            f"host group {group.name}: no node matches the selector {wanted}",
+            f"labels that exist on {len(rooms)} nodes: {', '.join(known) or 'none'}; "
+            "label a node with `ray start --labels=...`",
+        )
+    if group.device == "cuda":
+        fit = [room for room in labelled if room.node.gpus >= 1]
+        lack = "has a GPU"
+    else:
+        # A node that was started with no CPUs is one on which nothing should run, such as a bare head.
+        needed = 1 if group.threads == "auto" else group.threads
+        fit = [room for room in labelled if room.node.cpus >= needed]
+        lack = f"has {needed} CPUs"
+    if not fit:
+        have = ", ".join(f"{r.node.hostname}: {r.node.cpus:g} CPUs, {r.node.gpus:g} GPUs" for r in labelled)
+        raise PlacementError(
+            f"host group {group.name}: none of the {len(labelled)} matching nodes {lack}",
+            f"they have: {have}",
+        )
+    return fit
+
+
+def _fits(group: HostGroup, room: _Room) -> bool:
+    if group.device == "cuda":
+        return room.gpus >= 1
+    return room.memory >= (1 if group.memory == "auto" else group.memory)
+
+
+def _take(group: HostGroup, room: _Room) -> None:
+    room.hosts += 1
+    if group.device == "cuda":
+        room.gpus -= 1
+    elif group.memory == "auto":
+        room.cpu_hosts += 1
+    else:
+        room.memory -= group.memory
+
+
+def _memory(group: HostGroup, room: _Room) -> int:
+    if group.memory != "auto":
+        return group.memory
+    if group.device == "cpu":
+        return max(0, int(room.memory * _WEIGHT_SHARE) // room.cpu_hosts)
+    kind = room.node.labels.get(_GPU_LABEL, "")
+    if kind not in _GPU_GIB:
+        raise PlacementError(
+            f"host group {group.name}: the memory of the GPUs on {room.node.hostname} is not known "
+            f"({kind or 'no accelerator label'})",
+            "set the group's memory to what one GPU may hold, such as 20GiB",
+        )
+    return int(_GPU_GIB[kind] * 2**30 * _WEIGHT_SHARE)
+
+
+def _no_room(group: HostGroup, placed: int, matching: Sequence[_Room]) -> PlacementError:
+    if group.device == "cuda":
+        total = sum(int(room.node.gpus) for room in matching)
+        return PlacementError(
+            f"host group {group.name}: {placed} of {group.count} hosts have a GPU, the others none "
+            f"(the matching nodes have {total}, engines included)",
+            "lower the group's count, or add GPU nodes",
+        )
+    left = ", ".join(f"{room.node.hostname} {room.memory / 2**30:.1f} GiB" for room in matching)
+    return PlacementError(
+        f"host group {group.name}: {placed} of {group.count} hosts fit; memory left: {left}",
+        "lower the group's memory or count, or leave memory at auto to share what there is",
+    )
