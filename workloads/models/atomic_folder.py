@@ -63,10 +63,12 @@ def new_folder(target: Path, *, needed_bytes: int, overwrite: bool = False) -> I
     try:
         yield partial
         # Data first, then the name: a power cut must not leave a complete-looking folder of empty files.
-        for file in partial.rglob("*"):
+        for file in partial.iterdir():
+            # mkdtemp and safetensors write for the owner only, but a model may be meant for a group of users.
+            file.chmod(0o666 & ~_umask())
             _sync(file)
+        partial.chmod(0o777 & ~_umask())
         _sync(partial)
-        partial.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can enter
         _swap_in(partial, target)
         _sync(target.parent)
     except OSError as error:

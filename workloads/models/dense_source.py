@@ -10,10 +10,11 @@ from typing import Final, Protocol
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from cluster.errors import CheckpointError
 from cluster.safetensors_headers import read_headers
+from workloads.models.generation_defaults import write_generation_config
 from workloads.models.gguf_source import GgufSource
 
 # What a tokenizer, its template and the terms of use may consist of.
@@ -66,8 +67,10 @@ class FolderSource:
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path / 'config.json'} is missing", "give a Hugging Face model's folder")
         try:
-            # Only the folder's data is read: no code from it is run (trust_remote_code stays off).
-            self.config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
+            # The folder is data: no code from it is run, and nobody is asked whether it may be.
+            self.config: PretrainedConfig = AutoConfig.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0] if str(error) else repr(error)
             raise CheckpointError(f"{path / 'config.json'} is not understood: {reason}") from error
@@ -94,7 +97,7 @@ class FolderSource:
         if (self._path / "generation_config.json").is_file():
             shutil.copyfile(self._path / "generation_config.json", folder / "generation_config.json")
         else:
-            GenerationConfig.from_model_config(self.config).save_pretrained(folder)
+            write_generation_config(self.config, folder)
 
     def close(self) -> None:
         self._open.close()

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from gguf import GGUFReader, ReaderTensor, dequantize
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from cluster.errors import CheckpointError
+from workloads.models.generation_defaults import write_generation_config
 
 _TOP_LEVEL: Final[Mapping[str, str]] = {
     "token_embd": "model.embed_tokens",
@@ -93,7 +94,7 @@ class GgufSource:
         for key in ("backend", "is_local", "local_files_only"):
             content.pop(key, None)
         file.write_text(json.dumps(content, indent=2) + "\n")
-        GenerationConfig.from_model_config(self.config).save_pretrained(folder)
+        write_generation_config(self.config, folder)
 
     def close(self) -> None:
         self._tensors.clear()

@@ -19,6 +19,20 @@ from cluster.expert_names import parse_expert_name
 DENSE_MODEL_TYPES: Final = ("llama", "mistral", "qwen2")
 # Mixtral's name of each matrix of the dense MLP.
 EXPERT_PARTS: Final[Mapping[str, str]] = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+# What transformers writes of every model and no reader needs.
+_CONFIG_CLUTTER: Final = frozenset(
+    {
+        "_name_or_path",
+        "chunk_size_feed_forward",
+        "id2label",
+        "is_encoder_decoder",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+    }
+)
 # Buffers that old checkpoints carry and no loader reads.
 _IGNORED_SUFFIX: Final = "rotary_emb.inv_freq"
 
@@ -143,8 +157,7 @@ def mixtral_config(dense: PretrainedConfig, *, experts: int, top_k: int, dtype: 
     content: dict[str, Any] = config.to_dict()
     # Readers older than rope_parameters look here, and would silently assume Mixtral's 1e6.
     content["rope_theta"] = dense.rope_parameters["rope_theta"]
-    content.pop("_name_or_path", None)
-    return content
+    return {key: value for key, value in content.items() if key not in _CONFIG_CLUTTER}
 
 
 def upcycled_bytes(config: PretrainedConfig, *, experts: int, item_bytes: int) -> int:
