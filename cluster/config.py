@@ -220,7 +220,7 @@ def load_config(
         raise_mistakes([*schema_mistakes(Config, error, sources), *mistakes])
     if mistakes:
         raise_mistakes(mistakes)
-    origins = {dotted(leaf): sources.origin(leaf) for leaf, _ in leaves(config)}
+    origins = {dotted(leaf): sources.value_origin(leaf) for leaf, _ in leaves(config)}
     return LoadedConfig(config, origins, file)
 
 

@@ -16,6 +16,8 @@ from cluster.errors import ConfigError
 REFERENCE: Final = "docs/configuration.md describes every key"
 # Values that must not reach a terminal or a log, not even wrong ones.
 _SECRET: Final = ("server", "api_keys")
+# difflib's 0.6 would ask whether "gpu" was meant to be "cpu"; two swapped letters of four are 0.75.
+_ALIKE: Final = 0.7
 
 
 class BadValue(ValueError):
@@ -57,7 +59,7 @@ def _explain(schema: type[BaseModel], details: ErrorDetails, path: KeyPath) -> t
         return "unknown key", _closest_key(schema, path)
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", str(context["expected"]))
-        near = get_close_matches(str(value), allowed, n=1)
+        near = get_close_matches(str(value), allowed, n=1, cutoff=_ALIKE)
         guess = f"did you mean {near[0]}? " if near else ""
         return "not one of the allowed values", f"{guess}allowed: {', '.join(allowed)}"
     if kind in ("model_type", "model_attributes_type"):

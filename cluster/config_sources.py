@@ -66,6 +66,16 @@ class Sources:
                 return self.origins[path[:end]]
         return next((o for known, o in self.origins.items() if known[: len(path)] == path), Origin())
 
+    def value_origin(self, path: KeyPath) -> Origin:
+        """Who set the value at ``path``; the default did if no source mentions it."""
+        node: Any = self.tree
+        for part in path:
+            present = part < len(node) if isinstance(node, list) and isinstance(part, int) else False
+            if not present and not (isinstance(node, dict) and part in node):
+                return Origin()
+            node = node[part]
+        return self.origin(path)
+
     def add_file(self, file: Path) -> None:
         """Read a YAML file; ConfigError if it is unreadable or no YAML, for then nothing else can be said."""
         try:

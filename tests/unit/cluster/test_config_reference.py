@@ -1,0 +1,60 @@
+"""docs/configuration.md and examples/ say what the code does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from cluster.config import Config, HostGroup, load_config
+
+ROOT = Path(__file__).parents[3]
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
+def test_every_example_loads(file: Path) -> None:
+    loaded = load_config(file, {}, {"EXPERTMESH_API_KEY": "k"})
+    assert loaded.config != Config() or file.stem == "laptop"
+
+
+def test_the_examples_are_there() -> None:
+    assert [file.stem for file in EXAMPLES] == ["laptop", "mixed-nodes", "three-hosts"]
+
+
+def keys(schema: type[BaseModel], above: str = "") -> dict[str, object]:
+    """Dotted keys with their defaults, as the reference writes them."""
+    found: dict[str, object] = {}
+    for name, field in schema.model_fields.items():
+        if name == "hosts":
+            found.update(keys(HostGroup, "hosts[]."))
+        elif isinstance(field.default, BaseModel):
+            found.update(keys(type(field.default), f"{above}{name}."))
+        else:
+            found[above + name] = field.default
+    return found
+
+
+def test_the_reference_names_every_key_with_its_default_and_no_other() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+    rows = dict(line.strip("| ").split(" | ")[:2] for line in text.splitlines() if line.startswith("| `"))
+    assert list(rows) == [f"`{key}`" for key in keys(Config)]
+    for key, default in keys(Config).items():
+        section, _, name = key.rpartition(".")
+        model: type[BaseModel] = Config
+        if section:
+            model = HostGroup if section == "hosts[]" else type(getattr(Config(), section))
+        written = yaml.safe_load(rows[f"`{key}`"].strip("`"))
+        assert getattr(model.model_validate({name: written}), name) == default, key
+
+
+def test_the_references_examples_load(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+    blocks = [block.partition("```")[0] for block in text.split("```yaml\n")[1:]]
+    assert len(blocks) == 3
+    for block in blocks:
+        file = tmp_path / "block.yaml"
+        file.write_text(block)
+        load_config(file, {}, {"EXPERTMESH_API_KEY": "k"})
