@@ -98,21 +98,28 @@ class VllmCpuLayer:
         slots = slots_NK.numpy()
         # numpy's tests and selections cost a third of torch's on arrays this small.
         if slots.size and slots.min() >= 0:
-            self._op(out_NH, x_NH, *self._packed, weights_NK, slots_NK, False, self._activation, self._isa)
+            self._run(out_NH, x_NH, weights_NK, slots_NK)
             return
         flat = slots.reshape(-1)
         pairs = np.flatnonzero(flat >= 0)
         if pairs.size == 0:
             out_NH.zero_()
             return
-        # The kernel takes no "absent" slot, so the local pairs become rows of their own with top-k 1.
+        # The kernel takes no "absent" slot. A single row is called with fewer slots; of several rows, each
+        # local pair becomes a row of its own with top-k 1.
+        ids_P = torch.from_numpy(flat[pairs])
+        weights_P = torch.from_numpy(weights_NK.numpy().reshape(-1)[pairs])
+        if slots.shape[0] == 1:
+            self._run(out_NH, x_NH, weights_P[None], ids_P[None])
+            return
         rows_P = torch.from_numpy(pairs // slots.shape[1])
-        ids_P1 = torch.from_numpy(flat[pairs]).unsqueeze(1)
-        weights_P1 = weights_NK.view(-1)[torch.from_numpy(pairs)].unsqueeze(1)
         x_PH, y_PH = self._buffers.take(pairs.size)
         torch.index_select(x_NH, 0, rows_P, out=x_PH)
-        self._op(y_PH, x_PH, *self._packed, weights_P1, ids_P1, False, self._activation, self._isa)
+        self._run(y_PH, x_PH, weights_P[:, None], ids_P[:, None])
         self._buffers.add_pairs(rows_P, y_PH, out_NH)
+
+    def _run(self, out: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
+        self._op(out, x, *self._packed, weights, ids, False, self._activation, self._isa)
 
 
 class GroupedLayer:
@@ -162,8 +169,8 @@ class GroupedLayer:
         torch.index_select(x_NH, 0, rows_P, out=x_PH)
         _multiply(x_PH, self._up, self._up_bias, hit, up_PU)
         _multiply(self._activate(up_PU), self._down, self._down_bias, hit, y_PH)
-        weights_P = weights_NK.view(-1)[torch.from_numpy(pairs)]
-        self._buffers.add_pairs(rows_P, y_PH * weights_P.unsqueeze(1), out_NH)
+        weights_P = torch.from_numpy(weights_NK.numpy().reshape(-1)[pairs])
+        self._buffers.add_pairs(rows_P, y_PH * weights_P[:, None], out_NH)
 
 
 def _multiply(

@@ -28,7 +28,7 @@ HIDDEN, INNER, EXPERTS = 64, 96, 6
 FLAGS = ("has_bias", "has_gate", "is_transposed", "is_concatenated")
 
 
-def experts_class(activation: str, **flags: bool) -> type[nn.Module]:
+def experts_class(activation: str, **flags: Any) -> type[nn.Module]:
     """An experts class as a model file would define it, with a gate of its own where rows alternate."""
 
     class Experts(nn.Module):
@@ -50,7 +50,7 @@ def experts_class(activation: str, **flags: bool) -> type[nn.Module]:
 
     if flags["has_gate"] and not flags["is_concatenated"]:
 
-        def alternating_gate(self: nn.Module, gate_up: torch.Tensor) -> torch.Tensor:
+        def alternating_gate(self: Any, gate_up: torch.Tensor) -> torch.Tensor:
             return self.act_fn(gate_up[..., ::2]) * gate_up[..., 1::2]
 
         Experts._apply_gate = alternating_gate  # type: ignore[attr-defined]

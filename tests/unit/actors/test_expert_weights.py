@@ -138,6 +138,26 @@ def test_what_vllm_cannot_run_goes_to_the_general_kernel(tmp_path: Path) -> None
     assert vllm_cpu_isa(maths, torch.float32) is None
 
 
+def test_without_vllm_the_general_kernel_serves(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.vllm_cpu_kernel.vllm_cpu_ops", lambda: None)
+    checkpoint = checkpoint_of("mixtral", tiny)
+    assert build_layer(checkpoint, LAYER, [0], torch.float32).kernel == "grouped-mm"
+    with pytest.raises(HostError, match="vLLM's choice here is none"):
+        build_layer(checkpoint, LAYER, [0], torch.float32, kernel="vllm-cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_gpu_gives_what_the_cpu_gives(arch: str, tiny: Path) -> None:
+    checkpoint = checkpoint_of(arch, tiny)
+    x, ids, weights = routing(20, checkpoint.top_k)
+    slots = torch.where(ids < 5, ids, -1).int()
+    outs = [torch.empty_like(x), torch.empty_like(x)]
+    for device, out in zip(("cpu", "cuda"), outs, strict=True):
+        build_layer(checkpoint, LAYER, range(5), torch.float32, device).compute(x, slots, weights, out)
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-3, atol=1e-3)
+
+
 def test_wrong_requests_are_one_clear_error(tiny: Path) -> None:
     checkpoint = checkpoint_of("deepseek_v3", tiny)
     with pytest.raises(CheckpointError, match="layer 0 has no routed experts"):
