@@ -91,7 +91,9 @@ class OpenAIErrors:
                 if kind == "application/json" and length in ("22", "31"):
                     replaced = True
                     text = "unknown path" if message["status"] == 404 else "method not allowed on"
-                    response = _error(message["status"], f"{text} {scope['path']}", "invalid_request_error", None)
+                    response = _error(
+                        message["status"], f"{text} {scope['path']}", "invalid_request_error", None
+                    )
                     await response(scope, receive, send)
                     return
             if not replaced:

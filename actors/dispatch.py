@@ -25,6 +25,7 @@ from actors.link import HostLink
 from cluster.errors import HostError, ProtocolError
 from cluster.frame import manifest_id
 from cluster.messages import HostAddress
+from cluster.table import PlacementTable
 
 log = structlog.get_logger()
 
@@ -276,3 +277,15 @@ def fixed_route(
 ) -> Route:
     """A route from plain lists: `owners[layer][expert]` is the position in `hosts`."""
     return Route(manifest, epoch, tuple(hosts), {k: np.asarray(v, np.int16) for k, v in owners.items()})
+
+
+def route_from_table(table: PlacementTable) -> Route:
+    """The arrays of one table: each expert is answered for by the first of its hosts that runs."""
+    owners = {layer: table.host_matrix(layer) for layer in table.experts}
+    missing = [(layer, expert) for layer, hosts in owners.items() for expert, host in enumerate(hosts) if host < 0]
+    if missing:
+        raise HostError(
+            f"{len(missing)} experts have no running host, the first is layer {missing[0][0]}, expert {missing[0][1]}",
+            "see `expertmesh status`",
+        )
+    return fixed_route(table.manifest, table.epoch, table.running, owners)

@@ -40,10 +40,6 @@ from cluster.table import PlacementTable
 
 LOAD_FORMAT = "expertmesh"
 SETTINGS_KEY = "expertmesh"
-DATA_KEY_VARIABLE = "EXPERTMESH_DATA_KEY"
-"""Environment variable that carries the data plane's key (hexadecimal): vLLM logs its configuration,
-so a secret can't travel in it."""
-
 # One engine process has one dispatcher. A custom op gets tensors and numbers only, so it must find
 # the dispatcher here.
 _dispatcher: Dispatcher | None = None
@@ -150,12 +146,14 @@ class MeshModelLoader(DefaultModelLoader):
         # vLLM's own reader is asked for safetensors; only which tensors are read differs.
         super().__init__(load_config)
 
-    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    def get_all_weights(
+        self, model_config: ModelConfig, model: nn.Module
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         checkpoint = Checkpoint.open(Path(model_config.model))
         by_file: dict[Path, list[str]] = {}
         for name, entry in checkpoint.tensors.items():
             if not checkpoint.is_expert_tensor(name):
-                by_file.setdefault(entry.file, []).append(name)
+                by_file.setdefault(checkpoint.path / entry.file, []).append(name)
         for file, names in by_file.items():
             with safe_open(file, framework="pt") as tensors:
                 for name in names:
@@ -167,7 +165,9 @@ class MeshModelLoader(DefaultModelLoader):
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         settings = engine_settings(vllm_config)
         if settings is None:
-            raise CheckpointError(f"load format {LOAD_FORMAT!r} needs expertmesh's settings", "use `expertmesh serve`")
+            raise CheckpointError(
+                f"load format {LOAD_FORMAT!r} needs expertmesh's settings", "use `expertmesh serve`"
+            )
         model = super().load_model(vllm_config, model_config, prefix)
         _check_coverage(model, settings)
         _connect(settings)
@@ -202,7 +202,7 @@ def _connect(settings: EngineSettings) -> None:
         Layout(settings.max_rows, settings.hidden, settings.top_k, settings.dtype),
         node_id=settings.node_id,
         model=settings.model,
-        key=bytes.fromhex(os.environ[DATA_KEY_VARIABLE]),
+        key=bytes.fromhex(os.environ[settings.data_key_variable]),
         deadline_s=settings.deadline_s,
     )
     _dispatcher.connect(settings.connect_timeout_s)
@@ -222,6 +222,10 @@ class WorkerExtension:
         """Round-trip seconds per expert host; raises if one does not answer."""
         assert _dispatcher is not None
         return _dispatcher.ping(timeout_s)
+
+    def expertmesh_parameter_names(self) -> list[str]:
+        """Names of the parameters that this process holds: none of a routed expert."""
+        return [name for name, _ in self.model_runner.model.named_parameters()]  # type: ignore[attr-defined]
 
     def expertmesh_stats(self) -> dict[str, float]:
         """Counters since start, and the process's resident bytes."""

@@ -14,7 +14,7 @@ import psutil
 import structlog
 import torch
 
-from actors.expert_kernels import build_layer
+from actors.expert_weights import build_layer
 from actors.host_server import HostedLayer, HostServer
 from cluster.checkpoint import Checkpoint
 from cluster.errors import CheckpointError, ExpertmeshError, HostError
@@ -90,7 +90,9 @@ class ExpertHost:
             self._error = error
         except Exception as error:
             log.exception("host failed to load", host=self.spec.host_id)
-            self._error = HostError(f"host {self.spec.host_id} could not load: {type(error).__name__}: {error}")
+            self._error = HostError(
+                f"host {self.spec.host_id} could not load: {type(error).__name__}: {error}"
+            )
         self._load_seconds = time.perf_counter() - started
         self._done.set()
 

@@ -56,6 +56,8 @@ class Experts(Protocol):
     ) -> None: ...
 
 
+# One for the process, not for the server: vLLM's CPU kernel has one scratch memory per process.
+_KERNEL_LOCK = threading.Lock()
 # slot_of's mark for an expert of the layer that this host does not hold.
 _ABSENT = -2
 # ndarray.min goes through two Python frames; the ufunc's own reduction does not.
@@ -95,8 +97,7 @@ class HostServer:
         self.manifest, self._model, self._dtype, self._hidden = manifest, model, dtype, hidden
         self.dtype_code = DTYPE_CODES[dtype]
         self._key = key
-        self.kernel_lock = threading.Lock()
-        self._listeners: list[socket.socket] = []
+        self._listeners: list[tuple[socket.socket, threading.Thread]] = []
         self._connections: set[socket.socket] = set()
 
     @property
@@ -120,17 +121,21 @@ class HostServer:
 
     def close(self) -> None:
         """Stop listening and drop every connection; engines see it at once."""
-        for sock in [*self._listeners, *self._connections]:
+        for sock in [*(listener for listener, _ in self._listeners), *self._connections]:
             # shutdown wakes the thread that blocks in accept or recv; close alone would not.
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()
+        for _, thread in self._listeners:
+            # The address is free only once the thread has left accept.
+            thread.join(1.0)
         self._listeners.clear()
 
     def _start(self, listener: socket.socket) -> None:
         listener.listen(64)
-        self._listeners.append(listener)
-        threading.Thread(target=self._accept, args=(listener,), name="expertmesh-accept", daemon=True).start()
+        thread = threading.Thread(target=self._accept, args=(listener,), name="expertmesh-accept", daemon=True)
+        self._listeners.append((listener, thread))
+        thread.start()
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -250,7 +255,7 @@ class _Connection:
         if rows and _minimum(slots_np, None) == _ABSENT:
             missing = sorted(set(views.ids_np[slots_np == _ABSENT].tolist()))
             raise HostError(f"does not hold experts {missing} of layer {layer}")
-        with server.kernel_lock:
+        with _KERNEL_LOCK:
             started = perf_counter_ns()
             hosted.experts.compute(views.x, slots, views.weights, views.out)
             elapsed = perf_counter_ns() - started

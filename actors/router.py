@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
-from dataclasses import asdict
 from typing import Any
 
 import structlog
@@ -24,7 +22,8 @@ from fastapi.responses import JSONResponse, Response
 
 from actors.api_access import ApiKeys, OpenAIErrors, keep_listed_routes
 from actors.router_metrics import MeshMetrics
-from cluster.messages import EngineSettings, RouterSpec
+from cluster.auth import data_plane_key
+from cluster.messages import RouterSpec, settings_as_json
 
 log = structlog.get_logger()
 
@@ -51,6 +50,7 @@ class Router:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        os.environ[self.spec.settings.data_key_variable] = data_plane_key().hex()
         engine_args = AsyncEngineArgs(**engine_arguments(self.spec))
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
         loop = asyncio.get_running_loop()
@@ -81,7 +81,9 @@ class Router:
         round_trips = (await self.engine.collective_rpc("expertmesh_ping", args=(_PING_TIMEOUT_S,)))[0]
         sampling = SamplingParams(max_tokens=1, temperature=0.0, output_kind=RequestOutputKind.FINAL_ONLY)
         request_id = f"ready-{os.urandom(8).hex()}"
-        async for _ in self.engine.generate({"prompt_token_ids": [self._probe_token()]}, sampling, request_id):
+        async for _ in self.engine.generate(
+            {"prompt_token_ids": [self._probe_token()]}, sampling, request_id
+        ):
             pass
         return {"ready": True, "host_round_trip_us": {k: round(v * 1e6, 1) for k, v in round_trips.items()}}
 
@@ -151,14 +153,9 @@ def engine_arguments(spec: RouterSpec) -> dict[str, Any]:
         "served_model_name": [spec.served_name],
         "load_format": LOAD_FORMAT,
         "worker_extension_cls": "actors.engine_plugin.WorkerExtension",
-        "additional_config": {SETTINGS_KEY: settings_json(spec.settings)},
+        "additional_config": {SETTINGS_KEY: settings_as_json(spec.settings)},
         **spec.engine,
     }
-
-
-def settings_json(settings: EngineSettings) -> dict[str, Any]:
-    """The settings as JSON types: vLLM copies and hashes its configuration."""
-    return json.loads(json.dumps(asdict(settings)))
 
 
 def serve_application(spec: RouterSpec, *, replicas: int, options: dict[str, Any]) -> Any:

@@ -21,7 +21,8 @@ class MeshMetrics:
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self._gauges = {
-            name: Gauge(f"expertmesh_engine_{name}", text, registry=registry) for name, text in _SERIES.items()
+            name: Gauge(f"expertmesh_engine_{name}", text, registry=registry)
+            for name, text in _SERIES.items()
         }
 
     def update(self, stats: Mapping[str, float]) -> None:

@@ -31,7 +31,8 @@ class Plan:
     item_bytes: int
     """Bytes of one parameter, as the hosts hold it."""
     assignments: Mapping[str, Mapping[int, tuple[int, ...]]]
-    """Host id → layer index → experts, ascending. Every host is named, a layer only where it has experts."""
+    """Host id → layer index → experts, ascending. Every host is named, those of a node side by side, and a
+    layer only where the host has experts of it."""
 
     @property
     def bytes_by_host(self) -> dict[str, int]:
@@ -104,7 +105,7 @@ def plan(
         counts.update((layer.index, row) for layer, row in zip(alike, table, strict=True))
         free = [left - size * sum(row[i] for row in table) for i, left in enumerate(free)]
 
-    held: dict[str, dict[int, tuple[int, ...]]] = {slot.host_id: {} for slot in slots}
+    held: dict[str, dict[int, tuple[int, ...]]] = {slot.host_id: {} for slot in hosts}
     for layer in layers:
         for slot, experts in zip(hosts, _experts(layer.num_experts, counts[layer.index]), strict=True):
             if experts:

@@ -34,23 +34,19 @@ class PlacementTable:
     def from_plan(cls, plan: Plan, manifest: str, epoch: int = 0) -> PlacementTable:
         """The table of a plan whose hosts aren't running yet.
 
-        Which of an expert's hosts is asked first is shared out in proportion to what the hosts hold, or those
-        with the low numbers would do all the work and the copies none.
+        An expert's hosts take turns in being asked first, or those with the low numbers would do all the work
+        and the copies none. The plan gives each host a run of consecutive experts, so that turns by expert
+        number share the work of every layer within one or two experts.
         """
         experts = {}
         for layer in plan.layers:
             holders: list[list[str]] = [[] for _ in range(layer.num_experts)]
-            held = {host_id: rows.get(layer.index, ()) for host_id, rows in plan.assignments.items()}
-            for host_id, numbers in held.items():
-                for number in numbers:
-                    holders[number].append(host_id)
-            first = dict.fromkeys(held, 0)
-            rows = []
-            for hosts in holders:
-                chosen = min(hosts, key=lambda h: (first[h] + 1) / len(held[h]))
-                first[chosen] += 1
-                rows.append((chosen, *(host for host in hosts if host != chosen)))
-            experts[layer.index] = tuple(rows)
+            for host_id, held in plan.assignments.items():
+                for expert in held.get(layer.index, ()):
+                    holders[expert].append(host_id)
+            turns = [expert % plan.replicas for expert in range(layer.num_experts)]
+            rows = zip(holders, turns, strict=True)
+            experts[layer.index] = tuple((*hosts[turn:], *hosts[:turn]) for hosts, turn in rows)
         return cls(manifest, epoch, dict.fromkeys(plan.assignments), experts)
 
     def next_epoch(

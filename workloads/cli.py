@@ -1,0 +1,250 @@
+"""The command line: `expertmesh serve | chat | complete | status | plan | config | model | bench | doctor | down`.
+
+Importing this module loads neither torch nor Ray: commands import what they need, so that `--help`
+and mistakes in the configuration answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from cluster.config import LoadedConfig, load_config
+from cluster.errors import ExpertmeshError
+from workloads.bench.cli import bench_app
+from workloads.models.cli import model_app
+
+app = typer.Typer(
+    name="expertmesh",
+    help="Run a mixture-of-experts language model as a mesh of experts in Ray actors.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+config_app = typer.Typer(help="The configuration.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(model_app, name="model")
+app.add_typer(bench_app, name="bench")
+
+out = Console()
+err = Console(stderr=True)
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file (default: ./expertmesh.yaml).")
+]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Checkpoint folder, or 'default'.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Hosts = Annotated[int | None, typer.Option("--hosts", help="Number of expert hosts in the first group.")]
+Address = Annotated[str | None, typer.Option("--address", help="Ray cluster: local, auto or ip:port.")]
+Url = Annotated[
+    str | None, typer.Option("--url", help="Server to talk to (default: the one that runs here).")
+]
+ApiKey = Annotated[
+    str | None, typer.Option("--api-key", envvar="EXPERTMESH_API_KEY", help="API key, if one is set.")
+]
+
+_FLAGS = {"hosts.0.count": "--hosts", "ray.address": "--address"}
+
+
+@app.command()
+def serve(
+    config: ConfigFile = None,
+    model: Model = None,
+    dtype: Dtype = None,
+    hosts: Hosts = None,
+    address: Address = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Serve a model with its experts in Ray actors, until Ctrl-C."""
+    from workloads.logs import configure
+    from workloads.progress import stages
+    from workloads.serve import interruptible, serving
+
+    loaded = _load(
+        config,
+        model,
+        dtype,
+        hosts,
+        address,
+        {"server.host": host, "server.port": port, "log_level": log_level},
+    )
+    configure(loaded.config.log_level)
+    with interruptible() as stop, stages(err, stop) as progress, serving(loaded.config, progress) as server:
+        progress.close()
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in server.breakdown.seconds.items())
+        out.print(f"start to ready {server.breakdown.total:.1f} s ({parts})", highlight=False)
+        out.print(
+            f"[bold green]ready[/] {server.url}/v1  model {server.served_name}  "
+            f"experts on {len(server.blueprint.deployment.hosts)} host(s)",
+            highlight=False,
+        )
+        out.print(f"  expertmesh chat   or   curl {server.url}/v1/models   Ctrl-C ends it", highlight=False)
+        while not stop.wait(1.0):
+            pass
+        err.print("stopping ...")
+
+
+@app.command()
+def plan(
+    config: ConfigFile = None,
+    model: Model = None,
+    dtype: Dtype = None,
+    hosts: Hosts = None,
+    address: Address = None,
+) -> None:
+    """Show which host would hold which experts; starts nothing of the mesh."""
+    from cluster.ray_cluster import local_node
+    from workloads.config_view import plan_table
+    from workloads.deploy import blueprint
+    from workloads.progress import stages
+    from workloads.serve import open_model
+
+    loaded = _load(config, model, dtype, hosts, address, {})
+    with stages(err) as progress:
+        checkpoint, dtype_name, name = open_model(loaded.config, progress)
+    if loaded.config.ray.address == "local":
+        nodes: tuple[Any, ...] = (local_node(),)
+    else:
+        from cluster.ray_cluster import connected
+        from cluster.ray_cluster import nodes as cluster_nodes
+
+        with connected(loaded.config.ray):
+            nodes = cluster_nodes()
+    placed = blueprint(loaded.config, checkpoint, dtype_name, name, nodes)
+    out.print(plan_table(placed.plan, placed.slots, nodes))
+
+
+@config_app.command("show")
+def config_show(
+    config: ConfigFile = None,
+    model: Model = None,
+    dtype: Dtype = None,
+    hosts: Hosts = None,
+    address: Address = None,
+) -> None:
+    """Print the effective values and where each came from."""
+    from workloads.config_view import config_table
+
+    out.print(config_table(_load(config, model, dtype, hosts, address, {})))
+
+
+@app.command()
+def chat(
+    message: Annotated[
+        str | None, typer.Argument(help="One question; without it a conversation starts.")
+    ] = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+) -> None:
+    """Talk to the served model."""
+    from workloads.client import Client
+
+    client = Client(url, api_key, max_tokens, temperature)
+    if message is not None:
+        client.ask([{"role": "user", "content": message}], out)
+        return
+    client.converse(out)
+
+
+@app.command()
+def complete(
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    url: Url = None,
+    api_key: ApiKey = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest continuation in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+) -> None:
+    """Continue a text with the served model."""
+    from workloads.client import Client
+
+    Client(url, api_key, max_tokens, temperature).complete(prompt, out)
+
+
+@app.command()
+def status(
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    url: Url = None,
+    config: ConfigFile = None,
+    address: Address = None,
+) -> None:
+    """The running mesh: hosts, experts, memory, traffic, readiness."""
+    from workloads.status import read_status, status_view
+
+    state = read_status(_load(config, None, None, None, address, {}).config, url)
+    if json_:
+        print(json.dumps(state, indent=2))
+    else:
+        out.print(status_view(state))
+    if not state["ready"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(config: ConfigFile = None) -> None:
+    """Check this machine: versions, kernels, memory, ports, token; says what to mend."""
+    from workloads.doctor import examine
+
+    if not examine(_load(config, None, None, None, None, {}).config, out):
+        raise typer.Exit(1)
+
+
+@app.command()
+def down(
+    url: Url = None,
+    config: ConfigFile = None,
+    address: Address = None,
+) -> None:
+    """End the server that runs here, or the mesh on the cluster at --address; leaves nothing behind."""
+    from workloads.down import end
+
+    end(_load(config, None, None, None, address, {}).config, url, out)
+
+
+def _load(
+    file: Path | None,
+    model: str | None,
+    dtype: str | None,
+    hosts: int | None,
+    address: str | None,
+    more: dict[str, Any],
+) -> LoadedConfig:
+    flags = {
+        "model.path": model,
+        "model.dtype": dtype,
+        "hosts.0.count": hosts,
+        "ray.address": address,
+        **more,
+    }
+    names = {**_FLAGS, "model.path": "--model", "model.dtype": "--dtype"}
+    return load_config(file, flags, os.environ, names)
+
+
+def main() -> None:
+    """Entry point: an ExpertmeshError is one message and exit code 1, Ctrl-C is 130."""
+    # A reader that went away (`expertmesh status | head`) is no error of ours.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        app()
+    except ExpertmeshError as error:
+        err.print(f"[bold red]error:[/] {error.message}", highlight=False, soft_wrap=True)
+        if error.hint:
+            err.print(f"  {error.hint}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""From a configuration and a checkpoint to what the hosts and the router are told to be. Pure functions."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.checkpoint import Checkpoint
+from cluster.config import Config
+from cluster.controller import Deployment
+from cluster.errors import CheckpointError
+from cluster.frame import ITEM_BYTES
+from cluster.inventory import slots
+from cluster.messages import EngineSettings, HostSlot, HostSpec, NodeInfo, RouterSpec
+from cluster.placement import Plan, plan
+from cluster.table import PlacementTable
+
+# vLLM builds these architectures with expert layers of their own, which can't be taken out of the engine;
+# the engine would refuse after a minute of start-up, this refuses at once.
+_UNSUPPORTED = {
+    "gpt_oss": "vLLM gives gpt-oss an expert layer of its own",
+    "dbrx": "vLLM gives DBRX an expert layer of its own",
+    "llama4": "Llama 4 multiplies router weights into the experts' input",
+    "llama4_text": "Llama 4 multiplies router weights into the experts' input",
+}
+# Set in the router's process by the router itself, from the cluster's token.
+DATA_KEY_VARIABLE = "EXPERTMESH_DATA_KEY"
+# Rows in one message. Prefill steps longer than this go in several rounds; it bounds the shared memory.
+_MAX_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """Everything that `serve` starts, decided before anything is started."""
+
+    checkpoint: Checkpoint
+    dtype: str
+    served_name: str
+    slots: tuple[HostSlot, ...]
+    plan: Plan
+    deployment: Deployment
+
+
+def blueprint(
+    config: Config, checkpoint: Checkpoint, dtype: str, served_name: str, nodes: Sequence[NodeInfo]
+) -> Blueprint:
+    """Place the experts and describe every host. Raises CheckpointError or PlacementError."""
+    check_supported(checkpoint)
+    chosen = slots(config.hosts, nodes)
+    placed = plan(checkpoint.moe_layers, chosen, config.placement, item_bytes=ITEM_BYTES[dtype])
+    table = PlacementTable.from_plan(placed, manifest=checkpoint.digest, epoch=0)
+    deployment = Deployment(
+        served_name, host_specs(config, checkpoint, dtype, chosen, placed, nodes), table.to_json()
+    )
+    return Blueprint(checkpoint, dtype, served_name, chosen, placed, deployment)
+
+
+def check_supported(checkpoint: Checkpoint) -> None:
+    """CheckpointError for an architecture that is known not to work."""
+    reason = _UNSUPPORTED.get(checkpoint.model_type)
+    if reason:
+        raise CheckpointError(
+            f"{checkpoint.path.name} is a {checkpoint.model_type} model, which is not supported: {reason}",
+            "serve a Mixtral, OLMoE, Qwen-MoE, DeepSeek, GLM-4-MoE or Granite-MoE checkpoint",
+        )
+
+
+def host_specs(
+    config: Config,
+    checkpoint: Checkpoint,
+    dtype: str,
+    chosen: Sequence[HostSlot],
+    placed: Plan,
+    nodes: Sequence[NodeInfo],
+) -> tuple[HostSpec, ...]:
+    """One specification per host that has experts."""
+    ip = {node.node_id: node.ip for node in nodes}
+    kernel = {group.name: group.kernel for group in config.hosts}
+    tcp = config.data_plane.tcp == "always" or (
+        config.data_plane.tcp == "auto" and len({node.node_id for node in nodes}) > 1
+    )
+    # Two servers of one machine must not meet in the abstract socket namespace.
+    run = secrets.token_hex(4)
+    return tuple(
+        HostSpec(
+            host_id=slot.host_id,
+            node_id=slot.node_id,
+            model_path=str(checkpoint.path),
+            model=checkpoint.digest,
+            manifest=checkpoint.digest,
+            dtype=dtype,
+            device=slot.device,
+            kernel=kernel[slot.group],
+            threads=slot.threads,
+            experts=placed.assignments[slot.host_id],
+            unix=f"expertmesh-{run}-{slot.host_id}",
+            tcp_ip=ip[slot.node_id] if tcp else "",
+            tcp_port=0,
+        )
+        for slot in chosen
+        if placed.assignments.get(slot.host_id)
+    )
+
+
+def router_spec(
+    config: Config, print_: Blueprint, table: str, node_id: str, api_keys: Sequence[str]
+) -> RouterSpec:
+    """What the router replicas are told to be, with the published table."""
+    from actors.api_access import key_digest
+
+    engine = config.engine
+    max_rows = min(engine.max_num_batched_tokens or _MAX_ROWS, _MAX_ROWS)
+    settings = EngineSettings(
+        table=table,
+        model=print_.checkpoint.digest,
+        moe_layers=tuple(layer.index for layer in print_.checkpoint.moe_layers),
+        node_id=node_id,
+        hidden=print_.checkpoint.hidden_size,
+        top_k=print_.checkpoint.top_k,
+        dtype=print_.dtype,
+        max_rows=max_rows,
+        deadline_s=config.data_plane.deadline,
+        connect_timeout_s=config.data_plane.connect_timeout,
+        data_key_variable=DATA_KEY_VARIABLE,
+    )
+    arguments = {
+        "dtype": print_.dtype,
+        "max_num_seqs": engine.max_num_seqs,
+        "kv_cache_memory_bytes": int(engine.kv_cache),
+        "enforce_eager": engine.enforce_eager,
+        "distributed_executor_backend": "uni",
+    }
+    if engine.max_model_len is not None:
+        arguments["max_model_len"] = engine.max_model_len
+    if engine.max_num_batched_tokens is not None:
+        arguments["max_num_batched_tokens"] = engine.max_num_batched_tokens
+    return RouterSpec(
+        model_path=str(print_.checkpoint.path),
+        served_name=print_.served_name,
+        settings=settings,
+        engine={**arguments, **engine.options},
+        frontend={},
+        api_key_digests=tuple(key_digest(key) for key in api_keys),
+        ready_timeout_s=30.0,
+    )
+
+
+def choose_dtype(config: Config, checkpoint: Checkpoint, recommended: str | None) -> str:
+    """The dtype to serve in: the configured one, else what the model's maker recommends, else the one on disk."""
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    dtype = recommended or checkpoint.dtype
+    if dtype not in ITEM_BYTES:
+        raise CheckpointError(
+            f"{checkpoint.path} holds its experts as {dtype}, which hosts can't compute in",
+            "set model.dtype to float32, bfloat16 or float16",
+        )
+    return dtype
+
+
+def served_name(config: Config, path: Path) -> str:
+    """The name that API calls use: the configured one, else the folder's."""
+    return config.model.name or path.name
+
+
+def engine_threads(config: Config) -> int:
+    """Threads of the engine process: as configured, else every core that this process may use."""
+    return config.engine.threads if config.engine.threads != "auto" else len(os.sched_getaffinity(0))

@@ -1,0 +1,264 @@
+"""`expertmesh serve`: bring everything up, report, wait, and take everything down.
+
+1. the model: made or found, its headers read, the architecture checked
+2. Ray: a cluster of our own, or the one that the configuration names
+3. the plan: who holds which experts, refused here if it does not fit
+4. the controller starts the hosts; they load while Serve comes up
+5. the table is published, the router's engine starts and connects
+6. ready: every host answers and a token flows
+7. on Ctrl-C or SIGTERM everything that was started is ended
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from cluster.checkpoint import Checkpoint
+from cluster.config import Config
+from cluster.errors import ConfigError, ExpertmeshError, HostError
+from cluster.ray_cluster import connected, nodes
+from workloads import run_file
+from workloads.deploy import Blueprint, blueprint, choose_dtype, engine_threads, router_spec, served_name
+from workloads.models.default_model import default_model, recommended_dtype
+
+APP = "expertmesh"
+Progress = Callable[[str, float], None]
+
+_START_TIMEOUT_S = 900.0
+_POLL_S = 0.2
+
+
+@dataclass
+class Breakdown:
+    """How long each stage of the start took, in seconds."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage."""
+        begin = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - begin
+
+    @property
+    def total(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    url: str
+    served_name: str
+    blueprint: Blueprint
+    breakdown: Breakdown
+
+
+def open_model(config: Config, progress: Progress) -> tuple[Checkpoint, str, str]:
+    """The checkpoint to serve, its dtype and its name; the default model is made on first use."""
+    path = (
+        default_model(progress=progress)
+        if config.model.path == "default"
+        else Path(config.model.path).expanduser()
+    )
+    checkpoint = Checkpoint.open(path)
+    return checkpoint, choose_dtype(config, checkpoint, recommended_dtype(path)), served_name(config, path)
+
+
+@contextlib.contextmanager
+def serving(config: Config, progress: Progress) -> Iterator[Server]:
+    """A ready server for the length of the block; everything it started ends with the block.
+
+    Raises an ExpertmeshError that names what is wrong; then nothing is left running either.
+    """
+    breakdown = Breakdown()
+    check_port(config.server.host, config.server.port)
+    with breakdown.stage("model"):
+        checkpoint, dtype, name = open_model(config, progress)
+    breakdown.started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        with breakdown.stage("ray"):
+            progress("starting Ray", 0.0)
+            address = stack.enter_context(connected(config.ray))
+            progress("starting Ray", 1.0)
+        with breakdown.stage("plan"):
+            print_ = blueprint(config, checkpoint, dtype, name, nodes())
+        url = f"http://{_url_host(config.server.host)}:{config.server.port}"
+        stack.callback(take_down, config.ray.namespace)
+        _bring_up(config, print_, breakdown, progress)
+        wait_ready(url, breakdown, progress)
+        stack.enter_context(_announced(config, url, name, address))
+        yield Server(url, name, print_, breakdown)
+
+
+def check_port(host: str, port: int) -> None:
+    """ConfigError if somebody listens there already."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"server.port {port} on {host} can't be used: {error.strerror}",
+                "choose another with --port, or end what listens there (`expertmesh down` if it is expertmesh)",
+            ) from error
+
+
+def _bring_up(config: Config, print_: Blueprint, breakdown: Breakdown, progress: Progress) -> None:
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    from actors import ray_controller
+    from actors.ray_hosts import host_environment
+    from actors.router import serve_application
+
+    controller = ray_controller.get_or_start(config.ray.namespace)
+    _get(controller.deploy.remote(print_.deployment))
+    with breakdown.stage("serve"):
+        serve.start(http_options=HTTPOptions(host=config.server.host, port=config.server.port))
+    with breakdown.stage("hosts"):
+        _watch_hosts(controller, progress)
+        table = _get(controller.publish.remote(_START_TIMEOUT_S))
+    node_id = ray.get_runtime_context().get_node_id()
+    keys = [key.get_secret_value() for key in config.server.api_keys]
+    spec = router_spec(config, print_, table, node_id, keys)
+    environment = {
+        **host_environment(engine_threads(config)),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": {"debug": "DEBUG", "info": "INFO"}.get(config.log_level, "WARNING"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    options = {
+        "max_ongoing_requests": config.server.max_queue,
+        "ray_actor_options": {"num_cpus": 1, "runtime_env": {"env_vars": environment}},
+        "graceful_shutdown_timeout_s": 5.0,
+    }
+    with breakdown.stage("engine"):
+        application = serve_application(spec, replicas=config.engine.replicas, options=options)
+        _run_application(serve, application, progress)
+
+
+def _watch_hosts(controller: Any, progress: Progress) -> None:
+    """Show the hosts' loading until all are ready; the first one's failure is raised."""
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while True:
+        states = _get(controller.progress.remote())
+        failed = [state for state in states if state.error]
+        if failed:
+            raise HostError(f"expert host {failed[0].host_id} could not load: {failed[0].error}")
+        done, total = sum(s.layers_loaded for s in states), sum(s.layers for s in states)
+        progress("loading experts", done / max(total, 1))
+        if all(state.ready for state in states):
+            return
+        if time.monotonic() > deadline:
+            raise HostError("the expert hosts did not load in time", "see the hosts' logs under /tmp/ray")
+        time.sleep(_POLL_S)
+
+
+def _run_application(serve: Any, application: Any, progress: Progress) -> None:
+    """Deploy the router and wait until Serve calls it running; what makes it fail is raised."""
+    serve.run(application, name=APP, route_prefix="/", blocking=False, _local_testing_mode=False)
+    progress("starting the engine", 1.0)
+
+
+def wait_ready(url: str, breakdown: Breakdown, progress: Progress) -> None:
+    """Ask /ready until it says yes."""
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    with breakdown.stage("first token"), httpx.Client(timeout=60) as client:
+        while True:
+            progress("first token", 0.5)
+            try:
+                answer = client.get(f"{url}/ready")
+                if answer.status_code == 200:
+                    progress("first token", 1.0)
+                    return
+                reason = answer.text
+            except httpx.HTTPError as error:
+                reason = str(error)
+            if time.monotonic() > deadline:
+                raise ExpertmeshError(f"the server did not become ready: {reason}")
+            time.sleep(_POLL_S)
+
+
+def take_down(namespace: str) -> None:
+    """End the application, the hosts and the controller on the connected cluster."""
+    import ray
+    from ray import serve
+
+    from actors import ray_controller
+
+    with contextlib.suppress(Exception):
+        serve.shutdown()
+    controller = ray_controller.find(namespace)
+    if controller is not None:
+        with contextlib.suppress(Exception):
+            _get(controller.stop.remote())
+        ray.kill(controller, no_restart=True)
+
+
+@contextlib.contextmanager
+def _announced(config: Config, url: str, name: str, address: str) -> Iterator[None]:
+    token = os.environ["RAY_AUTH_TOKEN_PATH"]
+    run = run_file.Run(
+        os.getpid(), psutil.Process().create_time(), url, name, address, config.ray.namespace, token
+    )
+    path = run_file.write(run)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set; a second Ctrl-C interrupts whatever runs."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _get(reference: Any) -> Any:
+    """Ray's answer, or the ExpertmeshError that was raised over there."""
+    import ray
+
+    try:
+        return ray.get(reference, timeout=_START_TIMEOUT_S)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ExpertmeshError):
+            raise error.cause from None
+        raise
+
+
+def _url_host(host: str) -> str:
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host

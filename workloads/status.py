@@ -1,0 +1,111 @@
+"""`expertmesh status`: what the controller, the hosts and the router say of themselves."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import httpx
+from rich.console import Group
+from rich.table import Table
+
+from cluster.config import Config
+from cluster.errors import ExpertmeshError
+from cluster.ray_cluster import connected
+from workloads import run_file
+
+_HTTP_TIMEOUT_S = 35.0
+
+
+def read_status(config: Config, url: str | None) -> dict[str, Any]:
+    """Ask the server that runs here (or the cluster at ray.address); ExpertmeshError if there is none."""
+    import ray
+
+    from actors import ray_controller
+
+    if config.ray.address == "local":
+        run = run_file.the_one(url)
+        settings = config.ray.model_copy(
+            update={"address": run.ray_address, "namespace": run.namespace, "token_path": run.token_path}
+        )
+        url = run.url
+    else:
+        settings = config.ray
+        url = url or f"http://{config.server.host}:{config.server.port}"
+    with connected(settings):
+        controller = ray_controller.find(settings.namespace)
+        deployment = ray.get(controller.deployment.remote(), timeout=30) if controller else None
+        if deployment is None:
+            raise ExpertmeshError("nothing is deployed on this cluster", "start it with `expertmesh serve`")
+        reports = ray.get(controller.reports.remote(), timeout=60)
+    hosts = []
+    for spec in deployment.hosts:
+        report = reports.get(spec.host_id)
+        entry: dict[str, Any] = {"host_id": spec.host_id, "node_id": spec.node_id, "device": spec.device}
+        if is_dataclass(report) and not isinstance(report, type):
+            hosts.append({**entry, "state": "ready", **_flat(asdict(report))})
+        else:
+            hosts.append({**entry, "state": "down", "reason": str(report or "not found")})
+    return {
+        "url": url,
+        "model": deployment.served_name,
+        "hosts": hosts,
+        **_router(url),
+    }
+
+
+def status_view(state: dict[str, Any]) -> Group:
+    """The status for a terminal."""
+    head = Table.grid(padding=(0, 2))
+    head.add_row("url", state["url"])
+    head.add_row("model", state["model"])
+    head.add_row("ready", "[green]yes[/]" if state["ready"] else f"[red]no[/] {state.get('reason', '')}")
+    engine = state.get("engine")
+    if engine:
+        head.add_row("table epoch", str(int(engine["epoch"])))
+        head.add_row("engine memory", f"{engine['rss_bytes'] / 2**20:.0f} MiB")
+    hosts = Table(
+        "host", "device", "state", "experts", "weights MiB", "memory MiB", "kernel", "engines", "dispatches"
+    )
+    for host in state["hosts"]:
+        if host["state"] == "ready":
+            hosts.add_row(
+                host["host_id"],
+                host["device"],
+                "[green]ready[/]",
+                str(host["experts_loaded"]),
+                f"{host['weight_bytes'] / 2**20:.0f}",
+                f"{host['rss_bytes'] / 2**20:.0f}",
+                host["kernel"],
+                str(host["connections"]),
+                str(host["dispatches"]),
+            )
+        else:
+            hosts.add_row(
+                host["host_id"], host["device"], f"[red]down[/] {host['reason']}", "", "", "", "", "", ""
+            )
+    return Group(head, hosts)
+
+
+def _router(url: str) -> dict[str, Any]:
+    try:
+        with httpx.Client(timeout=_HTTP_TIMEOUT_S) as client:
+            ready = client.get(f"{url}/ready")
+            answer: dict[str, Any] = {"ready": ready.status_code == 200}
+            if ready.status_code != 200:
+                answer["reason"] = (
+                    ready.json().get("reason", ready.text) if ready.text[:1] == "{" else ready.text
+                )
+            else:
+                answer["host_round_trip_us"] = ready.json()["host_round_trip_us"]
+            stats = client.get(f"{url}/expertmesh/stats")
+            if stats.status_code == 200:
+                answer["engine"] = stats.json()
+            return answer
+    except (httpx.HTTPError, ValueError) as error:
+        return {"ready": False, "reason": f"the router does not answer: {error}"}
+
+
+def _flat(report: dict[str, Any]) -> dict[str, Any]:
+    address = report.pop("address")
+    return {**report, "unix": address["unix"], "tcp": address["tcp"], "pid": address["pid"]}
