@@ -52,10 +52,10 @@ def new_folder(target: Path, *, needed_bytes: int, overwrite: bool = False) -> I
     CheckpointError if ``target`` exists and ``overwrite`` is false, if the disk is too full, or if the
     folder cannot be written.
     """
-    if target.exists() and not overwrite:
-        raise CheckpointError(f"{target} exists already", "choose another folder, or overwrite it")
     try:
         _remove_leftovers(target)
+        if target.exists() and not overwrite:
+            raise CheckpointError(f"{target} exists already", "choose another folder, or overwrite it")
         _check_space(target.parent, needed_bytes)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.{_PARTIAL}-", dir=target.parent))
     except OSError as error:

@@ -115,7 +115,9 @@ def test_the_seed_decides_the_router_and_nothing_else(tmp_path: Path, dense: Pat
     folders = {
         name: upcycle(dense, tmp_path / name, seed=seed) for name, seed in [("a", 0), ("b", 0), ("c", 1)]
     }
-    weights = {name: load_file(folder / "model-00001-of-00001.safetensors") for name, folder in folders.items()}
+    weights = {
+        name: load_file(folder / "model-00001-of-00001.safetensors") for name, folder in folders.items()
+    }
     assert all(torch.equal(weights["a"][name], weights["b"][name]) for name in weights["a"])
     changed = {name for name in weights["a"] if not torch.equal(weights["a"][name], weights["c"][name])}
     assert changed == {f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in (0, 1)}
@@ -143,7 +145,9 @@ def test_a_failure_half_way_leaves_nothing(
     with pytest.raises(RuntimeError, match="power cut"):
         upcycle(dense, out / "moe", progress=fail)
     assert [file.name for file in out.iterdir() if not file.name.endswith(".lock")] == []
-    monkeypatch.setattr(upcycle_module, "digest_files", lambda *_: (_ for _ in ()).throw(RuntimeError("late")))
+    monkeypatch.setattr(
+        upcycle_module, "digest_files", lambda *_: (_ for _ in ()).throw(RuntimeError("late"))
+    )
     good = out / "moe"
     good.mkdir()
     (good / "config.json").write_text("{}")
