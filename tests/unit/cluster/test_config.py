@@ -77,12 +77,12 @@ def test_a_flag_may_be_called_differently_from_its_key() -> None:
 
 
 def test_which_file_is_read(tmp_path: Path) -> None:
-    for number, name in enumerate(("given", "named", "expertmesh")):
+    for number, name in enumerate(("given", "named", "expertmesh"), start=1):
         (tmp_path / f"{name}.yaml").write_text(f"server: {{port: {number}}}")
     environ = {"EXPERTMESH_CONFIG": "named.yaml"}
-    assert load_config(Path("given.yaml"), {}, environ).config.server.port == 0
-    assert load_config(None, {}, environ).config.server.port == 1
-    assert load_config(None, {}, {}).config.server.port == 2
+    assert load_config(Path("given.yaml"), {}, environ).config.server.port == 1
+    assert load_config(None, {}, environ).config.server.port == 2
+    assert load_config(None, {}, {}).config.server.port == 3
 
 
 def test_the_environment_reaches_into_lists_and_takes_yaml_for_them() -> None:
@@ -219,6 +219,7 @@ def test_keys_appear_in_no_text() -> None:
     loaded = load("server: {api_keys: [hush-hush]}")
     assert "hush" not in f"{loaded!r} {loaded.config} {loaded.config.model_dump_json()}"
     assert "4711" not in mistake("server: {api_keys: [4711]}")
+    assert "4711" not in mistake("server: {api_keys: 4711}")
     assert "hush" not in mistake("server: {api_keys: {hush: hush}}")
     assert "hush" not in mistake("server: {api_key: [hush-hush]}")
 

@@ -183,7 +183,7 @@ def test_a_host_counts_for_one_copy_only() -> None:
 
 def test_memory_between_two_experts_is_no_room() -> None:
     hosts = [host("a", memory=30), host("b", memory=30)]  # 60 bytes for three experts of 20
-    with pytest.raises(PlacementError, match="all but 0[.]00 MiB"):
+    with pytest.raises(PlacementError, match=r"all but 0\.00 MiB"):
         plan([MoeLayer(0, 3, 10)], hosts, settings(), item_bytes=2)
 
 
