@@ -20,7 +20,11 @@ def forbid_ray() -> None:
     import ray._private.worker
     import ray.util.client
 
-    # Until the end of the process: a test that leaves a thread behind must not start Ray later either.
-    ray.init = ray._private.worker.init = _refuse
-    ray._private.worker.connect = _refuse
-    ray.util.client.ray.connect = _refuse
+    # For the whole process and not undone: a thread that a test leaves behind must not start Ray later either.
+    for place, name in (
+        (ray, "init"),
+        (ray._private.worker, "init"),
+        (ray._private.worker, "connect"),
+        (ray.util.client.ray, "connect"),
+    ):
+        setattr(place, name, _refuse)
