@@ -20,7 +20,7 @@ def forbid_ray() -> None:
     import ray._private.worker
     import ray.util.client
 
-    # For the whole process and not undone: a thread that a test leaves behind must not start Ray later either.
+    # For the whole process, never undone: a thread that a test leaves behind must not start Ray later either.
     for place, name in (
         (ray, "init"),
         (ray._private.worker, "init"),
