@@ -11,7 +11,6 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.expert_host import ExpertHost
 from cluster.auth import data_plane_key
 from cluster.messages import HostAddress, HostProgress, HostReport, HostSpec
 
@@ -23,6 +22,9 @@ class HostActor:
     """Ray's view of an ExpertHost. Loading starts at once; `wait_ready` tells when it is done."""
 
     def __init__(self, spec: HostSpec) -> None:
+        # Only the host itself needs torch; the controller and the command line use this module too.
+        from actors.expert_host import ExpertHost
+
         self._host = ExpertHost(spec, data_plane_key())
         self._host.start()
 

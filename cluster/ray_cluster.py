@@ -29,6 +29,8 @@ def connected(settings: RayConfig, *, quiet: bool = True) -> Iterator[str]:
     ensure_token(token)
     os.environ.update(ray_environment(token))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray makes its workers nice by default, so that on a busy machine tokens would wait for everything else.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
     common: dict[str, Any] = {

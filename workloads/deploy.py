@@ -132,6 +132,7 @@ def router_spec(
         "kv_cache_memory_bytes": int(engine.kv_cache),
         "enforce_eager": engine.enforce_eager,
         "distributed_executor_backend": "uni",
+        **(attention_arguments(print_.checkpoint, print_.dtype) if engine.device != "cuda" else {}),
     }
     if engine.max_model_len is not None:
         arguments["max_model_len"] = engine.max_model_len
@@ -146,6 +147,13 @@ def router_spec(
         api_key_digests=tuple(key_digest(key) for key in api_keys),
         ready_timeout_s=30.0,
     )
+
+
+def attention_arguments(checkpoint: Checkpoint, dtype: str) -> dict[str, str]:
+    """vLLM's choice of attention, where its own would fail: on CPUs with AMX it packs the weights of latent
+    attention (DeepSeek), which it can do for 16-bit weights only."""
+    latent = bool(checkpoint.text_config.get("kv_lora_rank"))
+    return {"attention_backend": "CPU_MLA"} if latent and dtype == "float32" else {}
 
 
 def choose_dtype(config: Config, checkpoint: Checkpoint, recommended: str | None) -> str:

@@ -31,7 +31,8 @@ from cluster.errors import ConfigError, ExpertmeshError, HostError
 from cluster.ray_cluster import connected, nodes
 from workloads import run_file
 from workloads.deploy import Blueprint, blueprint, choose_dtype, engine_threads, router_spec, served_name
-from workloads.models.default_model import default_model, recommended_dtype
+from workloads.models.default_model import default_model
+from workloads.models.provenance import read_provenance
 
 APP = "expertmesh"
 Progress = Callable[[str, float], None]
@@ -77,8 +78,8 @@ def open_model(config: Config, progress: Progress) -> tuple[Checkpoint, str, str
         if config.model.path == "default"
         else Path(config.model.path).expanduser()
     )
-    checkpoint = Checkpoint.open(path)
-    return checkpoint, choose_dtype(config, checkpoint, recommended_dtype(path)), served_name(config, path)
+    checkpoint, provenance = Checkpoint.open(path), read_provenance(path)
+    return checkpoint, choose_dtype(config, checkpoint, provenance.dtype if provenance else None), served_name(config, path)
 
 
 @contextlib.contextmanager

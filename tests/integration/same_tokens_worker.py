@@ -77,6 +77,7 @@ def main() -> None:
     from cluster.messages import EngineSettings, HostSlot, HostSpec, settings_as_json
     from cluster.placement import plan
     from cluster.table import PlacementTable
+    from workloads.deploy import attention_arguments
 
     torch.set_num_threads(1)
     key = secrets.token_bytes(32)
@@ -84,7 +85,8 @@ def main() -> None:
     checkpoint = Checkpoint.open(path)
     inputs = prompts(count, checkpoint.text_config["vocab_size"])
     register()
-    stock = engine(path, dtype)
+    attention = attention_arguments(checkpoint, dtype)
+    stock = engine(path, dtype, **attention)
     expected, expected_logprobs = generate(stock, inputs, tokens)
     stock.llm_engine.engine_core.shutdown()
     del stock
@@ -137,6 +139,7 @@ def main() -> None:
         load_format=LOAD_FORMAT,
         worker_extension_cls="actors.engine_plugin.WorkerExtension",
         additional_config={SETTINGS_KEY: settings_as_json(settings)},
+        **attention,
     )
     result: dict[str, Any] = {"stock": expected, "stock_logprobs": expected_logprobs, "mesh": {}, "logprobs": {}}
     for number, table in zip(host_counts, tables, strict=True):
