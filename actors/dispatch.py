@@ -282,7 +282,9 @@ def fixed_route(
 def route_from_table(table: PlacementTable) -> Route:
     """The arrays of one table: each expert is answered for by the first of its hosts that runs."""
     owners = {layer: table.host_matrix(layer) for layer in table.experts}
-    missing = [(layer, expert) for layer, hosts in owners.items() for expert, host in enumerate(hosts) if host < 0]
+    missing = [
+        (layer, expert) for layer, hosts in owners.items() for expert, host in enumerate(hosts) if host < 0
+    ]
     if missing:
         raise HostError(
             f"{len(missing)} experts have no running host, the first is layer {missing[0][0]}, expert {missing[0][1]}",

@@ -13,8 +13,10 @@ experts and scaling stay vLLM's.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,10 @@ from cluster.messages import EngineSettings
 from cluster.table import PlacementTable
 
 LOAD_FORMAT = "expertmesh"
-SETTINGS_KEY = "expertmesh"
+ENABLED = {"expertmesh": True}
+"""vLLM's `additional_config` for a mesh engine. vLLM hashes it into the key of its compilation cache, so
+nothing that differs from start to start may stand in it; that travels in the environment."""
+SETTINGS_VARIABLE = "EXPERTMESH_ENGINE_SETTINGS"
 # One engine process has one dispatcher. A custom op gets tensors and numbers only, so it must find
 # the dispatcher here.
 _dispatcher: Dispatcher | None = None
@@ -57,11 +62,21 @@ def register() -> None:
     direct_register_custom_op("experts", _experts, fake_impl=_experts_shape, target_lib=_library)
 
 
-def engine_settings(config: VllmConfig) -> EngineSettings | None:
-    """What the router deployment handed to this engine; None for a stock engine."""
+def enabled(config: VllmConfig) -> bool:
+    """Whether this engine was started for the mesh; a stock engine was not."""
     additional = config.additional_config
-    raw = additional.get(SETTINGS_KEY) if isinstance(additional, dict) else None
-    return EngineSettings(**raw) if raw else None
+    return isinstance(additional, dict) and bool(additional.get("expertmesh"))
+
+
+def environment(settings: EngineSettings, key: bytes) -> dict[str, str]:
+    """Environment variables that bring the settings and the data plane's key into the engine's processes."""
+    return {SETTINGS_VARIABLE: json.dumps({**asdict(settings), "key": key.hex()})}
+
+
+def _read_environment() -> tuple[EngineSettings, bytes]:
+    raw = json.loads(os.environ[SETTINGS_VARIABLE])
+    key = bytes.fromhex(raw.pop("key"))
+    return EngineSettings(**raw), key
 
 
 def _experts(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, layer: int) -> torch.Tensor:
@@ -81,7 +96,7 @@ class MeshRoutedExperts(RoutedExperts):
     """vLLM's routed experts without weights: `apply` sends the rows to the expert hosts."""
 
     def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> FusedMoEMethodBase:
-        self.remote = engine_settings(get_current_vllm_config()) is not None
+        self.remote = enabled(get_current_vllm_config())
         if not self.remote:
             return super()._get_quant_method(prefix, quant_config, moe_config)
         if self.apply_router_weight_on_input:
@@ -163,14 +178,14 @@ class MeshModelLoader(DefaultModelLoader):
         """Nothing to do: the folder is local."""
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        settings = engine_settings(vllm_config)
-        if settings is None:
+        if not enabled(vllm_config):
             raise CheckpointError(
-                f"load format {LOAD_FORMAT!r} needs expertmesh's settings", "use `expertmesh serve`"
+                f"load format {LOAD_FORMAT!r} is expertmesh's own", "use `expertmesh serve`"
             )
+        settings, key = _read_environment()
         model = super().load_model(vllm_config, model_config, prefix)
         _check_coverage(model, settings)
-        _connect(settings)
+        _connect(settings, key)
         return model
 
 
@@ -194,7 +209,7 @@ def _check_coverage(model: nn.Module, settings: EngineSettings) -> None:
         )
 
 
-def _connect(settings: EngineSettings) -> None:
+def _connect(settings: EngineSettings, key: bytes) -> None:
     global _dispatcher
     table = PlacementTable.from_json(settings.table)
     _dispatcher = Dispatcher(
@@ -202,7 +217,7 @@ def _connect(settings: EngineSettings) -> None:
         Layout(settings.max_rows, settings.hidden, settings.top_k, settings.dtype),
         node_id=settings.node_id,
         model=settings.model,
-        key=bytes.fromhex(os.environ[settings.data_key_variable]),
+        key=key,
         deadline_s=settings.deadline_s,
     )
     _dispatcher.connect(settings.connect_timeout_s)

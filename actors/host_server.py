@@ -133,7 +133,9 @@ class HostServer:
 
     def _start(self, listener: socket.socket) -> None:
         listener.listen(64)
-        thread = threading.Thread(target=self._accept, args=(listener,), name="expertmesh-accept", daemon=True)
+        thread = threading.Thread(
+            target=self._accept, args=(listener,), name="expertmesh-accept", daemon=True
+        )
         self._listeners.append((listener, thread))
         thread.start()
 

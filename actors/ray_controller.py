@@ -56,14 +56,14 @@ class ControllerActor:
         self._controller.stop()
 
 
-def get_or_start(namespace: str):  # noqa: ANN201
+def get_or_start(namespace: str):
     """The cluster's controller; the first caller starts it."""
     return ControllerActor.options(  # type: ignore[attr-defined]
         name=NAME, namespace=namespace, lifetime="detached", get_if_exists=True
     ).remote(namespace)
 
 
-def find(namespace: str):  # noqa: ANN201
+def find(namespace: str):
     """The running controller, or None."""
     try:
         return ray.get_actor(NAME, namespace=namespace)

@@ -23,7 +23,7 @@ from fastapi.responses import JSONResponse, Response
 from actors.api_access import ApiKeys, OpenAIErrors, keep_listed_routes
 from actors.router_metrics import MeshMetrics
 from cluster.auth import data_plane_key
-from cluster.messages import RouterSpec, settings_as_json
+from cluster.messages import RouterSpec
 
 log = structlog.get_logger()
 
@@ -50,7 +50,9 @@ class Router:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        os.environ[self.spec.settings.data_key_variable] = data_plane_key().hex()
+        from actors.engine_plugin import environment
+
+        os.environ.update(environment(self.spec.settings, data_plane_key()))
         engine_args = AsyncEngineArgs(**engine_arguments(self.spec))
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
         loop = asyncio.get_running_loop()
@@ -146,14 +148,14 @@ class Router:
 
 def engine_arguments(spec: RouterSpec) -> dict[str, Any]:
     """vLLM's engine arguments for a mesh engine."""
-    from actors.engine_plugin import LOAD_FORMAT, SETTINGS_KEY
+    from actors.engine_plugin import ENABLED, LOAD_FORMAT
 
     return {
         "model": spec.model_path,
         "served_model_name": [spec.served_name],
         "load_format": LOAD_FORMAT,
         "worker_extension_cls": "actors.engine_plugin.WorkerExtension",
-        "additional_config": {SETTINGS_KEY: settings_as_json(spec.settings)},
+        "additional_config": ENABLED,
         **spec.engine,
     }
 
@@ -169,7 +171,7 @@ def serve_application(spec: RouterSpec, *, replicas: int, options: dict[str, Any
         def __init__(self, spec: RouterSpec) -> None:
             self._router = Router(spec)
 
-        async def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201
+        async def __serve_build_asgi_app__(self) -> FastAPI:
             return await self._router.start()
 
         async def check_health(self) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -76,7 +75,7 @@ class HostReport:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """What the router deployment hands to its engine process, as JSON in vLLM's configuration."""
+    """What the router deployment hands to its engine process, as JSON in the environment."""
 
     table: str
     """The placement table's JSON."""
@@ -90,9 +89,6 @@ class EngineSettings:
     max_rows: int
     deadline_s: float
     connect_timeout_s: float
-    data_key_variable: str
-    """Environment variable with the data plane's key (hexadecimal): vLLM logs its configuration, so a
-    secret can't travel in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +138,3 @@ class RouterSpec:
     """vLLM API-server arguments, such as the chat template."""
     api_key_digests: tuple[str, ...]
     ready_timeout_s: float
-
-
-def settings_as_json(settings: EngineSettings) -> dict[str, Any]:
-    """The settings as JSON types only: vLLM copies, hashes and logs its configuration."""
-    return json.loads(json.dumps(asdict(settings)))

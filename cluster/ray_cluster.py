@@ -44,7 +44,6 @@ def connected(settings: RayConfig, *, quiet: bool = True) -> Iterator[str]:
                 address="local",
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
-                _node_ip_address="127.0.0.1",
                 **common,
             )
         else:

@@ -26,8 +26,6 @@ _UNSUPPORTED = {
     "llama4": "Llama 4 multiplies router weights into the experts' input",
     "llama4_text": "Llama 4 multiplies router weights into the experts' input",
 }
-# Set in the router's process by the router itself, from the cluster's token.
-DATA_KEY_VARIABLE = "EXPERTMESH_DATA_KEY"
 # Rows in one message. Prefill steps longer than this go in several rounds; it bounds the shared memory.
 _MAX_ROWS = 2048
 
@@ -124,7 +122,6 @@ def router_spec(
         max_rows=max_rows,
         deadline_s=config.data_plane.deadline,
         connect_timeout_s=config.data_plane.connect_timeout,
-        data_key_variable=DATA_KEY_VARIABLE,
     )
     arguments = {
         "dtype": print_.dtype,

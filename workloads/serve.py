@@ -79,7 +79,11 @@ def open_model(config: Config, progress: Progress) -> tuple[Checkpoint, str, str
         else Path(config.model.path).expanduser()
     )
     checkpoint, provenance = Checkpoint.open(path), read_provenance(path)
-    return checkpoint, choose_dtype(config, checkpoint, provenance.dtype if provenance else None), served_name(config, path)
+    return (
+        checkpoint,
+        choose_dtype(config, checkpoint, provenance.dtype if provenance else None),
+        served_name(config, path),
+    )
 
 
 @contextlib.contextmanager
@@ -145,6 +149,9 @@ def _bring_up(config: Config, print_: Blueprint, breakdown: Breakdown, progress:
         **host_environment(engine_threads(config)),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
+        # On CPUs vLLM 0.32 can't load what its ahead-of-time compilation saved, so every start would compile
+        # again; without it Inductor's own cache serves the second start.
+        "VLLM_USE_AOT_COMPILE": "0",
         "VLLM_LOGGING_LEVEL": {"debug": "DEBUG", "info": "INFO"}.get(config.log_level, "WARNING"),
         "HF_HUB_OFFLINE": "1",
     }

@@ -19,10 +19,6 @@ _HTTP_TIMEOUT_S = 35.0
 
 def read_status(config: Config, url: str | None) -> dict[str, Any]:
     """Ask the server that runs here (or the cluster at ray.address); ExpertmeshError if there is none."""
-    import ray
-
-    from actors import ray_controller
-
     if config.ray.address == "local":
         run = run_file.the_one(url)
         settings = config.ray.model_copy(
@@ -33,6 +29,10 @@ def read_status(config: Config, url: str | None) -> dict[str, Any]:
         settings = config.ray
         url = url or f"http://{config.server.host}:{config.server.port}"
     with connected(settings):
+        import ray
+
+        from actors import ray_controller
+
         controller = ray_controller.find(settings.namespace)
         deployment = ray.get(controller.deployment.remote(), timeout=30) if controller else None
         if deployment is None:

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-DATA_KEY_VARIABLE = "EXPERTMESH_TEST_DATA_KEY"
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -30,7 +29,8 @@ def prompts(count: int, vocabulary: int) -> list[dict[str, list[int]]]:
 
     generator = random.Random(7)
     return [
-        {"prompt_token_ids": [generator.randrange(3, vocabulary) for _ in range(3 + 2 * i)]} for i in range(count)
+        {"prompt_token_ids": [generator.randrange(3, vocabulary) for _ in range(3 + 2 * i)]}
+        for i in range(count)
     ]
 
 
@@ -70,18 +70,17 @@ def main() -> None:
     count, tokens, host_counts = int(sys.argv[3]), int(sys.argv[4]), [int(n) for n in sys.argv[5:]]
     import torch
 
-    from actors.engine_plugin import LOAD_FORMAT, SETTINGS_KEY, register
+    from actors.engine_plugin import ENABLED, LOAD_FORMAT, environment, register
     from actors.expert_host import ExpertHost
     from cluster.checkpoint import Checkpoint
     from cluster.config import PlacementConfig
-    from cluster.messages import EngineSettings, HostSlot, HostSpec, settings_as_json
+    from cluster.messages import EngineSettings, HostSlot, HostSpec
     from cluster.placement import plan
     from cluster.table import PlacementTable
     from workloads.deploy import attention_arguments
 
     torch.set_num_threads(1)
     key = secrets.token_bytes(32)
-    os.environ[DATA_KEY_VARIABLE] = key.hex()
     checkpoint = Checkpoint.open(path)
     inputs = prompts(count, checkpoint.text_config["vocab_size"])
     register()
@@ -131,23 +130,30 @@ def main() -> None:
         max_rows=64,
         deadline_s=20.0,
         connect_timeout_s=20.0,
-        data_key_variable=DATA_KEY_VARIABLE,
     )
+    os.environ.update(environment(settings, key))
     mesh = engine(
         path,
         dtype,
         load_format=LOAD_FORMAT,
         worker_extension_cls="actors.engine_plugin.WorkerExtension",
-        additional_config={SETTINGS_KEY: settings_as_json(settings)},
+        additional_config=ENABLED,
         **attention,
     )
-    result: dict[str, Any] = {"stock": expected, "stock_logprobs": expected_logprobs, "mesh": {}, "logprobs": {}}
+    result: dict[str, Any] = {
+        "stock": expected,
+        "stock_logprobs": expected_logprobs,
+        "mesh": {},
+        "logprobs": {},
+    }
     for number, table in zip(host_counts, tables, strict=True):
         mesh.collective_rpc("expertmesh_set_table", args=(table,))
         result["mesh"][str(number)], result["logprobs"][str(number)] = generate(mesh, inputs, tokens)
     result["kernel"] = sorted({host.report().kernel for host in hosts})
     model = mesh.collective_rpc("expertmesh_parameter_names")[0]
-    result["expert_parameters_in_engine"] = [name for name in model if ".experts." in name or "routed_experts" in name]
+    result["expert_parameters_in_engine"] = [
+        name for name in model if ".experts." in name or "routed_experts" in name
+    ]
     print("RESULT " + json.dumps(result))
 
 

@@ -19,7 +19,8 @@ err = Console(stderr=True)
 @model_app.command()
 def upcycle(
     source: Annotated[
-        Path | None, typer.Argument(help="GGUF file or folder of a dense Llama-like model (default: the default model).")
+        Path | None,
+        typer.Argument(help="GGUF file or folder of a dense Llama-like model (default: the default model)."),
     ] = None,
     target: Annotated[Path | None, typer.Argument(help="Folder to make.")] = None,
     experts: Annotated[int, typer.Option(help="Experts per layer.")] = 8,
@@ -54,7 +55,9 @@ def upcycle(
 
 @model_app.command()
 def inspect(
-    path: Annotated[Path | None, typer.Argument(help="Checkpoint folder (default: the default model).")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(help="Checkpoint folder (default: the default model).")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """What a checkpoint is, from its headers alone."""
@@ -76,7 +79,9 @@ def inspect(
 
 @model_app.command()
 def verify(
-    path: Annotated[Path | None, typer.Argument(help="Checkpoint folder (default: the default model).")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(help="Checkpoint folder (default: the default model).")
+    ] = None,
     deep: Annotated[bool, typer.Option(help="Read every byte: digests, NaN and Inf.")] = True,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
@@ -94,7 +99,9 @@ def verify(
         for note in report.notes:
             out.print(f"note {note}", highlight=False, soft_wrap=True)
         size = report.weight_bytes / 2**20
-        out.print(f"{report.path}: {report.files} files, {report.tensors} tensors, {size:.0f} MiB", highlight=False)
+        out.print(
+            f"{report.path}: {report.files} files, {report.tensors} tensors, {size:.0f} MiB", highlight=False
+        )
     if report.problems:
         raise typer.Exit(1)
 
