@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import ray
 from ray.experimental import internal_kv
@@ -12,6 +13,10 @@ from cluster.controller import Controller, Deployment
 from cluster.messages import HostProgress, HostReport
 
 NAME = "controller"
+
+
+# Ray's types know no max_concurrency. Threads, so that status answers while a publish waits.
+_actor: Any = ray.remote(max_restarts=-1, max_task_retries=-1, max_concurrency=8, num_cpus=0)  # type: ignore[call-overload]
 
 
 class KvStore:
@@ -27,7 +32,7 @@ class KvStore:
         internal_kv._internal_kv_put(self._key, document, overwrite=True)
 
 
-@ray.remote(max_restarts=-1, max_task_retries=-1, max_concurrency=8, num_cpus=0)
+@_actor
 class ControllerActor:
     """Ray's view of a Controller."""
 
@@ -58,9 +63,10 @@ class ControllerActor:
 
 def get_or_start(namespace: str):
     """The cluster's controller; the first caller starts it."""
-    return ControllerActor.options(  # type: ignore[attr-defined]
-        name=NAME, namespace=namespace, lifetime="detached", get_if_exists=True
-    ).remote(namespace)
+    actor: Any = ControllerActor
+    return actor.options(name=NAME, namespace=namespace, lifetime="detached", get_if_exists=True).remote(
+        namespace
+    )
 
 
 def find(namespace: str):

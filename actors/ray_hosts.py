@@ -17,7 +17,11 @@ from cluster.messages import HostAddress, HostProgress, HostReport, HostSpec
 _PREFIX = "host:"
 
 
-@ray.remote(max_restarts=-1, max_task_retries=0, max_concurrency=4, num_cpus=0)
+# Ray's types know no max_concurrency. Threads, so that progress answers while wait_ready waits.
+_actor: Any = ray.remote(max_restarts=-1, max_task_retries=0, max_concurrency=4, num_cpus=0)  # type: ignore[call-overload]
+
+
+@_actor
 class HostActor:
     """Ray's view of an ExpertHost. Loading starts at once; `wait_ready` tells when it is done."""
 
@@ -73,7 +77,8 @@ class RayHosts:
             "scheduling_strategy": NodeAffinitySchedulingStrategy(spec.node_id, soft=False),
             "runtime_env": {"env_vars": host_environment(spec.threads)},
         }
-        return RayHost(HostActor.options(**options).remote(spec))
+        actor: Any = HostActor
+        return RayHost(actor.options(**options).remote(spec))
 
     def find(self, host_id: str) -> RayHost | None:
         """A running host of that name, or None."""

@@ -1,6 +1,6 @@
 """The router deployment: one vLLM engine behind Ray Serve, with vLLM's own OpenAI application.
 
-    1. `build` fixes the engine's arguments: the plug-in's load format, layer settings, worker methods
+    1. vLLM is imported while the hosts still load; then the controller is asked for the placement table
     2. the engine core starts as a process of its own, loads the dense weights, connects to the hosts
     3. Serve binds vLLM's FastAPI application late (`__serve_build_asgi_app__`), with /ready added and
        the metrics of the mesh beside vLLM's
@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -35,8 +37,10 @@ _STATS_PERIOD_S = 5.0
 class Router:
     """One replica of the router deployment. Serve makes it in an actor; tests call it directly."""
 
-    def __init__(self, spec: RouterSpec) -> None:
+    def __init__(self, spec: RouterSpec, fetch_table: Callable[[], str], node_id: str) -> None:
         self.spec = spec
+        self._fetch_table = fetch_table
+        self._node_id = node_id
         self.engine: Any = None
         self.metrics = MeshMetrics()
         self._background: list[asyncio.Task[None]] = []
@@ -52,10 +56,12 @@ class Router:
 
         from actors.engine_plugin import environment
 
-        os.environ.update(environment(self.spec.settings, data_plane_key()))
+        loop = asyncio.get_running_loop()
         engine_args = AsyncEngineArgs(**engine_arguments(self.spec))
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-        loop = asyncio.get_running_loop()
+        table = await loop.run_in_executor(None, self._fetch_table)
+        settings = replace(self.spec.settings, table=table, node_id=self._node_id)
+        os.environ.update(environment(settings, data_plane_key()))
         # Starting blocks for as long as the engine loads; Serve's probes must be answered meanwhile.
         self.engine = await loop.run_in_executor(
             None,
@@ -160,8 +166,11 @@ def engine_arguments(spec: RouterSpec) -> dict[str, Any]:
     }
 
 
-def serve_application(spec: RouterSpec, *, replicas: int, options: dict[str, Any]) -> Any:
-    """The Ray Serve application of `replicas` routers."""
+def serve_application(
+    spec: RouterSpec, fetch_table: Callable[[], str], *, replicas: int, options: dict[str, Any]
+) -> Any:
+    """The Ray Serve application of `replicas` routers; each asks `fetch_table` for the table at its start."""
+    import ray
     from ray import serve
 
     @serve.ingress()
@@ -169,7 +178,7 @@ def serve_application(spec: RouterSpec, *, replicas: int, options: dict[str, Any
         """Serve's view of a Router: the application comes once the engine runs."""
 
         def __init__(self, spec: RouterSpec) -> None:
-            self._router = Router(spec)
+            self._router = Router(spec, fetch_table, ray.get_runtime_context().get_node_id())
 
         async def __serve_build_asgi_app__(self) -> FastAPI:
             return await self._router.start()
@@ -186,4 +195,5 @@ def serve_application(spec: RouterSpec, *, replicas: int, options: dict[str, Any
         def __del__(self) -> None:
             self._router.shutdown()
 
-    return serve.deployment(RouterReplica, name="router", num_replicas=replicas, **options).bind(spec)
+    deployment: Any = serve.deployment(RouterReplica, name="router", num_replicas=replicas, **options)
+    return deployment.bind(spec)

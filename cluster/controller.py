@@ -83,11 +83,17 @@ class Controller:
         return [host.progress(_CALL_TIMEOUT_S) for host in self._running.values()]
 
     def publish(self, timeout_s: float) -> str:
-        """Wait for every host, then publish the table with their addresses as its next epoch; returns its JSON."""
+        """Wait for every host, then return the table's JSON with their addresses.
+
+        It is the next epoch if an address changed since the last one: every router that starts asks.
+        """
         with self._change:
             deployment = self._required()
             addresses = {host_id: host.wait_ready(timeout_s) for host_id, host in self._running.items()}
-            table = PlacementTable.from_json(deployment.table).next_epoch(hosts=addresses).to_json()
+            current = PlacementTable.from_json(deployment.table)
+            if all(current.hosts[host_id] == address for host_id, address in addresses.items()):
+                return deployment.table
+            table = current.next_epoch(hosts=addresses).to_json()
             self._save(Deployment(deployment.served_name, deployment.hosts, table))
             return table
 

@@ -103,45 +103,48 @@ def host_specs(
     )
 
 
-def router_spec(
-    config: Config, print_: Blueprint, table: str, node_id: str, api_keys: Sequence[str]
-) -> RouterSpec:
-    """What the router replicas are told to be, with the published table."""
+def router_spec(config: Config, print_: Blueprint) -> RouterSpec:
+    """What the router replicas are told to be; they ask the controller for the table when they start."""
+    return router_spec_for(config, print_.checkpoint, print_.dtype, print_.served_name)
+
+
+def router_spec_for(config: Config, checkpoint: Checkpoint, dtype: str, name: str) -> RouterSpec:
+    """The same before anything is placed: what a rehearsal needs."""
     from actors.api_access import key_digest
 
     engine = config.engine
     max_rows = min(engine.max_num_batched_tokens or _MAX_ROWS, _MAX_ROWS)
     settings = EngineSettings(
-        table=table,
-        model=print_.checkpoint.digest,
-        moe_layers=tuple(layer.index for layer in print_.checkpoint.moe_layers),
-        node_id=node_id,
-        hidden=print_.checkpoint.hidden_size,
-        top_k=print_.checkpoint.top_k,
-        dtype=print_.dtype,
+        table="",
+        model=checkpoint.digest,
+        moe_layers=tuple(layer.index for layer in checkpoint.moe_layers),
+        node_id="",
+        hidden=checkpoint.hidden_size,
+        top_k=checkpoint.top_k,
+        dtype=dtype,
         max_rows=max_rows,
         deadline_s=config.data_plane.deadline,
         connect_timeout_s=config.data_plane.connect_timeout,
     )
     arguments = {
-        "dtype": print_.dtype,
+        "dtype": dtype,
         "max_num_seqs": engine.max_num_seqs,
         "kv_cache_memory_bytes": int(engine.kv_cache),
         "enforce_eager": engine.enforce_eager,
         "distributed_executor_backend": "uni",
-        **(attention_arguments(print_.checkpoint, print_.dtype) if engine.device != "cuda" else {}),
+        **(attention_arguments(checkpoint, dtype) if engine.device != "cuda" else {}),
     }
     if engine.max_model_len is not None:
         arguments["max_model_len"] = engine.max_model_len
     if engine.max_num_batched_tokens is not None:
         arguments["max_num_batched_tokens"] = engine.max_num_batched_tokens
     return RouterSpec(
-        model_path=str(print_.checkpoint.path),
-        served_name=print_.served_name,
+        model_path=str(checkpoint.path),
+        served_name=name,
         settings=settings,
         engine={**arguments, **engine.options},
         frontend={},
-        api_key_digests=tuple(key_digest(key) for key in api_keys),
+        api_key_digests=tuple(key_digest(key.get_secret_value()) for key in config.server.api_keys),
         ready_timeout_s=30.0,
     )
 
@@ -174,3 +177,21 @@ def served_name(config: Config, path: Path) -> str:
 def engine_threads(config: Config) -> int:
     """Threads of the engine process: as configured, else every core that this process may use."""
     return config.engine.threads if config.engine.threads != "auto" else len(os.sched_getaffinity(0))
+
+
+def engine_environment(config: Config) -> dict[str, str]:
+    """Environment of the engine's processes: the same for rehearsal and serving, or compiling would differ."""
+    from actors.ray_hosts import host_environment
+    from workloads.models.default_model import cache_root
+
+    return {
+        **host_environment(engine_threads(config)),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": {"debug": "DEBUG", "info": "INFO"}.get(config.log_level, "WARNING"),
+        # On CPUs vLLM 0.32 can't load what its ahead-of-time compilation saved, so every start would compile
+        # again; without it Inductor's own cache serves every start but the first.
+        "VLLM_USE_AOT_COMPILE": "0",
+        "TORCHINDUCTOR_CACHE_DIR": str(cache_root().parent / "inductor"),
+        "HF_HUB_OFFLINE": "1",
+    }

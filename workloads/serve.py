@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,16 @@ from cluster.config import Config
 from cluster.errors import ConfigError, ExpertmeshError, HostError
 from cluster.ray_cluster import connected, nodes
 from workloads import run_file
-from workloads.deploy import Blueprint, blueprint, choose_dtype, engine_threads, router_spec, served_name
+from workloads.deploy import (
+    Blueprint,
+    blueprint,
+    check_supported,
+    choose_dtype,
+    engine_environment,
+    router_spec,
+    served_name,
+)
+from workloads.rehearse import rehearse
 from workloads.models.default_model import default_model
 from workloads.models.provenance import read_provenance
 
@@ -96,6 +106,9 @@ def serving(config: Config, progress: Progress) -> Iterator[Server]:
     check_port(config.server.host, config.server.port)
     with breakdown.stage("model"):
         checkpoint, dtype, name = open_model(config, progress)
+        check_supported(checkpoint)
+    with breakdown.stage("compile"):
+        rehearse(config, checkpoint, dtype, name, progress)
     breakdown.started = time.monotonic()
     with contextlib.ExitStack() as stack:
         with breakdown.stage("ray"):
@@ -127,65 +140,74 @@ def check_port(host: str, port: int) -> None:
 
 
 def _bring_up(config: Config, print_: Blueprint, breakdown: Breakdown, progress: Progress) -> None:
-    import ray
     from ray import serve
     from ray.serve.config import HTTPOptions
 
     from actors import ray_controller
-    from actors.ray_hosts import host_environment
     from actors.router import serve_application
 
-    controller = ray_controller.get_or_start(config.ray.namespace)
+    namespace = config.ray.namespace
+    controller = ray_controller.get_or_start(namespace)
     _get(controller.deploy.remote(print_.deployment))
     with breakdown.stage("serve"):
         serve.start(http_options=HTTPOptions(host=config.server.host, port=config.server.port))
-    with breakdown.stage("hosts"):
-        _watch_hosts(controller, progress)
-        table = _get(controller.publish.remote(_START_TIMEOUT_S))
-    node_id = ray.get_runtime_context().get_node_id()
-    keys = [key.get_secret_value() for key in config.server.api_keys]
-    spec = router_spec(config, print_, table, node_id, keys)
-    environment = {
-        **host_environment(engine_threads(config)),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        # On CPUs vLLM 0.32 can't load what its ahead-of-time compilation saved, so every start would compile
-        # again; without it Inductor's own cache serves the second start.
-        "VLLM_USE_AOT_COMPILE": "0",
-        "VLLM_LOGGING_LEVEL": {"debug": "DEBUG", "info": "INFO"}.get(config.log_level, "WARNING"),
-        "HF_HUB_OFFLINE": "1",
-    }
     options = {
         "max_ongoing_requests": config.server.max_queue,
-        "ray_actor_options": {"num_cpus": 1, "runtime_env": {"env_vars": environment}},
+        "ray_actor_options": {"num_cpus": 1, "runtime_env": {"env_vars": engine_environment(config)}},
         "graceful_shutdown_timeout_s": 5.0,
+        # An engine that can't start won't start the next time either; every attempt takes a minute.
+        "max_constructor_retry_count": 1,
     }
-    with breakdown.stage("engine"):
-        application = serve_application(spec, replicas=config.engine.replicas, options=options)
-        _run_application(serve, application, progress)
+    with breakdown.stage("engine and hosts"):
+        application = serve_application(
+            router_spec(config, print_),
+            partial(ray_controller.published_table, namespace, _START_TIMEOUT_S),
+            replicas=config.engine.replicas,
+            options=options,
+        )
+        target = serve.RunTarget(application, name=APP, route_prefix="/")
+        serve.run_many(
+            [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
+        )
+        _watch(serve, controller, progress)
 
 
-def _watch_hosts(controller: Any, progress: Progress) -> None:
-    """Show the hosts' loading until all are ready; the first one's failure is raised."""
+def _watch(serve: Any, controller: Any, progress: Progress) -> None:
+    """Show hosts and engine coming up until the application runs; what fails is raised."""
     deadline = time.monotonic() + _START_TIMEOUT_S
+    loading = True
     while True:
-        states = _get(controller.progress.remote())
-        failed = [state for state in states if state.error]
-        if failed:
-            raise HostError(f"expert host {failed[0].host_id} could not load: {failed[0].error}")
-        done, total = sum(s.layers_loaded for s in states), sum(s.layers for s in states)
-        progress("loading experts", done / max(total, 1))
-        if all(state.ready for state in states):
+        if loading:
+            states = _get(controller.progress.remote())
+            failed = [state for state in states if state.error]
+            if failed:
+                raise HostError(f"expert host {failed[0].host_id} could not load: {failed[0].error}")
+            done, total = sum(s.layers_loaded for s in states), sum(s.layers for s in states)
+            progress("loading experts", done / max(total, 1))
+            loading = not all(state.ready for state in states)
+        progress("starting the engine", 0.5)
+        application = serve.status().applications.get(APP)
+        status = application.status if application else "NOT_STARTED"
+        if status == "RUNNING" and not loading:
+            progress("starting the engine", 1.0)
             return
+        if status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise ExpertmeshError(
+                f"the engine could not start: {_cause(application)}", "run again with --log-level info"
+            )
         if time.monotonic() > deadline:
-            raise HostError("the expert hosts did not load in time", "see the hosts' logs under /tmp/ray")
+            raise ExpertmeshError(
+                "the engine did not start in time", "see the logs under /tmp/ray/session_latest/logs"
+            )
         time.sleep(_POLL_S)
 
 
-def _run_application(serve: Any, application: Any, progress: Progress) -> None:
-    """Deploy the router and wait until Serve calls it running; what makes it fail is raised."""
-    serve.run(application, name=APP, route_prefix="/", blocking=False, _local_testing_mode=False)
-    progress("starting the engine", 1.0)
+def _cause(application: Any) -> str:
+    """The last line of the traceback that Serve kept for the deployment: what the engine said."""
+    messages = [deployment.message for deployment in application.deployments.values()] + [application.message]
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    told = [line for line in lines if "Error" in line and ":" in line]
+    return (told or lines or ["no reason given"])[-1]
 
 
 def wait_ready(url: str, breakdown: Breakdown, progress: Progress) -> None:
