@@ -109,7 +109,7 @@ class MeshRoutedExperts(RoutedExperts):
 
     def load_weights(self, weights: Any) -> Iterable[str]:
         if not self.remote:
-            return super().load_weights(weights)
+            return iter(super().load_weights(weights))
         for _ in weights:
             pass  # a checkpoint loaded in another format may still offer the experts' tensors
         return iter(())
@@ -199,7 +199,8 @@ def _check_coverage(model: nn.Module, settings: EngineSettings) -> None:
             continue
         if not isinstance(module.routed_experts, MeshRoutedExperts):
             raise CheckpointError(
-                f"{type(model).__name__}: {name} brings its own expert layer, {type(module.routed_experts).__name__}",
+                f"{type(model).__name__}: {name} brings its own expert layer, "
+                f"{type(module.routed_experts).__name__}",
                 "expertmesh can't take these experts out of the engine; this architecture is not supported",
             )
         remote.add(extract_layer_index(name))

@@ -102,7 +102,7 @@ class ExpertHost:
         checkpoint = Checkpoint.open(Path(spec.model_path))
         if checkpoint.digest != spec.model:
             raise CheckpointError(
-                f"host {spec.host_id}: {spec.model_path} is not the checkpoint that the engine was started with",
+                f"host {spec.host_id}: {spec.model_path} is not the engine's checkpoint",
                 "put the same folder on every node",
             )
         sizes = {layer.index: layer.num_experts for layer in checkpoint.moe_layers}

@@ -71,7 +71,8 @@ def greet(
         hello = _receive(sock)[0]
         if hello.get("protocol") != PROTOCOL_VERSION:
             raise ProtocolError(
-                f"host {host_id} speaks data-plane protocol {PROTOCOL_VERSION}, the engine {hello.get('protocol')}",
+                f"host {host_id} speaks data-plane protocol {PROTOCOL_VERSION}, "
+                f"the engine {hello.get('protocol')}",
                 "run the same expertmesh version on every node",
             )
         theirs, mine = _text(hello, "nonce"), secrets.token_hex(16)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import structlog
 from pydantic import TypeAdapter
 
 from cluster.errors import HostError
@@ -51,6 +52,8 @@ class Store(Protocol):
     def save(self, document: bytes) -> None: ...
 
 
+log = structlog.get_logger()
+
 _DEPLOYMENT = TypeAdapter(Deployment)
 # A host that loads answers quickly all the same: loading runs in a thread of its own.
 _CALL_TIMEOUT_S = 10.0
@@ -76,7 +79,9 @@ class Controller:
                     "end it with `expertmesh down` first",
                 )
             self._save(deployment)
-            self._running = {spec.host_id: self._hosts.launch(spec) for spec in deployment.hosts}
+            # One by one: if a launch raises, `stop` must know of those before it.
+            for spec in deployment.hosts:
+                self._running[spec.host_id] = self._hosts.launch(spec)
 
     def progress(self) -> list[HostProgress]:
         """How far each host is with loading."""
@@ -118,8 +123,12 @@ class Controller:
     def stop(self) -> None:
         """End every host and forget the deployment."""
         with self._change:
-            for host in self._running.values():
-                host.stop()
+            for host_id, host in self._running.items():
+                try:
+                    host.stop()
+                except Exception as error:
+                    # One that can't be ended must not keep the others running.
+                    log.warning("host not ended", host=host_id, reason=str(error))
             self._running = {}
             self._deployment = None
             self._store.save(b"")

@@ -1,4 +1,4 @@
-"""The command line: `expertmesh serve | chat | complete | status | plan | config | model | bench | doctor | down`.
+"""The command line: `expertmesh serve`, and all that is asked of a served model.
 
 Importing this module loads neither torch nor Ray: commands import what they need, so that `--help`
 and mistakes in the configuration answer at once.
