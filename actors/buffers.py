@@ -9,6 +9,7 @@ Shape suffixes: R = capacity in rows, K = top-k, H = hidden size; n = rows of on
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 from dataclasses import dataclass
@@ -18,6 +19,11 @@ import numpy as np
 import torch
 
 from cluster.frame import ITEM_BYTES
+
+# The C library's, called without letting go of the interpreter's lock as ctypes.memmove does: taking it back
+# costs as much as a small copy, and may wait milliseconds for another thread.
+memmove = ctypes.PyDLL(None).memmove
+memmove.argtypes, memmove.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), None
 
 # Arrays start on cache lines, so that two processes never share one across arrays.
 _ALIGN = 64

@@ -22,6 +22,7 @@ import torch
 
 from actors.buffers import Layout
 from actors.link import HostLink
+from actors.share import Share, Whole, raw
 from cluster.errors import HostError, ProtocolError
 from cluster.frame import manifest_id
 from cluster.messages import HostAddress
@@ -29,8 +30,6 @@ from cluster.table import PlacementTable
 
 log = structlog.get_logger()
 
-# Marks an expert that another host answers for.
-_NOT_HERE = np.int32(-1)
 # Pause between attempts to reach a host that is restarting; short against its load time.
 _RECONNECT_PAUSE_S = 0.1
 
@@ -56,6 +55,7 @@ class Dispatcher:
         self, route: Route, layout: Layout, *, node_id: str, model: str, key: bytes, deadline_s: float
     ) -> None:
         self.layout = layout
+        self._max_rows = layout.max_rows
         self.deadline_s = deadline_s
         self.stats = DispatchStats()
         self._node_id, self._model, self._key = node_id, model, key
@@ -79,7 +79,8 @@ class Dispatcher:
             gone.close()
         self._links = links
         self._ordered = [links[address.host_id] for address in route.hosts]
-        self._manifest = manifest_id(route.manifest)
+        self._only = self._ordered[0] if len(self._ordered) == 1 else None
+        self._manifest, self._epoch = manifest_id(route.manifest), route.epoch
         self.route = route
 
     def connect(self, timeout_s: float) -> None:
@@ -113,13 +114,15 @@ class Dispatcher:
         within the deadline, or refuses.
         """
         started = perf_counter_ns()
-        rows, step = len(x_TH), self.layout.max_rows
+        # Not len(x_TH), which takes a microsecond in torch's Python.
+        rows, step = x_TH.shape[0], self._max_rows
         if rows <= step:
-            self._round(layer, x_TH, weights_TK, ids_TK, out_TH)
+            self._round(layer, x_TH, weights_TK, ids_TK, out_TH, rows)
         else:
             for start in range(0, rows, step):
                 part = slice(start, start + step)
-                self._round(layer, x_TH[part], weights_TK[part], ids_TK[part], out_TH[part])
+                out = out_TH[part]
+                self._round(layer, x_TH[part], weights_TK[part], ids_TK[part], out, out.shape[0])
         stats = self.stats
         stats.dispatches += 1
         stats.rows += rows
@@ -132,15 +135,25 @@ class Dispatcher:
         weights_TK: torch.Tensor,
         ids_TK: torch.Tensor,
         out_TH: torch.Tensor,
+        rows: int,
     ) -> None:
-        if len(self._ordered) == 1:
-            # Every expert lives on one host: all rows go there as they are, one copy each way.
-            part = _Whole(self._ordered[0], x_TH, weights_TK, ids_TK)
-            self._send(layer, part)
-            self._receive(layer, part)
-            part.link.copy_out(out_TH.data_ptr(), part.rows)
-        else:
+        link = self._only
+        if link is None:
             self._split(layer, x_TH, weights_TK, ids_TK, out_TH)
+            return
+        # Every expert lives on one host: all rows go there as they are, one copy each way.
+        x, weights, ids = x_TH.data_ptr(), weights_TK.data_ptr(), ids_TK.data_ptr()
+        try:
+            link.copy_in(x, weights, ids, rows)
+            link.send(self._manifest, self._epoch, layer, rows)
+            link.receive(rows)
+        except (OSError, ProtocolError) as error:
+            part = Whole(link, rows, x, weights, ids)
+            self._lost(link, error)
+            deadline = time.monotonic() + self.deadline_s
+            self._again(layer, part, deadline)
+            self._receive(layer, part, deadline)
+        link.copy_out(out_TH.data_ptr(), rows)
 
     def _split(
         self,
@@ -150,14 +163,14 @@ class Dispatcher:
         ids_TK: torch.Tensor,
         out_TH: torch.Tensor,
     ) -> None:
-        x, weights, ids = _raw(x_TH), weights_TK.numpy(), ids_TK.numpy()
+        x, weights, ids = raw(x_TH), weights_TK.numpy(), ids_TK.numpy()
         host_TK = self.route.host_of[layer].take(ids)
-        parts: list[_Share] = []
+        parts: list[Share] = []
         for position, link in enumerate(self._ordered):
             here_TK = host_TK == position
             rows = np.flatnonzero(here_TK.any(axis=1))
             if rows.size:
-                part = _Share(link, rows, here_TK, x, weights, ids)
+                part = Share(link, rows, here_TK, x, weights, ids)
                 parts.append(part)
                 self._send(layer, part)
         # Shares are added in float32: a sum in the model's dtype would round once per host.
@@ -172,32 +185,37 @@ class Dispatcher:
         if total_TH is not out_TH:
             out_TH.copy_(total_TH)
 
-    def _send(self, layer: int, part: _Whole | _Share) -> None:
+    def _send(self, layer: int, part: Whole | Share) -> None:
         try:
             part.fill()
-            part.link.send(self._manifest, self.route.epoch, layer, part.rows)
+            part.link.send(self._manifest, self._epoch, layer, part.rows)
         except OSError:
             # Not connected, or the host is gone: `_receive` sends the same rows again.
             part.link.close()
 
-    def _receive(self, layer: int, part: _Whole | _Share) -> None:
+    def _receive(self, layer: int, part: Whole | Share, deadline: float = 0.0) -> None:
         """Wait for the answer to `part`; sends it again over a new connection if the host went away.
 
         Hosts hold no request state, so the same rows may be sent any number of times.
         """
         link = part.link
-        deadline = 0.0
         while True:
             try:
                 link.receive(part.rows)
                 return
             except (OSError, ProtocolError) as error:
-                log.warning("expert host lost, reconnecting", host=link.address.host_id, reason=str(error))
-                self.stats.reconnects += 1
-                link.close()
+                self._lost(link, error)
             deadline = deadline or time.monotonic() + self.deadline_s
-            self._reconnect(link, deadline)
-            self._send(layer, part)
+            self._again(layer, part, deadline)
+
+    def _lost(self, link: HostLink, error: Exception) -> None:
+        log.warning("expert host lost, reconnecting", host=link.address.host_id, reason=str(error))
+        self.stats.reconnects += 1
+        link.close()
+
+    def _again(self, layer: int, part: Whole | Share, deadline: float) -> None:
+        self._reconnect(part.link, deadline)
+        self._send(layer, part)
 
     def _reconnect(self, link: HostLink, deadline: float) -> None:
         while True:
@@ -224,52 +242,6 @@ class DispatchStats:
         self.rows = 0
         self.nanoseconds = 0
         self.reconnects = 0
-
-
-class _Whole:
-    """A round's rows as they are, for the only host; `fill` may be called again for another attempt."""
-
-    __slots__ = ("ids", "link", "rows", "weights", "x")
-
-    def __init__(
-        self, link: HostLink, x_TH: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor
-    ) -> None:
-        self.link, self.rows = link, len(x_TH)
-        self.x, self.weights, self.ids = x_TH.data_ptr(), weights_TK.data_ptr(), ids_TK.data_ptr()
-
-    def fill(self) -> None:
-        self.link.copy_in(self.x, self.weights, self.ids, self.rows)
-
-
-class _Share:
-    """One host's share of a round: the rows that need it, ids of other hosts' experts made -1."""
-
-    __slots__ = ("here", "ids", "link", "row_numbers", "rows", "weights", "x")
-
-    def __init__(
-        self,
-        link: HostLink,
-        row_numbers: np.ndarray,
-        here: np.ndarray,
-        x: np.ndarray,
-        weights: np.ndarray,
-        ids: np.ndarray,
-    ) -> None:
-        self.link, self.row_numbers, self.rows = link, row_numbers, len(row_numbers)
-        self.here, self.x, self.weights, self.ids = here, x, weights, ids
-
-    def fill(self) -> None:
-        views = self.link.buffers.views(self.rows)
-        rows, ids = self.row_numbers, np.where(self.here, self.ids, _NOT_HERE)
-        # mode="clip" because the default checks bounds through a temporary copy; the rows are in bounds.
-        self.x.take(rows, 0, out=views.x_raw, mode="clip")
-        self.weights.take(rows, 0, out=views.weights_np, mode="clip")
-        ids.take(rows, 0, out=views.ids_np, mode="clip")
-
-
-def _raw(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's memory as integers of the item size: a copy needs no dtype, and NumPy has no bfloat16."""
-    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16).numpy()
 
 
 def fixed_route(

@@ -14,14 +14,15 @@ import threading
 from collections.abc import Mapping
 from socket import MSG_WAITALL
 from time import perf_counter_ns
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
 import structlog
-import torch
 
 from actors.buffers import Buffers, Views
 from actors.handshake import greet
+from actors.header_parts import DISPATCH_LEAD, MAX_KEPT, PARTS, REPLY_LEAD, rest
+from actors.hosted_layer import HostedLayer, Slots
 from actors.link import read_exactly, send_all
 from cluster.errors import ExpertmeshError, HostError, ProtocolError
 from cluster.frame import (
@@ -37,9 +38,10 @@ from cluster.frame import (
     PONG,
     PROTOCOL_VERSION,
     REPLY,
+    Frame,
     decode,
     dispatch_bytes,
-    encode_into,
+    encode,
 )
 
 log = structlog.get_logger()
@@ -48,31 +50,8 @@ log = structlog.get_logger()
 _GREETING_TIMEOUT_S = 10.0
 
 
-class Experts(Protocol):
-    """One layer's local experts; see `actors.expert_kernels`."""
-
-    def compute(
-        self, x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
-    ) -> None: ...
-
-
 # One for the process, not for the server: vLLM's CPU kernel has one scratch memory per process.
 _KERNEL_LOCK = threading.Lock()
-# slot_of's mark for an expert of the layer that this host does not hold.
-_ABSENT = -2
-# ndarray.min goes through two Python frames; the ufunc's own reduction does not.
-_minimum = np.minimum.reduce
-
-
-class HostedLayer:
-    """A layer's experts and the map from the model's expert numbers to the host's slots."""
-
-    def __init__(self, experts: Experts, expert_ids: tuple[int, ...], num_experts: int) -> None:
-        self.experts = experts
-        # slot_of[-1] is the last element: ids of -1 ("not for this host") stay -1 without a branch.
-        self.slot_of = np.full(num_experts + 1, _ABSENT, np.int32)
-        self.slot_of[list(expert_ids)] = np.arange(len(expert_ids), dtype=np.int32)
-        self.slot_of[-1] = -1
 
 
 class HostServer:
@@ -88,6 +67,7 @@ class HostServer:
         dtype: str,
         hidden: int,
         key: bytes,
+        kernel_lock: threading.Lock = _KERNEL_LOCK,
     ) -> None:
         self.host_id = host_id
         self.layers = layers
@@ -97,6 +77,7 @@ class HostServer:
         self.manifest, self._model, self._dtype, self._hidden = manifest, model, dtype, hidden
         self.dtype_code = DTYPE_CODES[dtype]
         self._key = key
+        self.kernel_lock = kernel_lock
         self._listeners: list[tuple[socket.socket, threading.Thread]] = []
         self._connections: set[socket.socket] = set()
 
@@ -181,106 +162,101 @@ class _Connection:
         self._inline = inline
         layout = buffers.layout
         self._slots = np.empty((layout.max_rows, layout.top_k), np.int32)
-        self._slot_views: dict[int, tuple[np.ndarray, torch.Tensor]] = {}
+        self._requests: dict[bytes, _Request] = {}
 
     def run(self) -> None:
         """Answer frames until the engine closes; ProtocolError if it sends what makes no sense."""
         sock, server = self._sock, self._server
-        request, reply = bytearray(HEADER_BYTES), bytearray(HEADER_BYTES)
-        layout = self._buffers.layout
-        due = (MAGIC, PROTOCOL_VERSION, DISPATCH, server.dtype_code, layout.top_k, layout.hidden)
-        out_bytes = layout.hidden * ITEM_BYTES[layout.dtype]
-        in_bytes = dispatch_bytes(1, layout.hidden, layout.top_k, ITEM_BYTES[layout.dtype])
-        while sock.recv_into(request, HEADER_BYTES, MSG_WAITALL) == HEADER_BYTES:
-            (
-                magic,
-                version,
-                kind,
-                request_id,
-                manifest,
-                epoch,
-                layer,
-                dtype,
-                top_k,
-                rows,
-                hidden,
-                size,
-                _,
-            ) = HEADER.unpack_from(request)
+        buffer = bytearray(HEADER_BYTES)
+        while sock.recv_into(buffer, HEADER_BYTES, MSG_WAITALL) == HEADER_BYTES:
+            lead, number, asked, _ = PARTS.unpack_from(buffer)
+            request = self._requests.get(asked) if lead == DISPATCH_LEAD else None
             # Checked before anything is read: a wrong count must not move the stream out of step.
-            if (
-                (magic, version, kind, dtype, top_k, hidden) != due
-                or size != rows * in_bytes
-                or rows > layout.max_rows
-            ):
-                self._answer_rare(request, reply)
+            if request is None and (request := self._check(buffer)) is None:
+                self._answer_rare(buffer)
                 continue
-            views = self._buffers.views(rows)
+            views = request.views
             if self._inline:
                 for part in (views.ids_np, views.weights_np, views.x_raw):
                     read_exactly(sock, memoryview(part).cast("B"))
             try:
-                compute_ns = self._compute(layer, manifest, rows, views)
+                compute_ns = self._compute(request)
             except Exception as error:
                 # Whatever a kernel throws concerns these rows alone; the connection and the host live on.
-                log.warning("dispatch failed", host=server.host_id, layer=layer, reason=str(error))
-                self._send_error(request, reply, str(error) or type(error).__name__)
+                log.warning("dispatch failed", host=server.host_id, layer=request.layer, reason=str(error))
+                self._send_error(buffer, str(error) or type(error).__name__)
                 continue
-            HEADER.pack_into(
-                reply, 0, MAGIC, PROTOCOL_VERSION, REPLY, request_id, manifest, epoch, layer,
-                dtype, top_k, rows, hidden, rows * out_bytes, compute_ns,
-            )  # fmt: skip
+            reply = PARTS.pack(REPLY_LEAD, number, request.answer, compute_ns)
             if self._inline:
                 send_all(sock, [reply, views.out_raw])
             else:
                 sock.send(reply)
 
-    def _answer_rare(self, request: bytearray, reply: bytearray) -> None:
+    def _check(self, buffer: bytearray) -> _Request | None:
+        """What a header that was not seen before asks for; None if it is no dispatch for this connection."""
+        magic, version, kind, _, *fields, _ = HEADER.unpack_from(buffer)
+        manifest, epoch, layer, dtype, top_k, rows, hidden, size = fields
+        layout = self._buffers.layout
+        item_bytes = ITEM_BYTES[layout.dtype]
+        due = (MAGIC, PROTOCOL_VERSION, DISPATCH, self._server.dtype_code, layout.top_k, layout.hidden)
+        if (
+            (magic, version, kind, dtype, top_k, hidden) != due
+            or size != dispatch_bytes(rows, hidden, top_k, item_bytes)
+            or rows > layout.max_rows
+        ):
+            return None
+        if len(self._requests) >= MAX_KEPT:
+            self._requests.clear()
+        answer = rest(REPLY, manifest, epoch, layer, dtype, top_k, rows, hidden, rows * hidden * item_bytes)
+        request = _Request(
+            layer, manifest, rows, self._buffers.views(rows), Slots.of(self._slots[:rows]), answer
+        )
+        self._requests[PARTS.unpack_from(buffer)[2]] = request
+        return request
+
+    def _answer_rare(self, buffer: bytearray) -> None:
         """A ping, or something that ends the connection with ProtocolError."""
-        frame = decode(request)
+        frame = decode(buffer)
         if frame.kind != PING:
             raise ProtocolError(f"{frame} on a connection made for {self._buffers.layout}")
-        encode_into(reply, PONG, frame.request_id, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-        self._sock.send(reply)
+        self._sock.send(encode(Frame(PONG, frame.request_id, 0, 0, 0, 0, 0, 0, 0, 0, 0)))
 
-    def _compute(self, layer: int, manifest: int, rows: int, views: Views) -> int:
+    def _compute(self, request: _Request) -> int:
         """Run the layer's experts on the rows in the buffers; returns nanoseconds."""
-        server = self._server
+        server, (layer, manifest, rows, views, slots, _) = self._server, request
         hosted = server.layers.get(layer)
         if hosted is None:
             raise HostError(f"holds no experts of layer {layer}")
         if manifest != server.manifest:
             raise HostError(f"holds manifest {server.manifest:016x}, the dispatch wants {manifest:016x}")
-        slots_np, slots = self._slots_of(rows)
-        # take raises on an id outside the layer; "absent" marks an expert that lives elsewhere.
-        hosted.slot_of.take(views.ids_np, out=slots_np)
-        if rows and _minimum(slots_np, None) == _ABSENT:
-            missing = sorted(set(views.ids_np[slots_np == _ABSENT].tolist()))
-            raise HostError(f"does not hold experts {missing} of layer {layer}")
-        with _KERNEL_LOCK:
+        hosted.to_slots(views.ids_np, slots)
+        with server.kernel_lock:
             started = perf_counter_ns()
-            hosted.experts.compute(views.x, slots, views.weights, views.out)
+            hosted.experts.compute(views.x, slots.tensor, views.weights, views.out)
             elapsed = perf_counter_ns() - started
             server.dispatches_served += 1
             server.rows_served += rows
             server.compute_ns += elapsed
         return elapsed
 
-    def _slots_of(self, rows: int) -> tuple[np.ndarray, torch.Tensor]:
-        pair = self._slot_views.get(rows)
-        if pair is None:
-            if len(self._slot_views) >= 512:
-                self._slot_views.clear()
-            array = self._slots[:rows]
-            pair = self._slot_views[rows] = (array, torch.from_numpy(array))
-        return pair
-
-    def _send_error(self, request: bytearray, reply: bytearray, text: str) -> None:
-        frame, data = decode(request), text.encode()[:MAX_ERROR_BYTES]
-        encode_into(
-            reply, ERROR, frame.request_id, frame.manifest, frame.epoch, frame.layer, 0, 0, 0, 0, len(data), 0
+    def _send_error(self, buffer: bytearray, text: str) -> None:
+        frame, data = decode(buffer), text.encode()[:MAX_ERROR_BYTES]
+        header = Frame(
+            ERROR, frame.request_id, frame.manifest, frame.epoch, frame.layer, 0, 0, 0, 0, len(data), 0
         )
-        send_all(self._sock, [reply, data])
+        send_all(self._sock, [encode(header), data])
+
+
+class _Request(NamedTuple):
+    """A dispatch header that was found good, with everything that answering it needs."""
+
+    layer: int
+    manifest: int
+    rows: int
+    views: Views
+    slots: Slots
+    answer: bytes
+    """What the reply's header carries in the same place."""
 
 
 def _bind(listener: socket.socket, address: object, what: str) -> None:

@@ -10,24 +10,21 @@ import socket
 import struct
 import time
 from collections.abc import Sequence
-from ctypes import memmove
 from socket import MSG_WAITALL
 from typing import Any, NoReturn
 
-from actors.buffers import Buffers, Layout
+from actors.buffers import Buffers, Layout, memmove
 from actors.handshake import Identity, dial
+from actors.header_parts import DISPATCH_LEAD, MAX_KEPT, PARTS, REPLY_LEAD, rest
 from cluster.errors import HostError, ProtocolError
 from cluster.frame import (
     DISPATCH,
     DTYPE_CODES,
     ERROR,
-    HEADER,
     HEADER_BYTES,
     ITEM_BYTES,
-    MAGIC,
     PING,
     PONG,
-    PROTOCOL_VERSION,
     REPLY,
     decode,
     dispatch_bytes,
@@ -60,7 +57,8 @@ class HostLink:
         self._out_bytes = layout.hidden * ITEM_BYTES[layout.dtype]
         self._pair_bytes = layout.top_k * 4
         self._top_k, self._hidden = layout.top_k, layout.hidden
-        self._expected: tuple[int, ...] = ()
+        self._rests: dict[tuple[int, int, int, int], tuple[bytes, bytes]] = {}
+        self._expected = b""
 
     @property
     def connected(self) -> bool:
@@ -103,9 +101,12 @@ class HostLink:
 
     def copy_in(self, x: int, weights: int, ids: int, rows: int) -> None:
         """Copy `rows` rows, weights and int32 ids from these addresses into the connection's memory."""
-        buffers = self.buffers
-        memmove(buffers.ids_at, ids, rows * self._pair_bytes)
-        memmove(buffers.weights_at, weights, rows * self._pair_bytes)
+        buffers = self._buffers
+        if buffers is None:
+            raise ConnectionError("not connected")
+        pair_bytes = rows * self._pair_bytes
+        memmove(buffers.ids_at, ids, pair_bytes)
+        memmove(buffers.weights_at, weights, pair_bytes)
         memmove(buffers.x_at, x, rows * self._out_bytes)
 
     def copy_out(self, out: int, rows: int) -> None:
@@ -114,23 +115,20 @@ class HostLink:
 
     def send(self, manifest: int, epoch: int, layer: int, rows: int) -> None:
         """Announce the rows that lie in the connection's memory; OSError if the connection is gone."""
-        if self._sock is None:
+        sock = self._sock
+        if sock is None:
             raise ConnectionError("not connected")
         self._request_id = request_id = (self._request_id + 1) & 0xFFFFFFFF
-        # What a well-formed answer repeats: compared as one tuple, cheaper than field by field.
-        self._expected = (
-            MAGIC, PROTOCOL_VERSION, REPLY, request_id, manifest, epoch, layer, self._dtype_code,
-            self._top_k, rows, self._hidden, rows * self._out_bytes,
-        )  # fmt: skip
-        HEADER.pack_into(
-            self._header, 0, MAGIC, PROTOCOL_VERSION, DISPATCH, request_id, manifest, epoch, layer,
-            self._dtype_code, self._top_k, rows, self._hidden, rows * self._row_bytes, 0,
-        )  # fmt: skip
+        rests = self._rests.get((manifest, epoch, layer, rows))
+        if rests is None:
+            rests = self._make_rests(manifest, epoch, layer, rows)
+        asked, self._expected = rests
+        header = PARTS.pack(DISPATCH_LEAD, request_id, asked, 0)
         if self.local:
-            self._sock.send(self._header)
+            sock.send(header)
         else:
             views = self.buffers.views(rows)
-            send_all(self._sock, [self._header, views.ids_np, views.weights_np, views.x_raw])
+            send_all(sock, [header, views.ids_np, views.weights_np, views.x_raw])
 
     def receive(self, rows: int) -> None:
         """Wait for the answer to the last `send`; its sums are then in the connection's memory.
@@ -147,12 +145,21 @@ class HostLink:
             raise TimeoutError(f"expert host {self.address.host_id} did not answer in time") from None
         if got < HEADER_BYTES:
             raise ConnectionError(f"expert host {self.address.host_id} closed the connection")
-        fields = HEADER.unpack_from(self._answer)
-        if fields[:12] != self._expected:
+        lead, request_id, answered, compute_ns = PARTS.unpack_from(self._answer)
+        if answered != self._expected or request_id != self._request_id or lead != REPLY_LEAD:
             self._refuse()
         if not self.local:
             read_exactly(sock, memoryview(self.buffers.views(rows).out_raw).cast("B"))
-        self.compute_ns = fields[12]
+        self.compute_ns = compute_ns
+
+    def _make_rests(self, manifest: int, epoch: int, layer: int, rows: int) -> tuple[bytes, bytes]:
+        """The constant part of a dispatch's header, and what a well-formed answer has in its place."""
+        if len(self._rests) >= MAX_KEPT:
+            self._rests.clear()
+        same = (manifest, epoch, layer, self._dtype_code, self._top_k, rows, self._hidden)
+        rests = rest(DISPATCH, *same, rows * self._row_bytes), rest(REPLY, *same, rows * self._out_bytes)
+        self._rests[manifest, epoch, layer, rows] = rests
+        return rests
 
     def _refuse(self) -> NoReturn:
         """Raise what an answer that is not the expected one says, or that it says nothing sensible."""
@@ -162,7 +169,9 @@ class HostLink:
             assert self._sock is not None
             read_exactly(self._sock, memoryview(text))
             raise HostError(f"expert host {self.address.host_id}: {text.decode(errors='replace')}")
-        raise ProtocolError(f"host {self.address.host_id} answered {frame} where {self._expected} was due")
+        raise ProtocolError(
+            f"host {self.address.host_id} answered {frame}, the reply to {self._request_id} was due"
+        )
 
     def ping(self, timeout_s: float) -> float:
         """Round-trip time in seconds of an empty frame; raises as `receive` does."""

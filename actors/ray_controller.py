@@ -61,7 +61,13 @@ class ControllerActor:
         self._controller.stop()
 
 
-def get_or_start(namespace: str):
+def published_table(namespace: str, timeout_s: float) -> str:
+    """JSON of the table, once every host is ready; called in the router's process."""
+    controller = ray.get_actor(NAME, namespace=namespace)
+    return ray.get(controller.publish.remote(timeout_s), timeout=timeout_s + 30)
+
+
+def get_or_start(namespace: str) -> Any:
     """The cluster's controller; the first caller starts it."""
     actor: Any = ControllerActor
     return actor.options(name=NAME, namespace=namespace, lifetime="detached", get_if_exists=True).remote(
@@ -69,7 +75,7 @@ def get_or_start(namespace: str):
     )
 
 
-def find(namespace: str):
+def find(namespace: str) -> Any:
     """The running controller, or None."""
     try:
         return ray.get_actor(NAME, namespace=namespace)

@@ -12,6 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.auth import data_plane_key
+from cluster.compute_environment import compute_environment
 from cluster.messages import HostAddress, HostProgress, HostReport, HostSpec
 
 _PREFIX = "host:"
@@ -75,7 +76,7 @@ class RayHosts:
             "lifetime": "detached",
             "num_gpus": 1 if spec.device == "cuda" else 0,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(spec.node_id, soft=False),
-            "runtime_env": {"env_vars": host_environment(spec.threads)},
+            "runtime_env": {"env_vars": compute_environment(spec.threads)},
         }
         actor: Any = HostActor
         return RayHost(actor.options(**options).remote(spec))
@@ -86,12 +87,3 @@ class RayHosts:
             return RayHost(ray.get_actor(_PREFIX + host_id, namespace=self._namespace))
         except ValueError:
             return None
-
-
-def host_environment(threads: int) -> dict[str, str]:
-    """Environment of a process that computes beside others on the same cores.
-
-    An OpenMP thread that spins between two kernels takes the core from whoever computes next: engine
-    and host alternate within every layer, so waiting threads must sleep.
-    """
-    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,10 @@ def connected(settings: RayConfig, *, quiet: bool = True) -> Iterator[str]:
     """
     token = token_path(settings.token_path)
     ensure_token(token)
-    os.environ.update(ray_environment(token))
+    wanted = ray_environment(token)
+    # Ray reads how to authenticate when it is imported; set later, every call would be refused.
+    assert "ray" not in sys.modules or wanted.items() <= os.environ.items(), "Ray was imported too early"
+    os.environ.update(wanted)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray makes its workers nice by default, so that on a busy machine tokens would wait for everything else.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -40,7 +44,7 @@ def connected(settings: RayConfig, *, quiet: bool = True) -> Iterator[str]:
     }
     try:
         if settings.address == "local":
-            context = ray.init(
+            context: Any = ray.init(
                 address="local",
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.checkpoint import Checkpoint
+from cluster.compute_environment import compute_environment
 from cluster.config import Config
 from cluster.controller import Deployment
 from cluster.errors import CheckpointError
@@ -157,7 +158,7 @@ def attention_arguments(checkpoint: Checkpoint, dtype: str) -> dict[str, str]:
 
 
 def choose_dtype(config: Config, checkpoint: Checkpoint, recommended: str | None) -> str:
-    """The dtype to serve in: the configured one, else what the model's maker recommends, else the one on disk."""
+    """The dtype to serve in: the configured one, else what the model's maker recommends, else that on disk."""
     if config.model.dtype != "auto":
         return config.model.dtype
     dtype = recommended or checkpoint.dtype
@@ -181,11 +182,10 @@ def engine_threads(config: Config) -> int:
 
 def engine_environment(config: Config) -> dict[str, str]:
     """Environment of the engine's processes: the same for rehearsal and serving, or compiling would differ."""
-    from actors.ray_hosts import host_environment
     from workloads.models.default_model import cache_root
 
     return {
-        **host_environment(engine_threads(config)),
+        **compute_environment(engine_threads(config)),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": {"debug": "DEBUG", "info": "INFO"}.get(config.log_level, "WARNING"),

@@ -40,9 +40,9 @@ from workloads.deploy import (
     router_spec,
     served_name,
 )
-from workloads.rehearse import rehearse
 from workloads.models.default_model import default_model
 from workloads.models.provenance import read_provenance
+from workloads.rehearse import rehearse
 
 APP = "expertmesh"
 Progress = Callable[[str, float], None]

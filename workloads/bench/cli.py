@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
+from rich.console import Console
 
 bench_app = typer.Typer(help="Measurements; each can write one JSON object.", no_args_is_help=True)
+
+JsonFile = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="Write the report here; - for standard output.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Check = Annotated[bool, typer.Option("--check", help="End with code 1 if a bar is missed.")]
 
 
 @bench_app.callback()
 def _bench() -> None:
     """Measurements."""
+
+
+@bench_app.command()
+def dispatch(
+    json_: JsonFile = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every path at each size.")] = 40,
+    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Measure Ray's own calls beside.")] = True,
+    seed: Seed = 0,
+    check: Check = False,
+) -> None:
+    """The round trip to the expert hosts, beside what else could carry it."""
+    from workloads.bench.dispatch import Settings, measure, show
+    from workloads.bench.report import write
+
+    err = Console(stderr=True)
+    with err.status("starting processes") as status:
+        report = measure(Settings(rounds, ray, seed), status.update)
+    if json_:
+        write(report, json_)
+    show(report, err if json_ == "-" else Console())
+    if check and any(bar["met"] is False for bar in report["bars"].values()):
+        raise typer.Exit(1)

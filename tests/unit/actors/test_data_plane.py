@@ -63,6 +63,7 @@ class Mesh:
             dtype=self.dtype,
             hidden=HIDDEN,
             key=KEY,
+            kernel_lock=threading.Lock(),  # each server stands for a process of its own
         )
         server.listen_unix(name)
         return server, server.listen_tcp("127.0.0.1", port)
