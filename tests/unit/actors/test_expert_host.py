@@ -1,4 +1,4 @@
-"""An expert host over a tiny checkpoint: loads, serves through a dispatcher, reports, and says why it can't."""
+"""An expert host over a tiny checkpoint: loads, serves through a dispatcher, reports, says why it cannot."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_another_checkpoint_than_the_engine_s_is_refused(checkpoint: Checkpoint)
         ({"model_path": "/nonexistent"}, "no such folder"),
         ({"kernel": "abacus"}, "no kernel of the name 'abacus'"),
         ({"experts": {17: (0,)}}, "layer 17 has no routed experts"),
-        ({"experts": {0: (0, 8)}}, "8"),
+        ({"experts": {0: (0, 8)}}, "layer 0 has no expert 8"),
         # Not an error that anyone foresaw: it must end the wait all the same.
         ({"dtype": "float13"}, "local-0 could not load: AttributeError"),
     ],
