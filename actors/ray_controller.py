@@ -63,8 +63,9 @@ class ControllerActor:
 
 def published_table(namespace: str, timeout_s: float) -> str:
     """JSON of the table, once every host is ready; called in the router's process."""
-    controller = ray.get_actor(NAME, namespace=namespace)
-    return ray.get(controller.publish.remote(timeout_s), timeout=timeout_s + 30)
+    controller: Any = ray.get_actor(NAME, namespace=namespace)
+    answer: Any = controller.publish.remote(timeout_s)
+    return str(ray.get(answer, timeout=timeout_s + 30))
 
 
 def get_or_start(namespace: str) -> Any:

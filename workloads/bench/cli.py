@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -36,6 +38,42 @@ def dispatch(
     err = Console(stderr=True)
     with err.status("starting processes") as status:
         report = measure(Settings(rounds, ray, seed), status.update)
+    if json_:
+        write(report, json_)
+    show(report, err if json_ == "-" else Console())
+    if check and any(bar["met"] is False for bar in report["bars"].values()):
+        raise typer.Exit(1)
+
+
+@bench_app.command()
+def serve(
+    json_: JsonFile = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of both servers at each concurrency.")] = 6,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 48,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Checkpoint folder, or 'default'.")
+    ] = None,
+    hosts: Annotated[int | None, typer.Option("--hosts", help="Number of expert hosts.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the mesh's server.")] = None,
+    seed: Seed = 0,
+    check: Check = False,
+) -> None:
+    """Throughput and latency of the mesh beside stock vLLM, in turn in one run."""
+    from cluster.config import load_config
+    from workloads.bench.report import write
+    from workloads.bench.serve import measure, show
+    from workloads.logs import configure
+    from workloads.progress import stages
+
+    flags = {"model.path": model, "model.dtype": dtype, "hosts.0.count": hosts, "server.port": port}
+    names = {"model.path": "--model", "model.dtype": "--dtype", "hosts.0.count": "--hosts"}
+    loaded = load_config(config, flags, os.environ, names)
+    configure("warning")
+    err = Console(stderr=True)
+    with stages(err) as progress:
+        report = measure(loaded.config, rounds, seed, tokens, progress)
     if json_:
         write(report, json_)
     show(report, err if json_ == "-" else Console())
