@@ -84,7 +84,7 @@ class Dispatcher:
         self.route = route
 
     def connect(self, timeout_s: float) -> None:
-        """Connect to every host, waiting for those that are still starting; HostError names who did not come."""
+        """Connect to every host, waiting for those that are still starting; HostError names the missing."""
         deadline = time.monotonic() + timeout_s
         for link in self._ordered:
             if not link.connected:
@@ -146,6 +146,8 @@ class Dispatcher:
         try:
             link.copy_in(x, weights, ids, rows)
             link.send(self._manifest, self._epoch, layer, rows)
+            # Before the wait: the host is awake by the time this is done.
+            out = out_TH.data_ptr()
             link.receive(rows)
         except (OSError, ProtocolError) as error:
             part = Whole(link, rows, x, weights, ids)
@@ -153,7 +155,8 @@ class Dispatcher:
             deadline = time.monotonic() + self.deadline_s
             self._again(layer, part, deadline)
             self._receive(layer, part, deadline)
-        link.copy_out(out_TH.data_ptr(), rows)
+            out = out_TH.data_ptr()
+        link.copy_out(out, rows)
 
     def _split(
         self,
@@ -222,8 +225,7 @@ class Dispatcher:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise HostError(
-                    f"expert host {link.address.host_id} at {link.address.unix if link.local else link.address.tcp} "
-                    f"could not be reached",
+                    f"expert host {link.address.host_id} at {link.where} could not be reached",
                     "see `expertmesh status` and the host's log",
                 )
             try:
@@ -259,7 +261,8 @@ def route_from_table(table: PlacementTable) -> Route:
     ]
     if missing:
         raise HostError(
-            f"{len(missing)} experts have no running host, the first is layer {missing[0][0]}, expert {missing[0][1]}",
+            f"{len(missing)} experts have no running host, the first is "
+            f"layer {missing[0][0]}, expert {missing[0][1]}",
             "see `expertmesh status`",
         )
     return fixed_route(table.manifest, table.epoch, table.running, owners)

@@ -178,7 +178,7 @@ class _Connection:
             views = request.views
             if self._inline:
                 for part in (views.ids_np, views.weights_np, views.x_raw):
-                    read_exactly(sock, memoryview(part).cast("B"))
+                    read_exactly(sock, part.data.cast("B"))
             try:
                 compute_ns = self._compute(request)
             except Exception as error:
@@ -259,7 +259,7 @@ class _Request(NamedTuple):
     """What the reply's header carries in the same place."""
 
 
-def _bind(listener: socket.socket, address: object, what: str) -> None:
+def _bind(listener: socket.socket, address: str | tuple[str, int], what: str) -> None:
     try:
         listener.bind(address)
     except OSError as error:

@@ -64,6 +64,11 @@ class HostLink:
     def connected(self) -> bool:
         return self._sock is not None
 
+    @property
+    def where(self) -> str:
+        """The address in use."""
+        return self.address.unix if self.local else self.address.tcp
+
     def connect(self, timeout_s: float) -> None:
         """Connect and shake hands; OSError if nobody listens, ProtocolError if the host refuses."""
         self.close()
@@ -149,7 +154,7 @@ class HostLink:
         if answered != self._expected or request_id != self._request_id or lead != REPLY_LEAD:
             self._refuse()
         if not self.local:
-            read_exactly(sock, memoryview(self.buffers.views(rows).out_raw).cast("B"))
+            read_exactly(sock, self.buffers.views(rows).out_raw.data.cast("B"))
         self.compute_ns = compute_ns
 
     def _make_rests(self, manifest: int, epoch: int, layer: int, rows: int) -> tuple[bytes, bytes]:
