@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
@@ -12,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # Probes of load balancers and kubelets carry no key; they tell nothing but up or down.
 _OPEN_PATHS = frozenset({"/health", "/ready"})
+_ROLES = frozenset({"developer", "system", "user", "assistant", "tool", "function"})
 # vLLM's application also has routes that scale, profile and tokenise for other products; this is what
 # expertmesh promises, and nothing that changes the engine is reachable from outside.
 _OFFERED = (
@@ -59,7 +61,9 @@ class ApiKeys:
         if scope["type"] != "http" or scope["path"] in _OPEN_PATHS or self._known(Headers(scope=scope)):
             await self._app(scope, receive, send)
             return
-        await _error(401, "invalid API key", "authentication_error", "invalid_api_key")(scope, receive, send)
+        await error_response(401, "invalid API key", "authentication_error", "invalid_api_key")(
+            scope, receive, send
+        )
 
     def _known(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -91,7 +95,7 @@ class OpenAIErrors:
                 if kind == "application/json" and length in ("22", "31"):
                     replaced = True
                     text = "unknown path" if message["status"] == 404 else "method not allowed on"
-                    response = _error(
+                    response = error_response(
                         message["status"], f"{text} {scope['path']}", "invalid_request_error", None
                     )
                     await response(scope, receive, send)
@@ -102,5 +106,50 @@ class OpenAIErrors:
         await self._app(scope, receive, answer)
 
 
-def _error(status: int, message: str, kind: str, code: str | None) -> JSONResponse:
+class KnownRoles:
+    """400 to a chat message whose role OpenAI doesn't know: vLLM would hand it to the chat template."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != "/v1/chat/completions" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        wrong = unknown_role(body)
+        if wrong is not None:
+            text = f"messages: {wrong!r} is no role; known are {', '.join(sorted(_ROLES))}"
+            await error_response(400, text, "invalid_request_error", "invalid_role")(scope, receive, send)
+            return
+        replayed = False
+
+        async def replay() -> Message:
+            nonlocal replayed
+            if replayed:
+                return await receive()
+            replayed = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._app(scope, replay, send)
+
+
+def unknown_role(body: bytes) -> object | None:
+    """The first role in a chat request that is none of OpenAI's; other mistakes are vLLM's to refuse."""
+    try:
+        messages = json.loads(body)["messages"]
+        roles = [message["role"] for message in messages]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return next((role for role in roles if not isinstance(role, str) or role not in _ROLES), None)
+
+
+def error_response(status: int, message: str, kind: str, code: str | None) -> JSONResponse:
+    """An error in OpenAI's shape."""
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status)

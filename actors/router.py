@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,8 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from actors.api_access import ApiKeys, OpenAIErrors, keep_listed_routes
+from actors.api_access import ApiKeys, KnownRoles, OpenAIErrors, error_response, keep_listed_routes
+from actors.engine_words import engine_words
 from actors.router_metrics import MeshMetrics
 from cluster.auth import data_plane_key
 from cluster.messages import RouterSpec
@@ -32,6 +34,7 @@ log = structlog.get_logger()
 # A readiness probe answers from this engine process, not from another one's past.
 _PING_TIMEOUT_S = 2.0
 _STATS_PERIOD_S = 5.0
+_DRAIN_POLL_S = 0.05
 
 
 class Router:
@@ -78,6 +81,8 @@ class Router:
         app = build_app(args, tasks, self.engine.model_config)
         await init_app_state(self.engine, app.state, args, tasks)
         self._finish(app)
+        # An engine that loads but can't compute a token must fail here, not call itself running.
+        await self.ready()
         self._background.append(asyncio.create_task(self._watch_stats()))
         return app
 
@@ -108,12 +113,25 @@ class Router:
         if self.engine is not None:
             await self.engine.check_health()
 
-    def shutdown(self) -> None:
-        """End the engine process."""
-        for task in self._background:
-            task.cancel()
+    async def drain(self, grace_s: float) -> None:
+        """Let running requests end for `grace_s` seconds, abort the others, and end the engine process."""
         if self.engine is not None:
-            self.engine.shutdown()
+            requests = self.engine.output_processor.request_states
+            deadline = time.monotonic() + grace_s
+            while requests and time.monotonic() < deadline:
+                await asyncio.sleep(_DRAIN_POLL_S)
+            # Their streams end with finish_reason "abort"; without it they would hang.
+            await self.engine.abort(list(requests), internal=True)
+        await asyncio.get_running_loop().run_in_executor(None, self.shutdown)
+
+    def shutdown(self) -> None:
+        """End the engine process; a second call does nothing."""
+        for task in self._background:
+            task.get_loop().call_soon_threadsafe(task.cancel)
+        engine, self.engine = self.engine, None
+        if engine is not None:
+            engine.shutdown()
+            end_resource_tracker()
 
     def _probe_token(self) -> int:
         tokens = self.engine.model_config.hf_text_config
@@ -132,6 +150,17 @@ class Router:
             except Exception as error:
                 return JSONResponse({"ready": False, "reason": str(error) or type(error).__name__}, 503)
 
+        @app.get("/v1/models/{name:path}", tags=["expertmesh"])
+        async def model(name: str) -> Response:
+            """One of the models that `/v1/models` lists; vLLM has no route for it."""
+            listed = await app.state.openai_serving_models.show_available_models()
+            found = next((card for card in listed.data if card.id == name), None)
+            if found is None:
+                return error_response(
+                    404, f"the model {name!r} does not exist", "not_found_error", "model_not_found"
+                )
+            return JSONResponse(found.model_dump())
+
         @app.get("/expertmesh/stats", tags=["expertmesh"])
         async def stats(request: Request) -> Response:
             """Counters of this replica's engine process."""
@@ -139,6 +168,7 @@ class Router:
 
         app.middleware_stack = None
         app.openapi_schema = None
+        app.add_middleware(KnownRoles)
         app.add_middleware(OpenAIErrors)
         if self.spec.api_key_digests:
             app.add_middleware(ApiKeys, digests=self.spec.api_key_digests)
@@ -150,6 +180,18 @@ class Router:
             except Exception as error:
                 log.warning("engine stats unavailable", reason=str(error))
             await asyncio.sleep(_STATS_PERIOD_S)
+
+
+def end_resource_tracker() -> None:
+    """Have Python's resource tracker remove the engine's semaphores now.
+
+    Ray kills a worker with its whole process group, the tracker included, so that it could not do so later.
+    """
+    from multiprocessing import resource_tracker
+
+    stop = getattr(resource_tracker._resource_tracker, "_stop", None)
+    if stop is not None:
+        stop()
 
 
 def engine_arguments(spec: RouterSpec) -> dict[str, Any]:
@@ -181,7 +223,11 @@ def serve_application(
             self._router = Router(spec, fetch_table, ray.get_runtime_context().get_node_id())
 
         async def __serve_build_asgi_app__(self) -> FastAPI:
-            return await self._router.start()
+            try:
+                return await self._router.start()
+            except Exception as error:
+                # vLLM's own exception only says that its engine process said why.
+                raise RuntimeError(engine_words() or str(error)) from error
 
         async def check_health(self) -> None:
             await self._router.check_health()
@@ -191,6 +237,9 @@ def serve_application(
 
         async def stats(self) -> dict[str, float]:
             return await self._router.stats()
+
+        async def drain(self, grace_s: float) -> None:
+            await self._router.drain(grace_s)
 
         def __del__(self) -> None:
             self._router.shutdown()

@@ -17,6 +17,7 @@ from cluster.messages import NodeInfo
 
 # Nothing large goes through Ray's object store here; the smallest that Ray takes.
 _OBJECT_STORE_BYTES = 80 * 2**20
+_WORKERS_END_S = 5.0
 
 
 @contextlib.contextmanager
@@ -67,7 +68,25 @@ def connected(settings: RayConfig, *, quiet: bool = True) -> Iterator[str]:
     try:
         yield str(context.address_info["address"])
     finally:
-        ray.shutdown()
+        if settings.address == "local":
+            _end_local_cluster()
+        else:
+            ray.shutdown()
+
+
+def _end_local_cluster() -> None:
+    """End the cluster that this process started, and wait until none of its processes is left."""
+    import psutil
+    import ray
+
+    # Ray waits for its daemons only; the workers end by themselves a moment later.
+    ours = psutil.Process().children(recursive=True)
+    ray.shutdown()
+    _, left = psutil.wait_procs(ours, timeout=_WORKERS_END_S)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=_WORKERS_END_S)
 
 
 def nodes() -> tuple[NodeInfo, ...]:

@@ -194,4 +194,6 @@ def engine_environment(config: Config) -> dict[str, str]:
         "VLLM_USE_AOT_COMPILE": "0",
         "TORCHINDUCTOR_CACHE_DIR": str(cache_root().parent / "inductor"),
         "HF_HUB_OFFLINE": "1",
+        # OpenAI's own limit of n; vLLM's is 16384, with which one request keeps an engine busy for minutes.
+        "VLLM_MAX_N_SEQUENCES": "128",
     }

@@ -13,7 +13,7 @@ from cluster.config import Config
 from cluster.errors import ExpertmeshError
 from cluster.ray_cluster import connected
 from workloads import run_file
-from workloads.serve import take_down
+from workloads.take_down import take_down
 
 # Serve lets running requests end for a few seconds before it stops the replica.
 _GRACE_S = 60.0

@@ -43,8 +43,8 @@ from workloads.deploy import (
 from workloads.models.default_model import default_model
 from workloads.models.provenance import read_provenance
 from workloads.rehearse import rehearse
+from workloads.take_down import APP, take_down
 
-APP = "expertmesh"
 Progress = Callable[[str, float], None]
 
 _START_TIMEOUT_S = 900.0
@@ -118,8 +118,8 @@ def serving(config: Config, progress: Progress) -> Iterator[Server]:
         with breakdown.stage("plan"):
             print_ = blueprint(config, checkpoint, dtype, name, nodes())
         url = f"http://{_url_host(config.server.host)}:{config.server.port}"
-        stack.callback(take_down, config.ray.namespace)
-        _bring_up(config, print_, breakdown, progress)
+        controller = _claim(config.ray.namespace, print_, stack)
+        _bring_up(config, print_, controller, breakdown, progress)
         wait_ready(url, breakdown, progress)
         stack.enter_context(_announced(config, url, name, address))
         yield Server(url, name, print_, breakdown)
@@ -139,7 +139,26 @@ def check_port(host: str, port: int) -> None:
             ) from error
 
 
-def _bring_up(config: Config, print_: Blueprint, breakdown: Breakdown, progress: Progress) -> None:
+def _claim(namespace: str, print_: Blueprint, stack: contextlib.ExitStack) -> Any:
+    """The controller, told to start the hosts. HostError if another server has this cluster's namespace."""
+    from actors import ray_controller
+
+    controller = ray_controller.get_or_start(namespace)
+    running = _get(controller.deployment.remote())
+    if running is not None:
+        # Before the take-down is registered: what runs there is not ours to end.
+        raise HostError(
+            f"{running.served_name} is deployed on this cluster already",
+            "end it with `expertmesh down` first, or choose another ray.namespace",
+        )
+    stack.callback(take_down, namespace)
+    _get(controller.deploy.remote(print_.deployment))
+    return controller
+
+
+def _bring_up(
+    config: Config, print_: Blueprint, controller: Any, breakdown: Breakdown, progress: Progress
+) -> None:
     from ray import serve
     from ray.serve.config import HTTPOptions
 
@@ -147,14 +166,16 @@ def _bring_up(config: Config, print_: Blueprint, breakdown: Breakdown, progress:
     from actors.router import serve_application
 
     namespace = config.ray.namespace
-    controller = ray_controller.get_or_start(namespace)
-    _get(controller.deploy.remote(print_.deployment))
     with breakdown.stage("serve"):
         serve.start(http_options=HTTPOptions(host=config.server.host, port=config.server.port))
     options = {
         "max_ongoing_requests": config.server.max_queue,
         "ray_actor_options": {"num_cpus": 1, "runtime_env": {"env_vars": engine_environment(config)}},
+        # Requests are drained by `take_down`; what Serve itself would wait for is over by then.
         "graceful_shutdown_timeout_s": 5.0,
+        "graceful_shutdown_wait_loop_s": 0.1,
+        # Three failures in a row mean a dead engine; Serve then starts another replica.
+        "health_check_period_s": 2.0,
         # An engine that can't start won't start the next time either; every attempt takes a minute.
         "max_constructor_retry_count": 1,
     }
@@ -213,7 +234,7 @@ def _cause(application: Any) -> str:
 def wait_ready(url: str, breakdown: Breakdown, progress: Progress) -> None:
     """Ask /ready until it says yes."""
     deadline = time.monotonic() + _START_TIMEOUT_S
-    with breakdown.stage("first token"), httpx.Client(timeout=60) as client:
+    with breakdown.stage("first token"), httpx.Client(timeout=5) as client:
         while True:
             progress("first token", 0.5)
             try:
@@ -227,22 +248,6 @@ def wait_ready(url: str, breakdown: Breakdown, progress: Progress) -> None:
             if time.monotonic() > deadline:
                 raise ExpertmeshError(f"the server did not become ready: {reason}")
             time.sleep(_POLL_S)
-
-
-def take_down(namespace: str) -> None:
-    """End the application, the hosts and the controller on the connected cluster."""
-    import ray
-    from ray import serve
-
-    from actors import ray_controller
-
-    with contextlib.suppress(Exception):
-        serve.shutdown()
-    controller = ray_controller.find(namespace)
-    if controller is not None:
-        with contextlib.suppress(Exception):
-            _get(controller.stop.remote())
-        ray.kill(controller, no_restart=True)
 
 
 @contextlib.contextmanager
