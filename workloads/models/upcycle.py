@@ -8,8 +8,6 @@ sum to one, so k equal experts together compute what the dense MLP did; training
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -31,37 +29,14 @@ from workloads.models.mixtral_layout import (
 )
 from workloads.models.progress import Progress, silent
 from workloads.models.provenance import Provenance, digest_files, file_sha256
+from workloads.models.recipe import Recipe
 from workloads.models.shard_writer import ShardWriter
 
-DTYPES: Final[Mapping[str, torch.dtype]] = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
 # The router only has to tell tokens apart; small weights keep the top-k shares near 1/k. It is also the
 # spread with which Llama-like models initialise their matrices.
 _ROUTER_STD: Final = 0.02
 # Tokenizer, index and configuration files beside the tensors.
 _COMPANION_BYTES: Final = 64 * 1024**2
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How to upcycle: ``experts`` a layer of which ``top_k`` run per token, ``dtype`` on disk."""
-
-    experts: int = 8
-    top_k: int = 2
-    seed: int = 0
-    dtype: str = "bfloat16"
-
-    def __post_init__(self) -> None:
-        if self.experts < 2 or not 1 <= self.top_k <= self.experts:
-            raise CheckpointError(
-                f"{self.experts} experts of which {self.top_k} run per token cannot be made",
-                "give at least 2 experts, and a top-k from 1 to their number",
-            )
-        if self.dtype not in DTYPES:
-            raise CheckpointError(f"unknown dtype {self.dtype!r}", f"choose one of {', '.join(DTYPES)}")
 
 
 def upcycle(
@@ -113,13 +88,13 @@ def check_source(dense: DenseSource, path: Path, recipe: Recipe) -> int:
     shapes = dense.shapes()
     check_dense(dense.config, shapes, path)
     check_shapes(dense.config, shapes, path)
-    item_bytes = DTYPES[recipe.dtype].itemsize
+    item_bytes = getattr(torch, recipe.dtype).itemsize
     return _COMPANION_BYTES + upcycled_bytes(dense.config, experts=recipe.experts, item_bytes=item_bytes)
 
 
 def write_upcycled(dense: DenseSource, folder: Path, recipe: Recipe, progress: Progress) -> None:
     """Write weights, configuration and tokenizer into ``folder``; holds one shard of weights in memory."""
-    config, dtype = dense.config, DTYPES[recipe.dtype]
+    config, dtype = dense.config, getattr(torch, recipe.dtype)
     writer = ShardWriter(folder)
     generator = torch.Generator().manual_seed(recipe.seed)
     writer.add("model.embed_tokens.weight", _load(dense, "model.embed_tokens.weight", dtype))

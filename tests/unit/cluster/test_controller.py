@@ -87,7 +87,19 @@ class MemoryWorld:
         ids = ("a-0", "a-1", "b-0")
         specs = tuple(
             HostSpec(
-                host_id, "node", "/m", MODEL, MODEL, "float32", "cpu", "auto", 1, EXPERTS, f"x-{host_id}", "", 0
+                host_id,
+                "node",
+                "/m",
+                MODEL,
+                MODEL,
+                "float32",
+                "cpu",
+                "auto",
+                1,
+                EXPERTS,
+                f"x-{host_id}",
+                "",
+                0,
             )
             for host_id in ids
         )

@@ -1,0 +1,160 @@
+"""The router's own routes, over an engine that is a few methods: readiness, counters, keys, health."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from actors import router as module
+from actors.api_access import key_digest
+from actors.router import Router
+from actors.router_metrics import MeshMetrics
+from cluster.messages import EngineSettings, RouterSpec
+
+SETTINGS = EngineSettings("", "ab" * 32, (0,), "", 8, 2, "float32", 16, 1.0, 1.0)
+STATS = {
+    "dispatches": 5,
+    "rows": 9,
+    "seconds": 0.5,
+    "reconnects": 1,
+    "epoch": 3,
+    "rss_bytes": 4096,
+    "pid": 77,
+}
+
+
+class Engine:
+    """What the router asks of vLLM's engine."""
+
+    def __init__(self) -> None:
+        self.model_config = SimpleNamespace(hf_text_config=SimpleNamespace(bos_token_id=6))
+        self.prompts: list[Any] = []
+        self.asked: list[str] = []
+        self.failure: Exception | None = None
+        self.token_delay_s = 0.0
+        self.closed = False
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        self.asked.append(method)
+        if self.failure is not None:
+            raise self.failure
+        answers: dict[str, Any] = {
+            "expertmesh_ping": {"local-0": 25e-6},
+            "expertmesh_stats": STATS,
+            "expertmesh_set_table": 4 if args == ("table",) else -1,
+        }
+        return [answers[method]]
+
+    async def generate(self, prompt: Any, sampling: Any, request_id: str) -> AsyncIterator[Any]:
+        assert sampling.max_tokens == 1
+        self.prompts.append(prompt)
+        await asyncio.sleep(self.token_delay_s)
+        yield SimpleNamespace(request_id=request_id)
+
+    async def check_health(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def shutdown(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """Importing vLLM takes 20 seconds; two of its names are all that is needed here."""
+    vllm, sampling = ModuleType("vllm"), ModuleType("vllm.sampling_params")
+    vllm.SamplingParams = SimpleNamespace  # type: ignore[attr-defined]
+    sampling.RequestOutputKind = SimpleNamespace(FINAL_ONLY=2)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", sampling)
+    # The process's own registry takes each series once, and every test makes a router.
+    monkeypatch.setattr(module, "MeshMetrics", lambda: MeshMetrics(CollectorRegistry()))
+    return Engine()
+
+
+def made(engine: Engine, keys: tuple[str, ...] = (), ready_timeout_s: float = 5.0) -> tuple[Router, FastAPI]:
+    digests = tuple(key_digest(key) for key in keys)
+    router = Router(RouterSpec("/m", "m", SETTINGS, {}, {}, digests, ready_timeout_s), lambda: "", "node")
+    router.engine = engine
+    app = FastAPI()
+    router._finish(app)
+    return router, app
+
+
+def get(app: FastAPI, path: str, **headers: str) -> httpx.Response:
+    async def call() -> httpx.Response:
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get(path, headers=headers)
+
+    return asyncio.run(call())
+
+
+def test_ready_says_so_once_hosts_and_a_token_answered(engine: Engine) -> None:
+    answer = get(made(engine)[1], "/ready")
+    assert (answer.status_code, answer.json()) == (
+        200,
+        {"ready": True, "host_round_trip_us": {"local-0": 25.0}},
+    )
+    assert engine.prompts == [{"prompt_token_ids": [6]}]
+
+
+def test_a_host_that_does_not_answer_makes_it_503_with_the_reason(engine: Engine) -> None:
+    engine.failure = RuntimeError("expert host local-0 could not be reached")
+    answer = get(made(engine)[1], "/ready")
+    assert answer.status_code == 503
+    assert answer.json() == {"ready": False, "reason": "expert host local-0 could not be reached"}
+    assert engine.prompts == []
+
+
+def test_an_engine_that_hangs_is_not_ready_within_the_time(engine: Engine) -> None:
+    engine.token_delay_s = 30.0
+    answer = get(made(engine, ready_timeout_s=0.05)[1], "/ready")
+    assert answer.status_code == 503
+    assert answer.json()["reason"]
+
+
+def test_counters_want_a_key_and_readiness_does_not(engine: Engine) -> None:
+    _, app = made(engine, keys=("secret",))
+    assert get(app, "/ready").status_code == 200
+    assert get(app, "/expertmesh/stats").status_code == 401
+    assert get(app, "/expertmesh/stats", Authorization="Bearer secret").json() == STATS
+
+
+def test_a_new_table_reaches_the_engine_and_its_epoch_comes_back(engine: Engine) -> None:
+    router, _ = made(engine)
+    assert asyncio.run(router.set_table("table")) == 4
+
+
+def test_health_is_the_engine_s_and_good_while_it_starts(engine: Engine) -> None:
+    router, _ = made(engine)
+    asyncio.run(router.check_health())
+    engine.failure = RuntimeError("engine core died")
+    with pytest.raises(RuntimeError, match="engine core died"):
+        asyncio.run(router.check_health())
+    router.engine = None
+    asyncio.run(router.check_health())
+
+
+def test_shutdown_ends_the_engine_even_before_it_started(engine: Engine) -> None:
+    router, _ = made(engine)
+    router.shutdown()
+    assert engine.closed
+    router.engine = None
+    router.shutdown()
+
+
+def test_the_engine_s_counters_become_series() -> None:
+    registry = CollectorRegistry()
+    MeshMetrics(registry).update(STATS)
+    assert registry.get_sample_value("expertmesh_engine_dispatches") == 5
+    assert registry.get_sample_value("expertmesh_engine_epoch") == 3
+    assert registry.get_sample_value("expertmesh_engine_pid") is None

@@ -1,0 +1,200 @@
+"""From configuration and checkpoint to what hosts and router are told, on a tiny Mixtral."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.checkpoint import Checkpoint
+from cluster.config import Config
+from cluster.errors import CheckpointError, PlacementError
+from cluster.messages import NodeInfo
+from cluster.table import PlacementTable
+from tests.tiny_models import make_tiny
+from workloads.deploy import (
+    Blueprint,
+    attention_arguments,
+    blueprint,
+    check_supported,
+    choose_dtype,
+    engine_environment,
+    router_spec,
+    served_name,
+)
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(make_tiny("mixtral", tmp_path_factory.mktemp("tiny") / "mixtral"))
+
+
+def nodes(count: int) -> tuple[NodeInfo, ...]:
+    return tuple(
+        NodeInfo(f"n{i}", f"10.0.0.{i + 1}", f"host{i}", cpus=4, gpus=0, memory_bytes=GIB)
+        for i in range(count)
+    )
+
+
+def config(**sections: Any) -> Config:
+    return Config.model_validate(sections)
+
+
+def planned(settings: Config, checkpoint: Checkpoint, count: int = 1) -> Blueprint:
+    return blueprint(settings, checkpoint, "float32", "tiny", nodes(count))
+
+
+def test_the_table_and_the_hosts_agree_on_who_holds_what(checkpoint: Checkpoint) -> None:
+    settings = config(
+        hosts=[{"name": "a", "count": 2}, {"name": "b", "threads": 1}], placement={"replicas": 2}
+    )
+    made = planned(settings, checkpoint, 2)
+    table = PlacementTable.from_json(made.deployment.table)
+    assert (table.manifest, table.epoch, table.running) == (checkpoint.digest, 0, ())
+    held = {
+        (spec.host_id, layer, expert)
+        for spec in made.deployment.hosts
+        for layer, experts in spec.experts.items()
+        for expert in experts
+    }
+    routed = {
+        (host, layer, expert)
+        for layer, rows in table.experts.items()
+        for expert, hosts in enumerate(rows)
+        for host in hosts
+    }
+    assert held == routed
+    assert len(held) == 2 * sum(layer.num_experts for layer in checkpoint.moe_layers)
+
+
+def test_a_host_is_told_its_node_model_and_kernel(checkpoint: Checkpoint) -> None:
+    settings = config(hosts=[{"name": "a", "kernel": "module"}, {"name": "b", "threads": 3}])
+    specs = {spec.host_id: spec for spec in planned(settings, checkpoint).deployment.hosts}
+    assert set(specs) == {"a-0", "b-0"}
+    for spec in specs.values():
+        assert (spec.node_id, spec.device, spec.dtype) == ("n0", "cpu", "float32")
+        assert spec.model == spec.manifest == checkpoint.digest
+        assert spec.model_path == str(checkpoint.path)
+    assert (specs["a-0"].kernel, specs["b-0"].kernel) == ("module", "auto")
+    assert specs["b-0"].threads == 3
+    assert specs["a-0"].unix != specs["b-0"].unix
+
+
+def test_two_deployments_of_one_machine_listen_under_different_names(checkpoint: Checkpoint) -> None:
+    one, two = (planned(config(), checkpoint).deployment.hosts[0].unix for _ in range(2))
+    assert one != two
+
+
+@pytest.mark.parametrize(
+    ("tcp", "count", "listens"),
+    [("auto", 1, False), ("auto", 2, True), ("always", 1, True), ("never", 2, False)],
+)
+def test_tcp_is_opened_only_where_it_is_wanted(
+    checkpoint: Checkpoint, tcp: str, count: int, listens: bool
+) -> None:
+    settings = config(hosts=[{"count": 2}], data_plane={"tcp": tcp})
+    for spec in planned(settings, checkpoint, count).deployment.hosts:
+        assert spec.tcp_ip == (f"10.0.0.{int(spec.node_id[1:]) + 1}" if listens else "")
+
+
+def test_a_host_that_the_plan_gives_nothing_is_not_started(checkpoint: Checkpoint) -> None:
+    experts = sum(layer.num_experts for layer in checkpoint.moe_layers)
+    made = planned(config(hosts=[{"count": experts + 1}]), checkpoint)
+    assert len(made.slots) == experts + 1
+    assert len(made.deployment.hosts) == experts
+    assert all(any(spec.experts.values()) for spec in made.deployment.hosts)
+
+
+def test_experts_that_do_not_fit_are_refused_with_the_number(checkpoint: Checkpoint) -> None:
+    with pytest.raises(PlacementError, match="MiB"):
+        planned(config(hosts=[{"memory": "1MiB"}]), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "word"),
+    [("gpt_oss", "gpt-oss"), ("dbrx", "DBRX"), ("llama4", "Llama 4"), ("llama4_text", "Llama 4")],
+)
+def test_architectures_that_cannot_work_are_refused_at_once(
+    checkpoint: Checkpoint, model_type: str, word: str
+) -> None:
+    other = replace(checkpoint, config={**checkpoint.config, "model_type": model_type})
+    with pytest.raises(CheckpointError, match=word) as error:
+        check_supported(other)
+    assert "Mixtral" in error.value.hint
+    with pytest.raises(CheckpointError, match=word):
+        planned(config(), other)
+    check_supported(checkpoint)
+
+
+def test_the_router_knows_the_model_and_the_limits(checkpoint: Checkpoint) -> None:
+    settings = config(
+        engine={"max_num_seqs": 7, "kv_cache": "64MiB", "max_model_len": 99, "options": {"seed": 3}},
+        server={"api_keys": ["secret"]},
+        data_plane={"deadline": "3s", "connect_timeout": "4s"},
+    )
+    spec = router_spec(settings, planned(settings, checkpoint))
+    assert (spec.model_path, spec.served_name) == (str(checkpoint.path), "tiny")
+    known = spec.settings
+    assert (known.hidden, known.top_k, known.dtype, known.moe_layers) == (128, 2, "float32", (0, 1))
+    assert (known.model, known.deadline_s, known.connect_timeout_s) == (checkpoint.digest, 3.0, 4.0)
+    assert spec.engine["max_num_seqs"] == 7
+    assert spec.engine["kv_cache_memory_bytes"] == 64 * 2**20
+    assert spec.engine["max_model_len"] == 99
+    assert spec.engine["seed"] == 3
+    assert spec.engine["dtype"] == "float32"
+    assert "max_num_batched_tokens" not in spec.engine
+    assert "secret" not in repr(spec) and len(spec.api_key_digests) == 1
+
+
+@pytest.mark.parametrize(("batched", "rows"), [(None, 2048), (100, 100), (100_000, 2048)])
+def test_a_message_holds_a_step_but_never_more_than_the_bound(
+    checkpoint: Checkpoint, batched: int | None, rows: int
+) -> None:
+    settings = config(engine={"max_num_batched_tokens": batched})
+    spec = router_spec(settings, planned(settings, checkpoint))
+    assert spec.settings.max_rows == rows
+    assert spec.engine.get("max_num_batched_tokens") == batched
+
+
+@pytest.mark.parametrize(
+    ("configured", "recommended", "chosen"),
+    [
+        ("float16", "bfloat16", "float16"),
+        ("auto", "bfloat16", "bfloat16"),
+        ("auto", None, "float32"),
+    ],
+)
+def test_dtype_is_the_configured_the_recommended_or_the_one_on_disk(
+    checkpoint: Checkpoint, configured: str, recommended: str | None, chosen: str
+) -> None:
+    assert choose_dtype(config(model={"dtype": configured}), checkpoint, recommended) == chosen
+
+
+def test_a_dtype_that_no_host_computes_in_is_refused(checkpoint: Checkpoint) -> None:
+    with pytest.raises(CheckpointError, match="float64") as error:
+        choose_dtype(config(), checkpoint, "float64")
+    assert "model.dtype" in error.value.hint
+
+
+def test_latent_attention_in_float32_is_kept_off_the_packed_kernel(checkpoint: Checkpoint) -> None:
+    latent = replace(checkpoint, config={**checkpoint.config, "kv_lora_rank": 512})
+    assert attention_arguments(latent, "float32") == {"attention_backend": "CPU_MLA"}
+    assert attention_arguments(latent, "bfloat16") == {}
+    assert attention_arguments(checkpoint, "float32") == {}
+
+
+def test_the_served_name_is_the_folder_s_unless_given() -> None:
+    assert served_name(config(), Path("/models/mixtral")) == "mixtral"
+    assert served_name(config(model={"name": "chat"}), Path("/models/mixtral")) == "chat"
+
+
+def test_the_engine_s_threads_sleep_while_the_hosts_compute() -> None:
+    environment = engine_environment(config(engine={"threads": 3}))
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment["VLLM_USE_AOT_COMPILE"] == "0"
+    assert all(isinstance(value, str) for value in environment.values())
