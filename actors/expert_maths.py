@@ -112,12 +112,13 @@ def inspect_module(module: nn.Module) -> ExpertMaths:
 def _experts_modules(path: str, digest: str) -> Mapping[int, nn.Module]:  # noqa: ARG001, the digest is a key
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
 
     try:
         config = AutoConfig.from_pretrained(path)
         factory = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
-        with torch.device("meta"), no_init_weights():
+        # Initialising costs nothing here; switching it off would do so for the whole process, whatever
+        # another thread builds meanwhile.
+        with torch.device("meta"):
             model = factory.from_config(config)
     except (ValueError, KeyError, ImportError, OSError, StrictDataclassError) as error:
         raise CheckpointError(
