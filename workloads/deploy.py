@@ -18,15 +18,8 @@ from cluster.inventory import slots
 from cluster.messages import EngineSettings, HostSlot, HostSpec, NodeInfo, RouterSpec
 from cluster.placement import Plan, plan
 from cluster.table import PlacementTable
+from workloads.models.unsupported import UNSUPPORTED
 
-# vLLM builds these architectures with expert layers of their own, which can't be taken out of the engine;
-# the engine would refuse after a minute of start-up, this refuses at once.
-_UNSUPPORTED = {
-    "gpt_oss": "vLLM gives gpt-oss an expert layer of its own",
-    "dbrx": "vLLM gives DBRX an expert layer of its own",
-    "llama4": "Llama 4 multiplies router weights into the experts' input",
-    "llama4_text": "Llama 4 multiplies router weights into the experts' input",
-}
 # Rows in one message. Prefill steps longer than this go in several rounds; it bounds the shared memory.
 _MAX_ROWS = 2048
 
@@ -59,7 +52,7 @@ def blueprint(
 
 def check_supported(checkpoint: Checkpoint) -> None:
     """CheckpointError for an architecture that is known not to work."""
-    reason = _UNSUPPORTED.get(checkpoint.model_type)
+    reason = UNSUPPORTED.get(checkpoint.model_type)
     if reason:
         raise CheckpointError(
             f"{checkpoint.path.name} is a {checkpoint.model_type} model, which is not supported: {reason}",
@@ -158,7 +151,7 @@ def attention_arguments(checkpoint: Checkpoint, dtype: str) -> dict[str, str]:
 
 
 def choose_dtype(config: Config, checkpoint: Checkpoint, recommended: str | None) -> str:
-    """The dtype to serve in: the configured one, else what the model's maker recommends, else that on disk."""
+    """The dtype to serve in: the configured one, else what the model's maker recommends, else the disk's."""
     if config.model.dtype != "auto":
         return config.model.dtype
     dtype = recommended or checkpoint.dtype
@@ -181,7 +174,7 @@ def engine_threads(config: Config) -> int:
 
 
 def engine_environment(config: Config) -> dict[str, str]:
-    """Environment of the engine's processes: the same for rehearsal and serving, or compiling would differ."""
+    """Environment of the engine's processes: the same for rehearsal and serving, or each would compile."""
     from workloads.models.default_model import cache_root
 
     return {

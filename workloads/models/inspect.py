@@ -13,13 +13,12 @@ from cluster.checkpoint import Checkpoint
 from cluster.errors import CheckpointError
 from cluster.expert_names import is_prediction_head
 from cluster.safetensors_headers import DTYPE_NAMES, TensorEntry, read_headers
+from workloads.models.unsupported import UNSUPPORTED
 
 # Model types whose served tokens were compared with those of an unchanged engine.
 COMPARED_TYPES: Final = frozenset(
     {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe"}
 )
-# vLLM gives these an experts class of their own, which the engine plug-in cannot replace.
-REFUSED_TYPES: Final = frozenset({"gpt_oss", "dbrx"})
 _SHARED_COUNT_KEYS: Final = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _INTERMEDIATE_KEYS: Final = ("moe_intermediate_size", "intermediate_size", "ffn_dim")
 
@@ -114,7 +113,7 @@ def inspect_model(path: Path) -> ModelReport:
         files=tuple(
             ModelFile(file.name, file.stat().st_size) for file in sorted(path.iterdir()) if file.is_file()
         ),
-        servable=checkpoint is not None and checkpoint.model_type not in REFUSED_TYPES,
+        servable=checkpoint is not None and checkpoint.model_type not in UNSUPPORTED,
         reason=reason,
     )
 
@@ -140,8 +139,8 @@ def _open_experts(path: Path) -> tuple[Checkpoint | None, str]:
         _ = checkpoint.top_k
     except CheckpointError as error:
         return None, f"{error.message}; {error.hint}" if error.hint else error.message
-    if checkpoint.model_type in REFUSED_TYPES:
-        return checkpoint, f"vLLM does not let the experts of {checkpoint.model_type} be replaced"
+    if checkpoint.model_type in UNSUPPORTED:
+        return checkpoint, UNSUPPORTED[checkpoint.model_type]
     if checkpoint.model_type in COMPARED_TYPES:
         return checkpoint, f"{checkpoint.model_type} gives the same tokens as without expertmesh"
     return checkpoint, f"the experts can be read, but {checkpoint.model_type} was not compared yet"

@@ -61,7 +61,7 @@ def test_a_refused_architecture_says_why(tmp_path: Path) -> None:
     report = inspect_model(make_tiny("gpt_oss", tmp_path / "model"))
     assert (report.moe_layers, report.experts_per_layer) == (2, (8,))
     assert not report.servable
-    assert "gpt_oss" in report.reason
+    assert "gpt-oss" in report.reason
 
 
 def test_an_architecture_that_was_not_compared_says_so(tmp_path: Path) -> None:
