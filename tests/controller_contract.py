@@ -1,6 +1,6 @@
 """What a controller promises, whatever its hosts and its store are made of.
 
-Unit tests run it over hosts in memory, integration tests over Ray actors. Subclasses give the fixture `world`.
+Unit tests run it over hosts in memory, integration tests over Ray actors. A subclass gives the fixture `world`.
 """
 
 from __future__ import annotations
