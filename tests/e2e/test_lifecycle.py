@@ -1,0 +1,97 @@
+"""Deaths and endings: of a host under load, of the server's own process, and during start-up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from tests.e2e.programs import ServerProgram, free_port, run, settings, wait_for
+
+pytestmark = pytest.mark.slow
+
+PROMPT = "The river froze early that winter"
+TOKENS = 300
+
+
+def test_a_host_dies_then_the_server(tiny_model: Path, tmp_path: Path) -> None:
+    """kill -9 of a host in the middle of a stream: the same tokens; then of the server: nothing stays."""
+    # Ray starts the host again, which takes as long as Python and torch take to start.
+    config = settings(tiny_model, free_port(), data_plane={"deadline": "200s"})
+    program = ServerProgram(tmp_path / "server", config)
+    try:
+        program.wait_ready()
+        expected = _stream(program.url)
+        before = _hosts(program, tmp_path / "before")
+        victim = before["local-1"]["pid"]
+
+        started, tokens = threading.Event(), []
+        reader = threading.Thread(target=lambda: tokens.extend(_stream(program.url, started)))
+        reader.start()
+        assert started.wait(60)
+        os.kill(victim, signal.SIGKILL)
+        reader.join(250)
+        assert not reader.is_alive()
+        assert tokens == expected
+        after = wait_for(lambda: _hosts(program, tmp_path / "after"), 60, "both hosts to be ready")
+        assert after["local-1"]["pid"] != victim and after["local-0"]["pid"] == before["local-0"]["pid"]
+        stats = httpx.get(f"{program.url}/expertmesh/stats", timeout=60).json()
+        assert stats["reconnects"] >= 1
+        assert httpx.get(f"{program.url}/ready", timeout=60).status_code == 200
+
+        os.kill(program.process.pid, signal.SIGKILL)
+        program.process.wait(30)
+        program.assert_gone(60.0)
+        again = run(tmp_path / "status", "status", "--url", program.url)
+        assert again.process.returncode == 1 and "expertmesh serve" in again.err
+    finally:
+        program.kill()
+
+
+@pytest.mark.parametrize("stage", ["starting Ray", "starting the engine"])
+def test_interrupted_while_it_starts(tiny_model: Path, tmp_path: Path, stage: str) -> None:
+    program = ServerProgram(tmp_path, settings(tiny_model, free_port()))
+    try:
+        program.wait_for_text(stage)
+        program.interrupt()
+        assert program.wait() == 130, program.err
+        assert "Traceback" not in program.err
+        program.assert_gone()
+    finally:
+        program.kill()
+
+
+def test_an_open_stream_does_not_hold_up_the_end(server: ServerProgram) -> None:
+    """A stream that is over within the grace of five seconds is not cut."""
+    # The session's server is ended by its fixture; here only the reader's side: a long stream goes to its end.
+    assert len(_stream(server.url)) == TOKENS
+
+
+def _stream(url: str, started: threading.Event | None = None) -> list[int]:
+    """Greedy token ids; `started` is set once a few have come."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=250)
+    tokens: list[int] = []
+    extra: dict[str, Any] = {"ignore_eos": True, "return_token_ids": True}
+    for chunk in client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=TOKENS, temperature=0.0, stream=True, extra_body=extra
+    ):
+        tokens.extend(chunk.choices[0].token_ids or [])  # type: ignore[attr-defined]
+        if started is not None and len(tokens) >= 5:
+            started.set()
+    return tokens
+
+
+def _hosts(program: ServerProgram, folder: Path) -> dict[str, Any]:
+    """By id what `status` says of the hosts; empty unless all are ready."""
+    status = run(folder, "status", "--json", "--url", program.url)
+    hosts = {host["host_id"]: host for host in json.loads(status.out)["hosts"]}
+    ready = all(host["state"] == "ready" and psutil.pid_exists(host["pid"]) for host in hosts.values())
+    return hosts if ready else {}
