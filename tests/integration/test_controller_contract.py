@@ -1,0 +1,125 @@
+"""The controller's contract over Ray actors and Ray's key-value store, and the controller as an actor."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from actors import ray_controller
+from actors.ray_controller import KvStore
+from actors.ray_hosts import RayHost, RayHosts
+from cluster.checkpoint import Checkpoint
+from cluster.config import Config
+from cluster.controller import Controller, Deployment
+from cluster.ray_cluster import nodes
+from cluster.table import PlacementTable
+from tests.controller_contract import TIMEOUT_S, ControllerContract
+from tests.tiny_models import make_tiny
+from workloads.deploy import blueprint
+
+# Loads nothing, so a host takes as long as its imports; what hosts compute is tested elsewhere.
+CONFIG = Config.model_validate(
+    {
+        "hosts": [{"count": 2, "threads": 1, "kernel": "noop", "memory": "64MiB"}],
+        "data_plane": {"tcp": "never"},
+    }
+)
+
+
+class RayWorld:
+    """Host actors and a document in one Ray namespace of its own."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.namespace = f"contract-{secrets.token_hex(4)}"
+        self.hosts = RayHosts(self.namespace)
+        self._checkpoint = checkpoint
+        self._store = KvStore(f"contract:{self.namespace}")
+
+    def controller(self) -> Controller:
+        return Controller(self.hosts, self._store)
+
+    def deployment(self, name: str = "model") -> Deployment:
+        return blueprint(CONFIG, self._checkpoint, "float32", name, nodes()).deployment
+
+    def kill(self, host_id: str) -> None:
+        host = self.hosts.find(host_id)
+        assert host is not None
+        host.stop()
+        deadline = time.monotonic() + TIMEOUT_S
+        while self.hosts.find(host_id) is not None:
+            assert time.monotonic() < deadline, f"{host_id} does not die"
+            time.sleep(0.05)
+
+    def living(self) -> set[str]:
+        found = {host_id: self.hosts.find(host_id) for host_id in ("local-0", "local-1")}
+        return {host_id for host_id, host in found.items() if host is not None and answers(host)}
+
+
+def answers(host: RayHost) -> bool:
+    try:
+        host.progress(TIMEOUT_S)
+    except ray.exceptions.RayActorError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder: Path = tmp_path_factory.mktemp("tiny") / "mixtral"
+    return Checkpoint.open(make_tiny("mixtral", folder))
+
+
+@pytest.fixture
+def world(ray_cluster: str, checkpoint: Checkpoint) -> Iterator[RayWorld]:
+    made = RayWorld(checkpoint)
+    yield made
+    made.controller().stop()
+
+
+class TestControllerOverRay(ControllerContract):
+    """The contract, over Ray."""
+
+
+def test_the_controller_s_actor_is_restarted_and_knows_its_deployment(world: RayWorld) -> None:
+    actor = ray_controller.get_or_start(world.namespace)
+    try:
+        ray.get(actor.deploy.remote(world.deployment()), timeout=TIMEOUT_S)
+        table = ray.get(actor.publish.remote(TIMEOUT_S), timeout=2 * TIMEOUT_S)
+        ray.kill(actor, no_restart=False)
+        assert ray.get(actor.table.remote(), timeout=TIMEOUT_S) == table
+        assert ray.get(actor.publish.remote(TIMEOUT_S), timeout=2 * TIMEOUT_S) == table
+        assert ray_controller.published_table(world.namespace, TIMEOUT_S) == table
+        assert len(PlacementTable.from_json(table).running) == 2
+    finally:
+        ray.get(actor.stop.remote(), timeout=TIMEOUT_S)
+        ray.kill(actor, no_restart=True)
+    assert world.living() == set()
+
+
+def test_a_host_that_dies_comes_back_under_its_name_with_another_process(world: RayWorld) -> None:
+    controller = world.controller()
+    controller.deploy(world.deployment())
+    before = PlacementTable.from_json(controller.publish(TIMEOUT_S))
+    lost = world.hosts.find("local-0")
+    assert lost is not None
+    # Ray's own restart, as after a crash; the controller is not asked to do anything.
+    ray.kill(lost._actor, no_restart=False)
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            after = PlacementTable.from_json(controller.publish(TIMEOUT_S))
+        except ray.exceptions.RayActorError:
+            after = before
+        if after != before:
+            break
+        assert time.monotonic() < deadline, "the host was not restarted"
+        time.sleep(0.1)
+    old, new = before.hosts["local-0"], after.hosts["local-0"]
+    assert old is not None and new is not None
+    assert new.unix == old.unix and new.pid != old.pid
+    assert after.epoch == before.epoch + 1
