@@ -18,11 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 import structlog
+import torch
 
 from actors.buffers import Buffers, Views
 from actors.handshake import greet
 from actors.header_parts import DISPATCH_LEAD, MAX_KEPT, PARTS, REPLY_LEAD, rest
-from actors.hosted_layer import HostedLayer, Slots
+from actors.hosted_layer import HostedLayer, Ids
 from actors.link import read_exactly, send_all
 from cluster.errors import ExpertmeshError, HostError, ProtocolError
 from cluster.frame import (
@@ -166,17 +167,20 @@ class _Connection:
 
     def run(self) -> None:
         """Answer frames until the engine closes; ProtocolError if it sends what makes no sense."""
-        sock, server = self._sock, self._server
+        sock, server, inline = self._sock, self._server, self._inline
+        # Bound once: after every wait the processor has forgotten much, so each look-up counts.
+        receive, send, find = sock.recv_into, sock.send, self._requests.get
+        unpack, pack = PARTS.unpack_from, PARTS.pack
         buffer = bytearray(HEADER_BYTES)
-        while sock.recv_into(buffer, HEADER_BYTES, MSG_WAITALL) == HEADER_BYTES:
-            lead, number, asked, _ = PARTS.unpack_from(buffer)
-            request = self._requests.get(asked) if lead == DISPATCH_LEAD else None
+        while receive(buffer, HEADER_BYTES, MSG_WAITALL) == HEADER_BYTES:
+            lead, number, asked, _ = unpack(buffer)
+            request = find(asked) if lead == DISPATCH_LEAD else None
             # Checked before anything is read: a wrong count must not move the stream out of step.
             if request is None and (request := self._check(buffer)) is None:
                 self._answer_rare(buffer)
                 continue
-            views = request.views
-            if self._inline:
+            if inline:
+                views = request.views
                 for part in (views.ids_np, views.weights_np, views.x_raw):
                     read_exactly(sock, part.data.cast("B"))
             try:
@@ -186,11 +190,11 @@ class _Connection:
                 log.warning("dispatch failed", host=server.host_id, layer=request.layer, reason=str(error))
                 self._send_error(buffer, str(error) or type(error).__name__)
                 continue
-            reply = PARTS.pack(REPLY_LEAD, number, request.answer, compute_ns)
-            if self._inline:
-                send_all(sock, [reply, views.out_raw])
+            reply = pack(REPLY_LEAD, number, request.answer, compute_ns)
+            if inline:
+                send_all(sock, [reply, request.views.out_raw])
             else:
-                sock.send(reply)
+                send(reply)
 
     def _check(self, buffer: bytearray) -> _Request | None:
         """What a header that was not seen before asks for; None if it is no dispatch for this connection."""
@@ -208,9 +212,9 @@ class _Connection:
         if len(self._requests) >= MAX_KEPT:
             self._requests.clear()
         answer = rest(REPLY, manifest, epoch, layer, dtype, top_k, rows, hidden, rows * hidden * item_bytes)
-        request = _Request(
-            layer, manifest, rows, self._buffers.views(rows), Slots.of(self._slots[:rows]), answer
-        )
+        views, slots = self._buffers.views(rows), Ids.of(self._slots[:rows])
+        arguments = (views.x, slots.tensor, views.weights, views.out)
+        request = _Request(layer, manifest, rows, Ids.of(views.ids_np), slots, arguments, answer, views)
         self._requests[PARTS.unpack_from(buffer)[2]] = request
         return request
 
@@ -223,20 +227,25 @@ class _Connection:
 
     def _compute(self, request: _Request) -> int:
         """Run the layer's experts on the rows in the buffers; returns nanoseconds."""
-        server, (layer, manifest, rows, views, slots, _) = self._server, request
+        server, (layer, manifest, rows, ids, slots, arguments, _, _) = self._server, request
         hosted = server.layers.get(layer)
         if hosted is None:
             raise HostError(f"holds no experts of layer {layer}")
         if manifest != server.manifest:
             raise HostError(f"holds manifest {server.manifest:016x}, the dispatch wants {manifest:016x}")
-        hosted.to_slots(views.ids_np, slots)
-        with server.kernel_lock:
+        hosted.to_slots(ids, slots)
+        lock = server.kernel_lock
+        # Not `with`, which costs twice as much after a wait.
+        lock.acquire()
+        try:
             started = perf_counter_ns()
-            hosted.experts.compute(views.x, slots.tensor, views.weights, views.out)
+            hosted.compute(*arguments)
             elapsed = perf_counter_ns() - started
             server.dispatches_served += 1
             server.rows_served += rows
             server.compute_ns += elapsed
+        finally:
+            lock.release()
         return elapsed
 
     def _send_error(self, buffer: bytearray, text: str) -> None:
@@ -253,10 +262,13 @@ class _Request(NamedTuple):
     layer: int
     manifest: int
     rows: int
-    views: Views
-    slots: Slots
+    ids: Ids
+    slots: Ids
+    arguments: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+    """Of the kernel: x, slots, weights, out."""
     answer: bytes
     """What the reply's header carries in the same place."""
+    views: Views
 
 
 def _bind(listener: socket.socket, address: str | tuple[str, int], what: str) -> None:

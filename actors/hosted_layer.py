@@ -13,7 +13,7 @@ from cluster.errors import HostError
 _ABSENT = -2
 # ndarray.min goes through two Python frames; the ufunc's own reduction does not.
 _minimum, _maximum = np.minimum.reduce, np.maximum.reduce
-# Up to here Python's max over a list is faster than a reduction of numpy's.
+# Up to here Python's max is faster than a reduction of numpy's.
 _FEW = 32
 
 
@@ -30,6 +30,7 @@ class HostedLayer:
 
     def __init__(self, experts: Experts, expert_ids: tuple[int, ...], num_experts: int) -> None:
         self.experts = experts
+        self.compute = experts.compute
         # slot_of[-1] is the last element: ids of -1 ("not for this host") stay -1 without a branch.
         self.slot_of = np.full(num_experts + 1, _ABSENT, np.int32)
         self.slot_of[list(expert_ids)] = np.arange(len(expert_ids), dtype=np.int32)
@@ -37,34 +38,38 @@ class HostedLayer:
         # Ids below this are their own slots: all of the layer's where one host holds it whole.
         self.same_below = num_experts if expert_ids == tuple(range(num_experts)) else 0
 
-    def to_slots(self, ids: np.ndarray, slots: Slots) -> None:
-        """Write the slot of every id in the host's own memory, where the engine can't change it any more.
+    def to_slots(self, ids: Ids, slots: Ids) -> None:
+        """Write the slot of every id into `slots`: memory of the host's own, that no engine can change any more.
 
         Raises IndexError for an id outside the layer, HostError for an expert that lives elsewhere.
         """
-        if self.same_below and slots.numbers:
-            slots.array[...] = ids
+        words = slots.words
+        if self.same_below and words:
+            words[:] = ids.words
             # As unsigned numbers, so that -1 is large too and one comparison finds both.
-            unsigned = slots.unsigned
-            if (max(unsigned.tolist()) if slots.numbers <= _FEW else _maximum(unsigned)) < self.same_below:
+            if (max(words) if len(words) <= _FEW else _maximum(slots.unsigned)) < self.same_below:
                 return
-        self.slot_of.take(ids, out=slots.array)
-        if slots.numbers and _minimum(slots.array, None) == _ABSENT:
-            missing = sorted(set(ids[slots.array == _ABSENT].tolist()))
+        self.slot_of.take(ids.array, out=slots.array)
+        if words and _minimum(slots.array, None) == _ABSENT:
+            missing = sorted(set(ids.array[slots.array == _ABSENT].tolist()))
             raise HostError(f"does not hold experts {missing}")
 
 
-class Slots(NamedTuple):
-    """A connection's slots cut to the n rows of one message, and the same memory in other views."""
+class Ids(NamedTuple):
+    """Expert ids, or the slots made of them, of one message's n rows: the same memory in several views.
+
+    NumPy's first operation after a wait costs microseconds, that of a memoryview a fraction of one.
+    """
 
     array: np.ndarray
     """int32 [n, K]."""
+    words: memoryview
+    """uint32 [n·K]."""
     unsigned: np.ndarray
     """uint32 [n·K]."""
     tensor: torch.Tensor
-    numbers: int
-    """n·K."""
 
     @classmethod
-    def of(cls, array: np.ndarray) -> Slots:
-        return cls(array, array.reshape(-1).view(np.uint32), torch.from_numpy(array), array.size)
+    def of(cls, array: np.ndarray) -> Ids:
+        unsigned = array.reshape(-1).view(np.uint32)
+        return cls(array, unsigned.data, unsigned, torch.from_numpy(array))

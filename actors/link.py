@@ -10,8 +10,9 @@ import socket
 import struct
 import time
 from collections.abc import Sequence
+from ctypes import c_size_t
 from socket import MSG_WAITALL
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from actors.buffers import Buffers, Layout, memmove
 from actors.handshake import Identity, dial
@@ -31,6 +32,20 @@ from cluster.frame import (
     encode_into,
 )
 from cluster.messages import HostAddress
+
+
+class _Message(NamedTuple):
+    """What every dispatch of as many rows to the same layer has in common."""
+
+    asked: bytes
+    """The constant part of its header (see `actors.header_parts`)."""
+    answered: bytes
+    """What a well-formed answer has in that place."""
+    rows: int
+    pair_bytes: c_size_t
+    """Of the ids, and of the weights."""
+    row_bytes: c_size_t
+    """Of the rows, and of their sums."""
 
 
 class HostLink:
@@ -55,10 +70,9 @@ class HostLink:
         self._dtype_code = DTYPE_CODES[layout.dtype]
         self._row_bytes = dispatch_bytes(1, layout.hidden, layout.top_k, ITEM_BYTES[layout.dtype])
         self._out_bytes = layout.hidden * ITEM_BYTES[layout.dtype]
-        self._pair_bytes = layout.top_k * 4
         self._top_k, self._hidden = layout.top_k, layout.hidden
-        self._rests: dict[tuple[int, int, int, int], tuple[bytes, bytes]] = {}
-        self._expected = b""
+        self._messages: dict[tuple[int, int, int, int], _Message] = {}
+        self._sent: _Message | None = None
 
     @property
     def connected(self) -> bool:
@@ -104,43 +118,63 @@ class HostLink:
             raise ConnectionError("not connected")
         return self._buffers
 
-    def copy_in(self, x: int, weights: int, ids: int, rows: int) -> None:
-        """Copy `rows` rows, weights and int32 ids from these addresses into the connection's memory."""
-        buffers = self._buffers
-        if buffers is None:
-            raise ConnectionError("not connected")
-        pair_bytes = rows * self._pair_bytes
-        memmove(buffers.ids_at, ids, pair_bytes)
-        memmove(buffers.weights_at, weights, pair_bytes)
-        memmove(buffers.x_at, x, rows * self._out_bytes)
+    def exchange(
+        self, manifest: int, epoch: int, layer: int, rows: int, x: int, weights: int, ids: int, out: int
+    ) -> None:
+        """Send `rows` rows that lie at these addresses as they are, write the sums to `out`.
 
-    def copy_out(self, out: int, rows: int) -> None:
-        """Copy `rows` received sums to this address."""
-        memmove(out, self.buffers.out_at, rows * self._out_bytes)
+        Raises what `send` and `receive` raise; the rows may be sent again after any of it.
+        """
+        buffers, sock = self._buffers, self._sock
+        if buffers is None or sock is None:
+            raise ConnectionError("not connected")
+        message = self._messages.get((manifest, epoch, layer, rows))
+        if message is None:
+            message = self._make_message(manifest, epoch, layer, rows)
+        asked, _, _, pairs, row_bytes = message
+        memmove(buffers.ids_at, ids, pairs)
+        memmove(buffers.weights_at, weights, pairs)
+        memmove(buffers.x_at, x, row_bytes)
+        if self.local:
+            # `_send` without the call: after a wait every Python frame costs a tenth of the round trip's rest.
+            self._request_id = request_id = (self._request_id + 1) & 0xFFFFFFFF
+            sock.send(PARTS.pack(DISPATCH_LEAD, request_id, asked, 0))
+        else:
+            self._send(message)
+        self._receive(message)
+        memmove(out, buffers.out_at, row_bytes)
 
     def send(self, manifest: int, epoch: int, layer: int, rows: int) -> None:
         """Announce the rows that lie in the connection's memory; OSError if the connection is gone."""
-        sock = self._sock
-        if sock is None:
-            raise ConnectionError("not connected")
-        self._request_id = request_id = (self._request_id + 1) & 0xFFFFFFFF
-        rests = self._rests.get((manifest, epoch, layer, rows))
-        if rests is None:
-            rests = self._make_rests(manifest, epoch, layer, rows)
-        asked, self._expected = rests
-        header = PARTS.pack(DISPATCH_LEAD, request_id, asked, 0)
-        if self.local:
-            sock.send(header)
-        else:
-            views = self.buffers.views(rows)
-            send_all(sock, [header, views.ids_np, views.weights_np, views.x_raw])
+        message = self._messages.get((manifest, epoch, layer, rows))
+        if message is None:
+            message = self._make_message(manifest, epoch, layer, rows)
+        self._sent = message
+        self._send(message)
 
-    def receive(self, rows: int) -> None:
+    def receive(self) -> None:
         """Wait for the answer to the last `send`; its sums are then in the connection's memory.
 
         Raises HostError with the host's own words, TimeoutError past the deadline, ConnectionError if
         the host is gone, ProtocolError if the answer makes no sense.
         """
+        if self._sent is None:
+            raise ConnectionError("nothing was sent")
+        self._receive(self._sent)
+
+    def _send(self, message: _Message) -> None:
+        sock = self._sock
+        if sock is None:
+            raise ConnectionError("not connected")
+        self._request_id = request_id = (self._request_id + 1) & 0xFFFFFFFF
+        header = PARTS.pack(DISPATCH_LEAD, request_id, message.asked, 0)
+        if self.local:
+            sock.send(header)
+        else:
+            views = self.buffers.views(message.rows)
+            send_all(sock, [header, views.ids_np, views.weights_np, views.x_raw])
+
+    def _receive(self, message: _Message) -> None:
         sock = self._sock
         if sock is None:
             raise ConnectionError("not connected")
@@ -151,20 +185,24 @@ class HostLink:
         if got < HEADER_BYTES:
             raise ConnectionError(f"expert host {self.address.host_id} closed the connection")
         lead, request_id, answered, compute_ns = PARTS.unpack_from(self._answer)
-        if answered != self._expected or request_id != self._request_id or lead != REPLY_LEAD:
+        if answered != message.answered or request_id != self._request_id or lead != REPLY_LEAD:
             self._refuse()
         if not self.local:
-            read_exactly(sock, self.buffers.views(rows).out_raw.data.cast("B"))
+            read_exactly(sock, self.buffers.views(message.rows).out_raw.data.cast("B"))
         self.compute_ns = compute_ns
 
-    def _make_rests(self, manifest: int, epoch: int, layer: int, rows: int) -> tuple[bytes, bytes]:
-        """The constant part of a dispatch's header, and what a well-formed answer has in its place."""
-        if len(self._rests) >= MAX_KEPT:
-            self._rests.clear()
+    def _make_message(self, manifest: int, epoch: int, layer: int, rows: int) -> _Message:
+        if len(self._messages) >= MAX_KEPT:
+            self._messages.clear()
         same = (manifest, epoch, layer, self._dtype_code, self._top_k, rows, self._hidden)
-        rests = rest(DISPATCH, *same, rows * self._row_bytes), rest(REPLY, *same, rows * self._out_bytes)
-        self._rests[manifest, epoch, layer, rows] = rests
-        return rests
+        message = self._messages[manifest, epoch, layer, rows] = _Message(
+            rest(DISPATCH, *same, rows * self._row_bytes),
+            rest(REPLY, *same, rows * self._out_bytes),
+            rows,
+            c_size_t(rows * self._top_k * 4),
+            c_size_t(rows * self._out_bytes),
+        )
+        return message
 
     def _refuse(self) -> NoReturn:
         """Raise what an answer that is not the expected one says, or that it says nothing sensible."""
@@ -198,7 +236,7 @@ class HostLink:
         """Drop the connection and its memory; the host notices at once."""
         if self._sock is not None:
             self._sock.close()
-        self._sock = self._buffers = None
+        self._sock = self._buffers = self._sent = None
 
 
 def read_exactly(sock: socket.socket, view: memoryview) -> None:

@@ -1,4 +1,4 @@
-"""What of a round goes to one host. A part can be filled in again, for another attempt."""
+"""What of a round goes to one of several hosts."""
 
 from __future__ import annotations
 
@@ -11,21 +11,11 @@ from actors.link import HostLink
 _NOT_HERE = np.int32(-1)
 
 
-class Whole:
-    """A round's rows as they are, for the only host; `fill` may be called again for another attempt."""
-
-    __slots__ = ("ids", "link", "rows", "weights", "x")
-
-    def __init__(self, link: HostLink, rows: int, x: int, weights: int, ids: int) -> None:
-        self.link, self.rows = link, rows
-        self.x, self.weights, self.ids = x, weights, ids
-
-    def fill(self) -> None:
-        self.link.copy_in(self.x, self.weights, self.ids, self.rows)
-
-
 class Share:
-    """One host's share of a round: the rows that need it, ids of other hosts' experts made -1."""
+    """One host's share of a round: the rows that need it, ids of other hosts' experts made -1.
+
+    `fill` may be called again, for another attempt.
+    """
 
     __slots__ = ("here", "ids", "link", "row_numbers", "rows", "weights", "x")
 

@@ -112,7 +112,7 @@ def _stock(config: Config, path: Path, name: str, arguments: dict[str, str]) -> 
     """vLLM's own server with the experts in process, the same threads and limits; ended with the block."""
     port = _free_port()
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(path),
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path),
         "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port),
         "--max-num-seqs", str(config.engine.max_num_seqs),
         "--kv-cache-memory-bytes", str(int(config.engine.kv_cache)),
