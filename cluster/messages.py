@@ -78,7 +78,7 @@ class EngineSettings:
     """What the router deployment hands to its engine process, as JSON in the environment."""
 
     table: str
-    """The placement table's JSON; empty to rehearse: compile and warm up without hosts, experts giving zeros."""
+    """The placement table's JSON; empty to rehearse: compile and warm up without hosts, experts give zeros."""
     model: str
     """Digest of the checkpoint, compared in the data plane's handshake."""
     moe_layers: tuple[int, ...]
