@@ -9,7 +9,6 @@ Shape suffixes: R = capacity in rows, K = top-k, H = hidden size; n = rows of on
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 from dataclasses import dataclass
@@ -19,12 +18,6 @@ import numpy as np
 import torch
 
 from cluster.frame import ITEM_BYTES
-
-# The C library's, called without letting go of the interpreter's lock as ctypes.memmove does: taking it back
-# costs as much as a small copy, and may wait milliseconds for another thread. Arguments that are c_void_p or
-# c_size_t already, made once, save a quarter of the call.
-memmove = ctypes.PyDLL(None).memmove
-memmove.argtypes, memmove.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), None
 
 # Arrays start on cache lines, so that two processes never share one across arrays.
 _ALIGN = 64
@@ -52,7 +45,7 @@ class Views(NamedTuple):
     """The arrays cut to n rows, as tensors (for kernels) and as raw memory (for copies and sockets).
 
     `x_raw` and `out_raw` are integer arrays of the rows' bytes: NumPy has no bfloat16, and a copy
-    needs none.
+    needs none. The `_bytes` are the same four, flat.
     """
 
     ids: torch.Tensor
@@ -63,13 +56,14 @@ class Views(NamedTuple):
     weights_np: np.ndarray
     x_raw: np.ndarray
     out_raw: np.ndarray
+    ids_bytes: memoryview
+    weights_bytes: memoryview
+    x_bytes: memoryview
+    out_bytes: memoryview
 
 
 class Buffers:
-    """The four arrays of one connection: ids int32 [R, K], weights float32 [R, K], x and out dtype [R, H].
-
-    `ids_at`, `weights_at`, `x_at` and `out_at` are their addresses, for `memmove`.
-    """
+    """The four arrays of one connection: ids int32 [R, K], weights float32 [R, K], x and out dtype [R, H]."""
 
     def __init__(self, layout: Layout, memory: mmap.mmap, fd: int = -1) -> None:
         self.layout = layout
@@ -82,10 +76,6 @@ class Buffers:
         self._weights_RK = np.frombuffer(memory, np.float32, R * K, weights_at).reshape(R, K)
         self._x_RH = np.frombuffer(memory, raw_type, R * H, x_at).reshape(R, H)
         self._out_RH = np.frombuffer(memory, raw_type, R * H, out_at).reshape(R, H)
-        self.ids_at = ctypes.c_void_p(self._ids_RK.ctypes.data)
-        self.weights_at = ctypes.c_void_p(self._weights_RK.ctypes.data)
-        self.x_at = ctypes.c_void_p(self._x_RH.ctypes.data)
-        self.out_at = ctypes.c_void_p(self._out_RH.ctypes.data)
         self._views: dict[int, Views] = {}
 
     @classmethod
@@ -125,6 +115,7 @@ class Buffers:
                 weights,
                 x,
                 out,
+                *(array.reshape(-1).view(np.uint8).data for array in (ids, weights, x, out)),
             )
         return views
 

@@ -109,7 +109,7 @@ def inspect_module(module: nn.Module) -> ExpertMaths:
 
 
 @lru_cache(maxsize=4)
-def _experts_modules(path: str, digest: str) -> Mapping[int, nn.Module]:  # noqa: ARG001, the digest is a key
+def _experts_modules(path: str, digest: str) -> Mapping[int, nn.Module]:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

@@ -10,13 +10,13 @@ import socket
 import struct
 import time
 from collections.abc import Sequence
-from ctypes import c_size_t
 from socket import MSG_WAITALL
 from typing import Any, NamedTuple, NoReturn
 
-from actors.buffers import Buffers, Layout, memmove
+from actors.buffers import Buffers, Layout, Views
 from actors.handshake import Identity, dial
 from actors.header_parts import DISPATCH_LEAD, MAX_KEPT, PARTS, REPLY_LEAD, rest
+from actors.raw_memory import RawMemory
 from cluster.errors import HostError, ProtocolError
 from cluster.frame import (
     DISPATCH,
@@ -42,10 +42,11 @@ class _Message(NamedTuple):
     answered: bytes
     """What a well-formed answer has in that place."""
     rows: int
-    pair_bytes: c_size_t
+    pair_bytes: int
     """Of the ids, and of the weights."""
-    row_bytes: c_size_t
+    row_bytes: int
     """Of the rows, and of their sums."""
+    views: Views
 
 
 class HostLink:
@@ -73,6 +74,7 @@ class HostLink:
         self._top_k, self._hidden = layout.top_k, layout.hidden
         self._messages: dict[tuple[int, int, int, int], _Message] = {}
         self._sent: _Message | None = None
+        self._memory = RawMemory(layout.max_rows * max(self._out_bytes, layout.top_k * 4))
 
     @property
     def connected(self) -> bool:
@@ -125,24 +127,27 @@ class HostLink:
 
         Raises what `send` and `receive` raise; the rows may be sent again after any of it.
         """
-        buffers, sock = self._buffers, self._sock
-        if buffers is None or sock is None:
+        sock = self._sock
+        if sock is None:
             raise ConnectionError("not connected")
         message = self._messages.get((manifest, epoch, layer, rows))
         if message is None:
             message = self._make_message(manifest, epoch, layer, rows)
-        asked, _, _, pairs, row_bytes = message
-        memmove(buffers.ids_at, ids, pairs)
-        memmove(buffers.weights_at, weights, pairs)
-        memmove(buffers.x_at, x, row_bytes)
+        asked, _, _, pair_bytes, row_bytes, views = message
+        kept, view = self._memory.kept.get, self._memory.view
+        views.ids_bytes[:] = kept((ids, pair_bytes)) or view(ids, pair_bytes)
+        views.weights_bytes[:] = kept((weights, pair_bytes)) or view(weights, pair_bytes)
+        views.x_bytes[:] = kept((x, row_bytes)) or view(x, row_bytes)
         if self.local:
-            # `_send` without the call: after a wait every Python frame costs a tenth of the round trip's rest.
+            # `_send` without the call: after a wait, every call of a Python function counts.
             self._request_id = request_id = (self._request_id + 1) & 0xFFFFFFFF
             sock.send(PARTS.pack(DISPATCH_LEAD, request_id, asked, 0))
         else:
             self._send(message)
+        # Found before the wait: the host is busy anyway.
+        sums = kept((out, row_bytes)) or view(out, row_bytes)
         self._receive(message)
-        memmove(out, buffers.out_at, row_bytes)
+        sums[:] = views.out_bytes
 
     def send(self, manifest: int, epoch: int, layer: int, rows: int) -> None:
         """Announce the rows that lie in the connection's memory; OSError if the connection is gone."""
@@ -171,7 +176,7 @@ class HostLink:
         if self.local:
             sock.send(header)
         else:
-            views = self.buffers.views(message.rows)
+            views = message.views
             send_all(sock, [header, views.ids_np, views.weights_np, views.x_raw])
 
     def _receive(self, message: _Message) -> None:
@@ -188,7 +193,7 @@ class HostLink:
         if answered != message.answered or request_id != self._request_id or lead != REPLY_LEAD:
             self._refuse()
         if not self.local:
-            read_exactly(sock, self.buffers.views(message.rows).out_raw.data.cast("B"))
+            read_exactly(sock, message.views.out_raw.data.cast("B"))
         self.compute_ns = compute_ns
 
     def _make_message(self, manifest: int, epoch: int, layer: int, rows: int) -> _Message:
@@ -199,8 +204,9 @@ class HostLink:
             rest(DISPATCH, *same, rows * self._row_bytes),
             rest(REPLY, *same, rows * self._out_bytes),
             rows,
-            c_size_t(rows * self._top_k * 4),
-            c_size_t(rows * self._out_bytes),
+            rows * self._top_k * 4,
+            rows * self._out_bytes,
+            self.buffers.views(rows),
         )
         return message
 
@@ -237,6 +243,8 @@ class HostLink:
         if self._sock is not None:
             self._sock.close()
         self._sock = self._buffers = self._sent = None
+        # They hold views of the connection's memory.
+        self._messages.clear()
 
 
 def read_exactly(sock: socket.socket, view: memoryview) -> None:
