@@ -147,7 +147,7 @@ class Dispatcher:
         out, deadline = out_TH.data_ptr(), 0.0
         while True:
             try:
-                link.exchange(self._manifest, self._epoch, layer, rows, x, weights, ids, out)
+                link.exchange(self._manifest, self._epoch, layer, rows)(x, weights, ids, out)
                 return
             except (OSError, ProtocolError) as error:
                 self._lost(link, error)

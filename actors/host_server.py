@@ -11,20 +11,19 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from socket import MSG_WAITALL
 from time import perf_counter_ns
 from typing import NamedTuple
 
 import numpy as np
 import structlog
-import torch
 
 from actors.buffers import Buffers, Views
 from actors.handshake import greet
 from actors.header_parts import DISPATCH_LEAD, MAX_KEPT, PARTS, REPLY_LEAD, rest
-from actors.hosted_layer import HostedLayer, Ids
-from actors.link import read_exactly, send_all
+from actors.hosted_layer import FEW, HostedLayer, Ids
+from actors.streams import read_exactly, send_all
 from cluster.errors import ExpertmeshError, HostError, ProtocolError
 from cluster.frame import (
     DISPATCH,
@@ -181,10 +180,10 @@ class _Connection:
                 continue
             if inline:
                 views = request.views
-                for part in (views.ids_np, views.weights_np, views.x_raw):
-                    read_exactly(sock, part.data.cast("B"))
+                for part in (views.ids_bytes, views.weights_bytes, views.x_bytes):
+                    read_exactly(sock, part)
             try:
-                compute_ns = self._compute(request)
+                compute_ns = request.compute()
             except Exception as error:
                 # Whatever a kernel throws concerns these rows alone; the connection and the host live on.
                 log.warning("dispatch failed", host=server.host_id, layer=request.layer, reason=str(error))
@@ -192,7 +191,7 @@ class _Connection:
                 continue
             reply = pack(REPLY_LEAD, number, request.answer, compute_ns)
             if inline:
-                send_all(sock, [reply, request.views.out_raw])
+                send_all(sock, [reply, request.views.out_bytes])
             else:
                 send(reply)
 
@@ -212,11 +211,44 @@ class _Connection:
         if len(self._requests) >= MAX_KEPT:
             self._requests.clear()
         answer = rest(REPLY, manifest, epoch, layer, dtype, top_k, rows, hidden, rows * hidden * item_bytes)
-        views, slots = self._buffers.views(rows), Ids.of(self._slots[:rows])
-        arguments = (views.x, slots.tensor, views.weights, views.out)
-        request = _Request(layer, manifest, rows, Ids.of(views.ids_np), slots, arguments, answer, views)
+        views = self._buffers.views(rows)
+        request = _Request(layer, self._make_compute(layer, manifest, rows, views), answer, views)
         self._requests[PARTS.unpack_from(buffer)[2]] = request
         return request
+
+    def _make_compute(self, layer: int, manifest: int, rows: int, views: Views) -> Callable[[], int]:
+        """The call that runs the layer's experts on the rows in the buffers and returns nanoseconds."""
+        server, find, lock = self._server, self._server.layers.get, self._server.kernel_lock
+        acquire, release = lock.acquire, lock.release
+        ids, slots = Ids.of(views.ids_np), Ids.of(self._slots[:rows])
+        x, slots_tensor, weights, out = views.x, slots.tensor, views.weights, views.out
+        ids_words, slots_words, few = ids.words, slots.words, 0 < rows * slots.array.shape[1] <= FEW
+
+        def compute() -> int:
+            hosted = find(layer)
+            if hosted is None:
+                raise HostError(f"holds no experts of layer {layer}")
+            if manifest != server.manifest:
+                raise HostError(f"holds manifest {server.manifest:016x}, the dispatch wants {manifest:016x}")
+            # Copied first and checked in the copy, which no engine can change any more.
+            if few:
+                slots_words[:] = ids_words
+            if not (few and max(slots_words) < hosted.same_below):
+                hosted.to_slots(ids, slots)
+            # Not `with`, which costs twice as much after a wait.
+            acquire()
+            try:
+                started = perf_counter_ns()
+                hosted.compute(x, slots_tensor, weights, out)
+                elapsed = perf_counter_ns() - started
+                server.dispatches_served += 1
+                server.rows_served += rows
+                server.compute_ns += elapsed
+            finally:
+                release()
+            return elapsed
+
+        return compute
 
     def _answer_rare(self, buffer: bytearray) -> None:
         """A ping, or something that ends the connection with ProtocolError."""
@@ -224,29 +256,6 @@ class _Connection:
         if frame.kind != PING:
             raise ProtocolError(f"{frame} on a connection made for {self._buffers.layout}")
         self._sock.send(encode(Frame(PONG, frame.request_id, 0, 0, 0, 0, 0, 0, 0, 0, 0)))
-
-    def _compute(self, request: _Request) -> int:
-        """Run the layer's experts on the rows in the buffers; returns nanoseconds."""
-        server, (layer, manifest, rows, ids, slots, arguments, _, _) = self._server, request
-        hosted = server.layers.get(layer)
-        if hosted is None:
-            raise HostError(f"holds no experts of layer {layer}")
-        if manifest != server.manifest:
-            raise HostError(f"holds manifest {server.manifest:016x}, the dispatch wants {manifest:016x}")
-        hosted.to_slots(ids, slots)
-        lock = server.kernel_lock
-        # Not `with`, which costs twice as much after a wait.
-        lock.acquire()
-        try:
-            started = perf_counter_ns()
-            hosted.compute(*arguments)
-            elapsed = perf_counter_ns() - started
-            server.dispatches_served += 1
-            server.rows_served += rows
-            server.compute_ns += elapsed
-        finally:
-            lock.release()
-        return elapsed
 
     def _send_error(self, buffer: bytearray, text: str) -> None:
         frame, data = decode(buffer), text.encode()[:MAX_ERROR_BYTES]
@@ -260,12 +269,7 @@ class _Request(NamedTuple):
     """A dispatch header that was found good, with everything that answering it needs."""
 
     layer: int
-    manifest: int
-    rows: int
-    ids: Ids
-    slots: Ids
-    arguments: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-    """Of the kernel: x, slots, weights, out."""
+    compute: Callable[[], int]
     answer: bytes
     """What the reply's header carries in the same place."""
     views: Views

@@ -13,8 +13,8 @@ from cluster.errors import HostError
 _ABSENT = -2
 # ndarray.min goes through two Python frames; the ufunc's own reduction does not.
 _minimum, _maximum = np.minimum.reduce, np.maximum.reduce
-# Up to here Python's max is faster than a reduction of numpy's.
-_FEW = 32
+# Up to so many numbers Python's max is faster than a reduction of numpy's.
+FEW = 32
 
 
 class Experts(Protocol):
@@ -35,7 +35,8 @@ class HostedLayer:
         self.slot_of = np.full(num_experts + 1, _ABSENT, np.int32)
         self.slot_of[list(expert_ids)] = np.arange(len(expert_ids), dtype=np.int32)
         self.slot_of[-1] = -1
-        # Ids below this are their own slots: all of the layer's where one host holds it whole.
+        # Ids below this, as unsigned numbers, are their own slots: all of the layer's where this host holds it
+        # whole. -1 is a large unsigned number, so that one comparison finds whatever else there may be.
         self.same_below = num_experts if expert_ids == tuple(range(num_experts)) else 0
 
     def to_slots(self, ids: Ids, slots: Ids) -> None:
@@ -43,14 +44,12 @@ class HostedLayer:
 
         Raises IndexError for an id outside the layer, HostError for an expert that lives elsewhere.
         """
-        words = slots.words
-        if self.same_below and words:
-            words[:] = ids.words
-            # As unsigned numbers, so that -1 is large too and one comparison finds both.
-            if (max(words) if len(words) <= _FEW else _maximum(slots.unsigned)) < self.same_below:
+        if self.same_below and len(slots.words) > FEW:
+            slots.words[:] = ids.words
+            if _maximum(slots.unsigned) < self.same_below:
                 return
         self.slot_of.take(ids.array, out=slots.array)
-        if words and _minimum(slots.array, None) == _ABSENT:
+        if slots.words and _minimum(slots.array, None) == _ABSENT:
             missing = sorted(set(ids.array[slots.array == _ABSENT].tolist()))
             raise HostError(f"does not hold experts {missing}")
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from socket import MSG_WAITALL
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from actors.buffers import Buffers, Layout, Views
 from actors.handshake import Identity, dial
 from actors.header_parts import DISPATCH_LEAD, MAX_KEPT, PARTS, REPLY_LEAD, rest
 from actors.raw_memory import RawMemory
+from actors.streams import read_exactly, send_all
 from cluster.errors import HostError, ProtocolError
 from cluster.frame import (
     DISPATCH,
@@ -33,6 +34,9 @@ from cluster.frame import (
 )
 from cluster.messages import HostAddress
 
+Exchange = Callable[[int, int, int, int], None]
+"""Of the addresses of x, weights, int32 ids, and of the sums to be written."""
+
 
 class _Message(NamedTuple):
     """What every dispatch of as many rows to the same layer has in common."""
@@ -42,10 +46,6 @@ class _Message(NamedTuple):
     answered: bytes
     """What a well-formed answer has in that place."""
     rows: int
-    pair_bytes: int
-    """Of the ids, and of the weights."""
-    row_bytes: int
-    """Of the rows, and of their sums."""
     views: Views
 
 
@@ -72,6 +72,8 @@ class HostLink:
         self._row_bytes = dispatch_bytes(1, layout.hidden, layout.top_k, ITEM_BYTES[layout.dtype])
         self._out_bytes = layout.hidden * ITEM_BYTES[layout.dtype]
         self._top_k, self._hidden = layout.top_k, layout.hidden
+        self.exchanges: dict[tuple[int, int, int, int], Exchange] = {}
+        """Those that were made, by manifest, epoch, layer and rows."""
         self._messages: dict[tuple[int, int, int, int], _Message] = {}
         self._sent: _Message | None = None
         self._memory = RawMemory(layout.max_rows * max(self._out_bytes, layout.top_k * 4))
@@ -120,34 +122,50 @@ class HostLink:
             raise ConnectionError("not connected")
         return self._buffers
 
-    def exchange(
-        self, manifest: int, epoch: int, layer: int, rows: int, x: int, weights: int, ids: int, out: int
-    ) -> None:
-        """Send `rows` rows that lie at these addresses as they are, write the sums to `out`.
+    def exchange(self, manifest: int, epoch: int, layer: int, rows: int) -> Exchange:
+        """The call that sends `rows` rows as they lie in memory, and writes their sums.
 
-        Raises what `send` and `receive` raise; the rows may be sent again after any of it.
+        It may be repeated while the connection lasts, and raises what `send` and `receive` raise.
         """
+        found = self.exchanges.get((manifest, epoch, layer, rows))
+        return self._make_exchange(manifest, epoch, layer, rows) if found is None else found
+
+    def _make_exchange(self, manifest: int, epoch: int, layer: int, rows: int) -> Exchange:
         sock = self._sock
         if sock is None:
             raise ConnectionError("not connected")
-        message = self._messages.get((manifest, epoch, layer, rows))
-        if message is None:
-            message = self._make_message(manifest, epoch, layer, rows)
-        asked, _, _, pair_bytes, row_bytes, views = message
-        kept, view = self._memory.kept.get, self._memory.view
-        views.ids_bytes[:] = kept((ids, pair_bytes)) or view(ids, pair_bytes)
-        views.weights_bytes[:] = kept((weights, pair_bytes)) or view(weights, pair_bytes)
-        views.x_bytes[:] = kept((x, row_bytes)) or view(x, row_bytes)
-        if self.local:
-            # `_send` without the call: after a wait, every call of a Python function counts.
+        message = self._make_message(manifest, epoch, layer, rows)
+        # All bound here: after a wait the processor has forgotten much, and every look-up counts.
+        asked, answered, _, views = message
+        ids_there, weights_there, x_there, out_there = views[-4:]
+        pair_bytes, row_bytes = len(ids_there), len(x_there)
+        kept, view, local, answer = self._memory.kept.get, self._memory.view, self.local, self._answer
+        pack, unpack, send, receive = PARTS.pack, PARTS.unpack_from, sock.send, sock.recv_into
+
+        def exchange(x: int, weights: int, ids: int, out: int) -> None:
+            ids_there[:] = kept((ids, pair_bytes)) or view(ids, pair_bytes)
+            weights_there[:] = kept((weights, pair_bytes)) or view(weights, pair_bytes)
+            x_there[:] = kept((x, row_bytes)) or view(x, row_bytes)
+            if not local:
+                self._send(message)
+                self._receive(message)
+                view(out, row_bytes)[:] = out_there
+                return
             self._request_id = request_id = (self._request_id + 1) & 0xFFFFFFFF
-            sock.send(PARTS.pack(DISPATCH_LEAD, request_id, asked, 0))
-        else:
-            self._send(message)
-        # Found before the wait: the host is busy anyway.
-        sums = kept((out, row_bytes)) or view(out, row_bytes)
-        self._receive(message)
-        sums[:] = views.out_bytes
+            send(pack(DISPATCH_LEAD, request_id, asked, 0))
+            # Found before the wait: the host is busy anyway.
+            sums = kept((out, row_bytes)) or view(out, row_bytes)
+            try:
+                got = receive(answer, HEADER_BYTES, MSG_WAITALL)
+            except BlockingIOError:
+                raise self._late() from None
+            lead, number, rest, self.compute_ns = unpack(answer)
+            if got != HEADER_BYTES or rest != answered or number != request_id or lead != REPLY_LEAD:
+                self._refuse(got)
+            sums[:] = out_there
+
+        self.exchanges[manifest, epoch, layer, rows] = exchange
+        return exchange
 
     def send(self, manifest: int, epoch: int, layer: int, rows: int) -> None:
         """Announce the rows that lie in the connection's memory; OSError if the connection is gone."""
@@ -177,7 +195,7 @@ class HostLink:
             sock.send(header)
         else:
             views = message.views
-            send_all(sock, [header, views.ids_np, views.weights_np, views.x_raw])
+            send_all(sock, [header, views.ids_bytes, views.weights_bytes, views.x_bytes])
 
     def _receive(self, message: _Message) -> None:
         sock = self._sock
@@ -186,32 +204,38 @@ class HostLink:
         try:
             got = sock.recv_into(self._answer, HEADER_BYTES, MSG_WAITALL)
         except BlockingIOError:
-            raise TimeoutError(f"expert host {self.address.host_id} did not answer in time") from None
-        if got < HEADER_BYTES:
-            raise ConnectionError(f"expert host {self.address.host_id} closed the connection")
-        lead, request_id, answered, compute_ns = PARTS.unpack_from(self._answer)
-        if answered != message.answered or request_id != self._request_id or lead != REPLY_LEAD:
-            self._refuse()
+            raise self._late() from None
+        lead, number, answered, self.compute_ns = PARTS.unpack_from(self._answer)
+        if (
+            got != HEADER_BYTES
+            or answered != message.answered
+            or number != self._request_id
+            or lead != REPLY_LEAD
+        ):
+            self._refuse(got)
         if not self.local:
-            read_exactly(sock, message.views.out_raw.data.cast("B"))
-        self.compute_ns = compute_ns
+            read_exactly(sock, message.views.out_bytes)
 
     def _make_message(self, manifest: int, epoch: int, layer: int, rows: int) -> _Message:
         if len(self._messages) >= MAX_KEPT:
             self._messages.clear()
+            self.exchanges.clear()
         same = (manifest, epoch, layer, self._dtype_code, self._top_k, rows, self._hidden)
         message = self._messages[manifest, epoch, layer, rows] = _Message(
             rest(DISPATCH, *same, rows * self._row_bytes),
             rest(REPLY, *same, rows * self._out_bytes),
             rows,
-            rows * self._top_k * 4,
-            rows * self._out_bytes,
             self.buffers.views(rows),
         )
         return message
 
-    def _refuse(self) -> NoReturn:
-        """Raise what an answer that is not the expected one says, or that it says nothing sensible."""
+    def _late(self) -> TimeoutError:
+        return TimeoutError(f"expert host {self.address.host_id} did not answer in time")
+
+    def _refuse(self, got: int) -> NoReturn:
+        """Raise what an answer of `got` bytes says that is not the expected one, or that it makes no sense."""
+        if got < HEADER_BYTES:
+            raise ConnectionError(f"expert host {self.address.host_id} closed the connection")
         frame = decode(self._answer)
         if frame.kind == ERROR:
             text = bytearray(frame.payload_bytes)
@@ -245,29 +269,7 @@ class HostLink:
         self._sock = self._buffers = self._sent = None
         # They hold views of the connection's memory.
         self._messages.clear()
-
-
-def read_exactly(sock: socket.socket, view: memoryview) -> None:
-    """Fill `view` from a blocking socket; ConnectionError if it closes before."""
-    while view:
-        try:
-            got = sock.recv_into(view, len(view), socket.MSG_WAITALL)
-        except BlockingIOError:
-            raise TimeoutError("the peer stopped in the middle of a frame") from None
-        if not got:
-            raise ConnectionError("the peer closed in the middle of a frame")
-        view = view[got:]
-
-
-def send_all(sock: socket.socket, parts: Sequence[Any]) -> None:
-    """Write every part in order with as few system calls as the kernel allows."""
-    views = [memoryview(part).cast("B") for part in parts]
-    while views:
-        sent = sock.sendmsg(views)
-        while views and sent >= len(views[0]):
-            sent -= len(views.pop(0))
-        if views:
-            views[0] = views[0][sent:]
+        self.exchanges.clear()
 
 
 def _open(address: HostAddress, local: bool, timeout_s: float) -> socket.socket:

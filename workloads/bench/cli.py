@@ -36,8 +36,10 @@ def dispatch(
     from workloads.bench.report import write
 
     err = Console(stderr=True)
-    with err.status("starting processes") as status:
-        report = measure(Settings(rounds, ray, seed), status.update)
+    # Plain lines: a spinner's thread would wake up in the middle of what is measured.
+    report = measure(
+        Settings(rounds, ray, seed), lambda size: err.print(f"measuring {size}", highlight=False)
+    )
     if json_:
         write(report, json_)
     show(report, err if json_ == "-" else Console())

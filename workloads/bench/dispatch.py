@@ -33,7 +33,13 @@ from workloads.bench.report import Bar, Quantiles, envelope, now, quantiles
 
 SIZES = ((1, 512), (8, 2048), (64, 2048), (256, 2048))
 HOSTS = (1, 2, 4)
-BASELINES = ("floor", "socket", "zeromq", "ray_actor", "ray_graph")
+_HEADINGS = {
+    "floor": "floor",
+    "socket": "socket",
+    "zeromq": "ZeroMQ",
+    "ray_actor": "Ray call",
+    "ray_graph": "Ray graph",
+}
 # At most twice the floor on one host of the same node, at every size.
 FLOOR_RATIO = 2.0
 # At least twenty times faster than a Ray actor call at the sizes of decode steps.
@@ -122,7 +128,7 @@ def result(rows: int, hidden: int, hosts: int, found: Mapping[str, Quantiles]) -
     ours = found[mesh_name(hosts)]
     line: dict[str, Any] = {"rows": rows, "hidden": hidden, "hosts": hosts}
     line |= {"p50_us": round(ours.p50, 2), "p99_us": round(ours.p99, 2)}
-    for name in BASELINES:
+    for name in _HEADINGS:
         other = found.get(name)
         line[f"{name}_p50_us"] = None if other is None else round(other.p50, 2)
         line[f"{name}_p99_us"] = None if other is None else round(other.p99, 2)
@@ -149,15 +155,16 @@ def bars(results: Sequence[Mapping[str, Any]]) -> list[Bar]:
 
 def show(report: Mapping[str, Any], console: Console) -> None:
     """The report as a table, and a line per bar."""
-    table = Table(title="Round trip of one dispatch, p50 (p99) in µs")
-    for heading in ("rows × hidden", "hosts", "dispatch", *BASELINES, "÷ floor", "Ray actor ÷"):
+    table = Table(title="Round trip of one dispatch, p50 in µs")
+    for heading in ("rows × hidden", "hosts", "p50", "p99", *_HEADINGS.values(), "÷ floor", "Ray ÷"):
         table.add_column(heading, justify="right")
     for line in report["results"]:
-        cells = [_cell(line["p50_us"], line["p99_us"])]
-        cells += [_cell(line[f"{name}_p50_us"], line[f"{name}_p99_us"]) for name in BASELINES]
-        ray = line["ray_actor_ratio"]
-        ratios = (f"{line['floor_ratio']:.2f}", "–" if ray is None else f"{ray:.0f}")
-        table.add_row(f"{line['rows']} × {line['hidden']}", str(line["hosts"]), *cells, *ratios)
+        others = [_cell(line[f"{name}_p50_us"]) for name in _HEADINGS]
+        ratio, ray = f"{line['floor_ratio']:.2f}", _cell(line["ray_actor_ratio"])
+        size = f"{line['rows']} × {line['hidden']}"
+        table.add_row(
+            size, str(line["hosts"]), _cell(line["p50_us"]), _cell(line["p99_us"]), *others, ratio, ray
+        )
     console.print(table)
     if report["ray_graph_reason"]:
         console.print(f"Ray compiled graph not measured: {report['ray_graph_reason']}", highlight=False)
@@ -219,5 +226,5 @@ def _warm(call: Call, times: int) -> None:
         call()
 
 
-def _cell(p50: float | None, p99: float | None) -> str:
-    return "–" if p50 is None or p99 is None else f"{p50:.0f} ({p99:.0f})"
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}"
