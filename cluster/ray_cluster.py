@@ -18,6 +18,7 @@ from cluster.messages import NodeInfo
 # Nothing large goes through Ray's object store here; the smallest that Ray takes.
 _OBJECT_STORE_BYTES = 80 * 2**20
 _WORKERS_END_S = 5.0
+_KNOCK_S = 5.0
 
 
 @contextlib.contextmanager
@@ -44,6 +45,8 @@ def connected(settings: RayConfig, *, quiet: bool = True) -> Iterator[str]:
         "logging_level": "error",
     }
     try:
+        if ":" in settings.address:
+            _knock(settings.address)
         if settings.address == "local":
             context: Any = ray.init(
                 address="local",
@@ -53,7 +56,7 @@ def connected(settings: RayConfig, *, quiet: bool = True) -> Iterator[str]:
             )
         else:
             context = ray.init(address=settings.address, **common)
-    except ConnectionError as error:
+    except OSError as error:
         raise ConfigError(
             f"no Ray cluster answers at {settings.address}",
             "start one with `ray start --head`, or set ray.address to local",
@@ -72,6 +75,14 @@ def connected(settings: RayConfig, *, quiet: bool = True) -> Iterator[str]:
             _end_local_cluster()
         else:
             ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """OSError unless somebody listens at ``ip:port``: Ray itself would go on trying for minutes."""
+    import socket
+
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), _KNOCK_S).close()
 
 
 def _end_local_cluster() -> None:

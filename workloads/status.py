@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 
 from cluster.config import Config
 from cluster.errors import ExpertmeshError
@@ -65,7 +65,15 @@ def status_view(state: dict[str, Any]) -> Group:
         head.add_row("table epoch", str(int(engine["epoch"])))
         head.add_row("engine memory", f"{engine['rss_bytes'] / 2**20:.0f} MiB")
     hosts = Table(
-        "host", "device", "state", "experts", "weights MiB", "memory MiB", "kernel", "engines", "dispatches"
+        Column("host", no_wrap=True),
+        "device",
+        "state",
+        "experts",
+        "weights MiB",
+        "memory MiB",
+        "kernel",
+        "engines",
+        "dispatches",
     )
     for host in state["hosts"]:
         if host["state"] == "ready":
