@@ -69,12 +69,6 @@ def test_interrupted_while_it_starts(tiny_model: Path, tmp_path: Path, stage: st
         program.kill()
 
 
-def test_an_open_stream_does_not_hold_up_the_end(server: ServerProgram) -> None:
-    """A stream that is over within the grace of five seconds is not cut."""
-    # The session's server is ended by its fixture; here only the reader's side: a long stream goes to its end.
-    assert len(_stream(server.url)) == TOKENS
-
-
 def _stream(url: str, started: threading.Event | None = None) -> list[int]:
     """Greedy token ids; `started` is set once a few have come."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=250)
