@@ -22,7 +22,7 @@ import torch
 
 from actors.buffers import Layout
 from actors.link import HostLink
-from actors.share import Share, raw
+from actors.share import Share, combine, shares
 from cluster.errors import HostError, ProtocolError
 from cluster.frame import manifest_id
 from cluster.messages import HostAddress
@@ -80,7 +80,9 @@ class Dispatcher:
         self._links = links
         self._ordered = [links[address.host_id] for address in route.hosts]
         self._only = self._ordered[0] if len(self._ordered) == 1 else None
-        self._manifest, self._epoch = manifest_id(route.manifest), route.epoch
+        manifest = manifest_id(route.manifest)
+        for link in self._ordered:
+            link.set_epoch(manifest, route.epoch)
         self.route = route
 
     def connect(self, timeout_s: float) -> None:
@@ -113,46 +115,41 @@ class Dispatcher:
         contiguous, since rows are copied as plain memory. Raises HostError if a host can't be reached
         within the deadline, or refuses.
         """
-        started = perf_counter_ns()
         # len(x_TH) and x_TH.shape cost a microsecond more on this path.
         rows, step = x_TH.numel() // self._hidden, self._max_rows
-        if rows <= step:
-            self._round(layer, x_TH, weights_TK, ids_TK, out_TH, rows)
-        else:
+        if rows > step:
             for start in range(0, rows, step):
                 part = slice(start, start + step)
-                out = out_TH[part]
-                self._round(layer, x_TH[part], weights_TK[part], ids_TK[part], out, out.shape[0])
+                self(layer, x_TH[part], weights_TK[part], ids_TK[part], out_TH[part])
+            return
+        started = perf_counter_ns()
+        link = self._only
+        if link is None:
+            self._split(layer, x_TH, weights_TK, ids_TK, out_TH)
+        else:
+            # Every expert lives on one host: all rows go there as they are, one copy each way.
+            addresses = x_TH.data_ptr(), weights_TK.data_ptr(), ids_TK.data_ptr(), out_TH.data_ptr()
+            try:
+                (link.exchanges.get((layer, rows)) or link.make_exchange(layer, rows))(*addresses)
+            except (OSError, ProtocolError) as error:
+                self._exchange_again(link, error, layer, rows, addresses)
         stats = self.stats
         stats.dispatches += 1
         stats.rows += rows
         stats.nanoseconds += perf_counter_ns() - started
 
-    def _round(
-        self,
-        layer: int,
-        x_TH: torch.Tensor,
-        weights_TK: torch.Tensor,
-        ids_TK: torch.Tensor,
-        out_TH: torch.Tensor,
-        rows: int,
+    def _exchange_again(
+        self, link: HostLink, error: Exception, layer: int, rows: int, addresses: tuple[int, int, int, int]
     ) -> None:
-        link = self._only
-        if link is None:
-            self._split(layer, x_TH, weights_TK, ids_TK, out_TH)
-            return
-        # Every expert lives on one host: all rows go there as they are, one copy each way. Hosts hold no
-        # request state, so the same rows may be sent any number of times.
-        x, weights, ids = x_TH.data_ptr(), weights_TK.data_ptr(), ids_TK.data_ptr()
-        out, deadline = out_TH.data_ptr(), 0.0
+        """Hosts hold no request state, so the same rows may be sent any number of times."""
+        deadline = time.monotonic() + self.deadline_s
         while True:
-            try:
-                link.exchange(self._manifest, self._epoch, layer, rows)(x, weights, ids, out)
-                return
-            except (OSError, ProtocolError) as error:
-                self._lost(link, error)
-            deadline = deadline or time.monotonic() + self.deadline_s
+            self._lost(link, error)
             self._reconnect(link, deadline)
+            try:
+                return link.make_exchange(layer, rows)(*addresses)
+            except (OSError, ProtocolError) as again:
+                error = again
 
     def _split(
         self,
@@ -162,32 +159,19 @@ class Dispatcher:
         ids_TK: torch.Tensor,
         out_TH: torch.Tensor,
     ) -> None:
-        x, weights, ids = raw(x_TH), weights_TK.numpy(), ids_TK.numpy()
-        host_TK = self.route.host_of[layer].take(ids)
         parts: list[Share] = []
-        for position, link in enumerate(self._ordered):
-            here_TK = host_TK == position
-            rows = np.flatnonzero(here_TK.any(axis=1))
-            if rows.size:
-                part = Share(link, rows, here_TK, x, weights, ids)
-                parts.append(part)
-                self._send(layer, part)
-        # Shares are added in float32: a sum in the model's dtype would round once per host.
-        total_TH = out_TH.zero_() if out_TH.dtype == torch.float32 else torch.zeros(out_TH.shape)
+        for part in shares(self.route.host_of[layer], self._ordered, x_TH, weights_TK, ids_TK):
+            # At once, so that a host works while the next one's share is made.
+            self._send(layer, part)
+            parts.append(part)
         for part in parts:
             self._receive(layer, part)
-            share = part.link.buffers.views(part.rows).out
-            if part.rows == len(x):
-                total_TH.add_(share)
-            else:
-                total_TH.index_add_(0, torch.from_numpy(part.row_numbers), share.to(total_TH.dtype))
-        if total_TH is not out_TH:
-            out_TH.copy_(total_TH)
+        combine(parts, out_TH)
 
     def _send(self, layer: int, part: Share) -> None:
         try:
             part.fill()
-            part.link.send(self._manifest, self._epoch, layer, part.rows)
+            part.link.send(layer, part.rows)
         except OSError:
             # Not connected, or the host is gone: `_receive` sends the same rows again.
             part.link.close()

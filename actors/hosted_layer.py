@@ -11,6 +11,7 @@ from cluster.errors import HostError
 
 # slot_of's mark for an expert of the layer that this host does not hold.
 _ABSENT = -2
+_ONE = np.uint32(1)
 # ndarray.min goes through two Python frames; the ufunc's own reduction does not.
 _minimum, _maximum = np.minimum.reduce, np.maximum.reduce
 # Up to so many numbers Python's max is faster than a reduction of numpy's.
@@ -31,10 +32,10 @@ class HostedLayer:
     def __init__(self, experts: Experts, expert_ids: tuple[int, ...], num_experts: int) -> None:
         self.experts = experts
         self.compute = experts.compute
-        # slot_of[-1] is the last element: ids of -1 ("not for this host") stay -1 without a branch.
+        # By id + 1 as an unsigned number: -1 ("not for this host") comes first, and no other id wraps around.
         self.slot_of = np.full(num_experts + 1, _ABSENT, np.int32)
-        self.slot_of[list(expert_ids)] = np.arange(len(expert_ids), dtype=np.int32)
-        self.slot_of[-1] = -1
+        self.slot_of[[expert + 1 for expert in expert_ids]] = np.arange(len(expert_ids), dtype=np.int32)
+        self.slot_of[0] = -1
         # Ids below this, as unsigned numbers, are their own slots: all of the layer's where this host holds it
         # whole. -1 is a large unsigned number, so that one comparison finds whatever else there may be.
         self.same_below = num_experts if expert_ids == tuple(range(num_experts)) else 0
@@ -44,12 +45,16 @@ class HostedLayer:
 
         Raises IndexError for an id outside the layer, HostError for an expert that lives elsewhere.
         """
-        if self.same_below and len(slots.words) > FEW:
-            slots.words[:] = ids.words
-            if _maximum(slots.unsigned) < self.same_below:
-                return
-        self.slot_of.take(ids.array, out=slots.array)
-        if slots.words and _minimum(slots.array, None) == _ABSENT:
+        if not slots.words:
+            return
+        slots.words[:] = ids.words
+        unsigned = slots.unsigned
+        if self.same_below and len(unsigned) > FEW and _maximum(unsigned) < self.same_below:
+            return
+        np.add(unsigned, _ONE, out=unsigned)
+        # Not in place: take makes indices of its own of the numbers, and with mode="raise" a result of its own.
+        self.slot_of.take(unsigned, out=slots.array.reshape(-1))
+        if _minimum(slots.array, None) == _ABSENT:
             missing = sorted(set(ids.array[slots.array == _ABSENT].tolist()))
             raise HostError(f"does not hold experts {missing}")
 

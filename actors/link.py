@@ -68,15 +68,15 @@ class HostLink:
         self._header = bytearray(HEADER_BYTES)
         self._answer = bytearray(HEADER_BYTES)
         self._request_id = 0
+        self._manifest = self._epoch = 0
         self._dtype_code = DTYPE_CODES[layout.dtype]
         self._row_bytes = dispatch_bytes(1, layout.hidden, layout.top_k, ITEM_BYTES[layout.dtype])
         self._out_bytes = layout.hidden * ITEM_BYTES[layout.dtype]
         self._top_k, self._hidden = layout.top_k, layout.hidden
-        self.exchanges: dict[tuple[int, int, int, int], Exchange] = {}
-        """Those that were made, by manifest, epoch, layer and rows."""
-        self._messages: dict[tuple[int, int, int, int], _Message] = {}
+        self.exchanges: dict[tuple[int, int], Exchange] = {}
+        """Those that were made, by layer and rows."""
+        self._messages: dict[tuple[int, int], _Message] = {}
         self._sent: _Message | None = None
-        self._memory = RawMemory(layout.max_rows * max(self._out_bytes, layout.top_k * 4))
 
     @property
     def connected(self) -> bool:
@@ -122,39 +122,40 @@ class HostLink:
             raise ConnectionError("not connected")
         return self._buffers
 
-    def exchange(self, manifest: int, epoch: int, layer: int, rows: int) -> Exchange:
-        """The call that sends `rows` rows as they lie in memory, and writes their sums.
+    def set_epoch(self, manifest: int, epoch: int) -> None:
+        """What every dispatch names from now on; between two steps."""
+        self._manifest, self._epoch = manifest, epoch
+        self._forget()
+
+    def make_exchange(self, layer: int, rows: int) -> Exchange:
+        """The call that sends `rows` rows as they lie in memory, and writes their sums; kept in `exchanges`.
 
         It may be repeated while the connection lasts, and raises what `send` and `receive` raise.
         """
-        found = self.exchanges.get((manifest, epoch, layer, rows))
-        return self._make_exchange(manifest, epoch, layer, rows) if found is None else found
-
-    def _make_exchange(self, manifest: int, epoch: int, layer: int, rows: int) -> Exchange:
         sock = self._sock
         if sock is None:
             raise ConnectionError("not connected")
-        message = self._make_message(manifest, epoch, layer, rows)
+        message = self._make_message(layer, rows)
         # All bound here: after a wait the processor has forgotten much, and every look-up counts.
         asked, answered, _, views = message
         ids_there, weights_there, x_there, out_there = views[-4:]
-        pair_bytes, row_bytes = len(ids_there), len(x_there)
-        kept, view, local, answer = self._memory.kept.get, self._memory.view, self.local, self._answer
+        of_pairs, of_rows = RawMemory(len(ids_there)), RawMemory(len(x_there))
+        local, answer = self.local, self._answer
         pack, unpack, send, receive = PARTS.pack, PARTS.unpack_from, sock.send, sock.recv_into
 
         def exchange(x: int, weights: int, ids: int, out: int) -> None:
-            ids_there[:] = kept((ids, pair_bytes)) or view(ids, pair_bytes)
-            weights_there[:] = kept((weights, pair_bytes)) or view(weights, pair_bytes)
-            x_there[:] = kept((x, row_bytes)) or view(x, row_bytes)
+            ids_there[:] = of_pairs[ids]
+            weights_there[:] = of_pairs[weights]
+            x_there[:] = of_rows[x]
             if not local:
                 self._send(message)
                 self._receive(message)
-                view(out, row_bytes)[:] = out_there
+                of_rows[out][:] = out_there
                 return
             self._request_id = request_id = (self._request_id + 1) & 0xFFFFFFFF
             send(pack(DISPATCH_LEAD, request_id, asked, 0))
             # Found before the wait: the host is busy anyway.
-            sums = kept((out, row_bytes)) or view(out, row_bytes)
+            sums = of_rows[out]
             try:
                 got = receive(answer, HEADER_BYTES, MSG_WAITALL)
             except BlockingIOError:
@@ -164,14 +165,14 @@ class HostLink:
                 self._refuse(got)
             sums[:] = out_there
 
-        self.exchanges[manifest, epoch, layer, rows] = exchange
+        self.exchanges[layer, rows] = exchange
         return exchange
 
-    def send(self, manifest: int, epoch: int, layer: int, rows: int) -> None:
+    def send(self, layer: int, rows: int) -> None:
         """Announce the rows that lie in the connection's memory; OSError if the connection is gone."""
-        message = self._messages.get((manifest, epoch, layer, rows))
+        message = self._messages.get((layer, rows))
         if message is None:
-            message = self._make_message(manifest, epoch, layer, rows)
+            message = self._make_message(layer, rows)
         self._sent = message
         self._send(message)
 
@@ -216,12 +217,11 @@ class HostLink:
         if not self.local:
             read_exactly(sock, message.views.out_bytes)
 
-    def _make_message(self, manifest: int, epoch: int, layer: int, rows: int) -> _Message:
+    def _make_message(self, layer: int, rows: int) -> _Message:
         if len(self._messages) >= MAX_KEPT:
-            self._messages.clear()
-            self.exchanges.clear()
-        same = (manifest, epoch, layer, self._dtype_code, self._top_k, rows, self._hidden)
-        message = self._messages[manifest, epoch, layer, rows] = _Message(
+            self._forget()
+        same = (self._manifest, self._epoch, layer, self._dtype_code, self._top_k, rows, self._hidden)
+        message = self._messages[layer, rows] = _Message(
             rest(DISPATCH, *same, rows * self._row_bytes),
             rest(REPLY, *same, rows * self._out_bytes),
             rows,
@@ -268,6 +268,9 @@ class HostLink:
             self._sock.close()
         self._sock = self._buffers = self._sent = None
         # They hold views of the connection's memory.
+        self._forget()
+
+    def _forget(self) -> None:
         self._messages.clear()
         self.exchanges.clear()
 

@@ -9,27 +9,25 @@ from __future__ import annotations
 
 import ctypes
 
-# Activations of some batch sizes times few addresses; more are forgotten all at once.
-_MAX_KEPT = 4096
+# Views of one size; more are forgotten all at once.
+_MAX_KEPT = 256
+# One type for all sizes, since ctypes remembers every array type that was ever made. Nothing reads past a
+# view's own size.
+_Memory = ctypes.c_ubyte * (1 << 40)
 
 
-class RawMemory:
-    """Views of memory that belongs to others. A view may be used only while its tensor lives.
+class RawMemory(dict[int, memoryview]):
+    """Address → the `size` bytes there, as a writable view of unsigned bytes; made when first asked for.
 
-    `kept` finds those made before, by (address, bytes).
+    The memory belongs to others: a view may be used only while its tensor lives.
     """
 
-    def __init__(self, largest: int) -> None:
-        self.kept: dict[tuple[int, int], memoryview] = {}
-        # One type for all sizes: ctypes remembers every array type that was ever made.
-        self._type = ctypes.c_ubyte * largest
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._size = size
 
-    def view(self, address: int, size: int) -> memoryview:
-        """The `size` bytes at `address`, at most `largest`, as a writable view of unsigned bytes."""
-        view = self.kept.get((address, size))
-        if view is None:
-            if len(self.kept) >= _MAX_KEPT:
-                self.kept.clear()
-            view = memoryview(self._type.from_address(address)).cast("B")[:size]
-            self.kept[address, size] = view
+    def __missing__(self, address: int) -> memoryview:
+        if len(self) >= _MAX_KEPT:
+            self.clear()
+        view = self[address] = memoryview(_Memory.from_address(address)).cast("B")[: self._size]
         return view

@@ -1,23 +1,119 @@
-"""What of a round goes to one of several hosts."""
+"""What of a round goes to one of several hosts, and the sum of what comes back.
+
+Shape suffixes as in `actors.dispatch`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from struct import Struct
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from actors.link import HostLink
+from actors.raw_memory import RawMemory
 
 # Marks an expert that another host answers for.
 _NOT_HERE = np.int32(-1)
+# Up to here every host that has an expert of the batch gets all of its rows, chosen without NumPy: choosing
+# rows, and adding the chosen ones up again, takes longer than copying them. As pairs, and as numbers in x.
+_FEW_PAIRS, _FEW_NUMBERS = 32, 16_384
 
 
-class Share:
-    """One host's share of a round: the rows that need it, ids of other hosts' experts made -1.
+_raw_memory = lru_cache(maxsize=256)(RawMemory)
 
-    `fill` may be called again, for another attempt.
+
+class Share(Protocol):
+    """One host's share of a round."""
+
+    link: HostLink
+    rows: int
+    row_numbers: np.ndarray | None
+    """Which rows of the round they are; None for all."""
+
+    def fill(self) -> None:
+        """Copy the share into the connection's memory; may be repeated, for another attempt."""
+        ...
+
+
+def shares(
+    owners_E: np.ndarray,
+    links: Sequence[HostLink],
+    x_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    ids_TK: torch.Tensor,
+) -> Iterator[Share]:
+    """The shares of the hosts that answer for an expert of the batch, in the order of `links`.
+
+    `owners_E` has each expert's position in `links`. IndexError for an id outside the layer.
     """
+    pairs, rows = ids_TK.numel(), len(ids_TK)
+    if pairs <= _FEW_PAIRS and x_TH.numel() <= _FEW_NUMBERS:
+        of_pairs, of_rows = _raw_memory(4 * pairs), _raw_memory(x_TH.nbytes)
+        ids = of_pairs[ids_TK.data_ptr()].cast("i").tolist()
+        weights, x = of_pairs[weights_TK.data_ptr()], of_rows[x_TH.data_ptr()]
+        hosts = [owners_E.item(expert) for expert in ids]
+        pack = Struct(f"{pairs}i").pack
+        for position in sorted(set(hosts)):
+            here = (expert if host == position else -1 for expert, host in zip(ids, hosts, strict=True))
+            yield _AllRows(links[position], rows, x, weights, pack(*here))
+        return
+    x_np, weights_np, ids_np = raw(x_TH), weights_TK.numpy(), ids_TK.numpy()
+    host_TK = owners_E.take(ids_np)
+    for position, link in enumerate(links):
+        here_TK = host_TK == position
+        chosen = np.flatnonzero(here_TK.any(axis=1))
+        if chosen.size:
+            yield _ChosenRows(link, chosen, here_TK, x_np, weights_np, ids_np)
 
-    __slots__ = ("here", "ids", "link", "row_numbers", "rows", "weights", "x")
+
+def combine(parts: Sequence[Share], out_TH: torch.Tensor) -> None:
+    """Write the sum of the shares that the links received, added in the parts' order."""
+    # In float32: a sum in the model's dtype would round once per host.
+    total_TH = out_TH if out_TH.dtype == torch.float32 else torch.empty(out_TH.shape)
+    if parts and all(part.row_numbers is None for part in parts):
+        first, *others = (part.link.buffers.views(part.rows).out for part in parts)
+        if others and total_TH is out_TH:
+            torch.add(first, others.pop(0), out=total_TH)
+        else:
+            total_TH.copy_(first)
+        for share in others:
+            total_TH.add_(share)
+    else:
+        total_TH.zero_()
+        for part in parts:
+            share = part.link.buffers.views(part.rows).out
+            if part.row_numbers is None or part.rows == len(out_TH):
+                total_TH.add_(share)
+            else:
+                total_TH.index_add_(0, torch.from_numpy(part.row_numbers), share.to(total_TH.dtype))
+    if total_TH is not out_TH:
+        out_TH.copy_(total_TH)
+
+
+class _AllRows:
+    """All rows of a round, ids of other hosts' experts made -1."""
+
+    __slots__ = ("ids", "link", "row_numbers", "rows", "weights", "x")
+
+    def __init__(self, link: HostLink, rows: int, x: memoryview, weights: memoryview, ids: bytes) -> None:
+        self.link, self.rows, self.x, self.weights, self.ids = link, rows, x, weights, ids
+        self.row_numbers: np.ndarray | None = None
+
+    def fill(self) -> None:
+        views = self.link.buffers.views(self.rows)
+        views.ids_bytes[:] = self.ids
+        views.weights_bytes[:] = self.weights
+        views.x_bytes[:] = self.x
+
+
+class _ChosenRows:
+    """The rows that need a host, ids of other hosts' experts made -1."""
+
+    __slots__ = ("_chosen", "here", "ids", "link", "row_numbers", "rows", "weights", "x")
 
     def __init__(
         self,
@@ -28,12 +124,13 @@ class Share:
         weights: np.ndarray,
         ids: np.ndarray,
     ) -> None:
-        self.link, self.row_numbers, self.rows = link, row_numbers, len(row_numbers)
+        self.row_numbers: np.ndarray | None = row_numbers
+        self.link, self.rows, self._chosen = link, len(row_numbers), row_numbers
         self.here, self.x, self.weights, self.ids = here, x, weights, ids
 
     def fill(self) -> None:
         views = self.link.buffers.views(self.rows)
-        rows, ids = self.row_numbers, np.where(self.here, self.ids, _NOT_HERE)
+        rows, ids = self._chosen, np.where(self.here, self.ids, _NOT_HERE)
         # mode="clip" because the default checks bounds through a temporary copy; the rows are in bounds.
         self.x.take(rows, 0, out=views.x_raw, mode="clip")
         self.weights.take(rows, 0, out=views.weights_np, mode="clip")

@@ -321,7 +321,8 @@ def test_a_frame_that_does_not_fit_the_connection_ends_it(make_mesh) -> None:
     )
     link.connect(5)
     link.set_deadline(5)
-    link.send(int(MANIFEST[:16], 16), 1, LAYER, 5)
+    link.set_epoch(int(MANIFEST[:16], 16), 1)
+    link.send(LAYER, 5)
     with pytest.raises(ConnectionError):
         link.receive()
 
