@@ -83,6 +83,7 @@ class Dispatcher:
         manifest = manifest_id(route.manifest)
         for link in self._ordered:
             link.set_epoch(manifest, route.epoch)
+        self._owners = {layer: (owners, owners.tolist()) for layer, owners in route.host_of.items()}
         self.route = route
 
     def connect(self, timeout_s: float) -> None:
@@ -160,7 +161,8 @@ class Dispatcher:
         out_TH: torch.Tensor,
     ) -> None:
         parts: list[Share] = []
-        for part in shares(self.route.host_of[layer], self._ordered, x_TH, weights_TK, ids_TK):
+        owners, owner_list = self._owners[layer]
+        for part in shares(owners, owner_list, self._ordered, x_TH, weights_TK, ids_TK):
             # At once, so that a host works while the next one's share is made.
             self._send(layer, part)
             parts.append(part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +13,8 @@ from cluster.errors import HostError
 # slot_of's mark for an expert of the layer that this host does not hold.
 _ABSENT = -2
 _ONE = np.uint32(1)
+# -1, "not for this host", as an unsigned number.
+_UNSIGNED_NONE = 0xFFFFFFFF
 # ndarray.min goes through two Python frames; the ufunc's own reduction does not.
 _minimum, _maximum = np.minimum.reduce, np.maximum.reduce
 # Up to so many numbers Python's max is faster than a reduction of numpy's.
@@ -36,6 +39,10 @@ class HostedLayer:
         self.slot_of = np.full(num_experts + 1, _ABSENT, np.int32)
         self.slot_of[[expert + 1 for expert in expert_ids]] = np.arange(len(expert_ids), dtype=np.int32)
         self.slot_of[0] = -1
+        # The same for few ids, as unsigned numbers, without NumPy.
+        self.slot_by_id = {expert: slot for slot, expert in enumerate(expert_ids)} | {
+            _UNSIGNED_NONE: _UNSIGNED_NONE
+        }
         # Ids below this, as unsigned numbers, are their own slots: all of the layer's where this host holds it
         # whole. -1 is a large unsigned number, so that one comparison finds whatever else there may be.
         self.same_below = num_experts if expert_ids == tuple(range(num_experts)) else 0
@@ -49,7 +56,13 @@ class HostedLayer:
             return
         slots.words[:] = ids.words
         unsigned = slots.unsigned
-        if self.same_below and len(unsigned) > FEW and _maximum(unsigned) < self.same_below:
+        if len(unsigned) <= FEW:
+            try:
+                slots.words[:] = array("I", [self.slot_by_id[word] for word in slots.words])
+                return
+            except KeyError:
+                pass  # the way below finds the right words for it
+        elif self.same_below and _maximum(unsigned) < self.same_below:
             return
         np.add(unsigned, _ONE, out=unsigned)
         # Not in place: take makes indices of its own of the numbers, and with mode="raise" a result of its own.
@@ -74,6 +87,6 @@ class Ids(NamedTuple):
     tensor: torch.Tensor
 
     @classmethod
-    def of(cls, array: np.ndarray) -> Ids:
-        unsigned = array.reshape(-1).view(np.uint32)
-        return cls(array, unsigned.data, unsigned, torch.from_numpy(array))
+    def of(cls, matrix: np.ndarray) -> Ids:
+        unsigned = matrix.reshape(-1).view(np.uint32)
+        return cls(matrix, unsigned.data, unsigned, torch.from_numpy(matrix))

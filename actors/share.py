@@ -5,9 +5,9 @@ Shape suffixes as in `actors.dispatch`.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from struct import Struct
 from typing import Protocol
 
 import numpy as np
@@ -41,6 +41,7 @@ class Share(Protocol):
 
 def shares(
     owners_E: np.ndarray,
+    owner_list: Sequence[int],
     links: Sequence[HostLink],
     x_TH: torch.Tensor,
     weights_TK: torch.Tensor,
@@ -48,18 +49,17 @@ def shares(
 ) -> Iterator[Share]:
     """The shares of the hosts that answer for an expert of the batch, in the order of `links`.
 
-    `owners_E` has each expert's position in `links`. IndexError for an id outside the layer.
+    `owners_E` and `owner_list` have each expert's position in `links`. IndexError for an id outside the layer.
     """
-    pairs, rows = ids_TK.numel(), len(ids_TK)
+    pairs = ids_TK.numel()
     if pairs <= _FEW_PAIRS and x_TH.numel() <= _FEW_NUMBERS:
         of_pairs, of_rows = _raw_memory(4 * pairs), _raw_memory(x_TH.nbytes)
         ids = of_pairs[ids_TK.data_ptr()].cast("i").tolist()
         weights, x = of_pairs[weights_TK.data_ptr()], of_rows[x_TH.data_ptr()]
-        hosts = [owners_E.item(expert) for expert in ids]
-        pack = Struct(f"{pairs}i").pack
+        hosts, rows = [owner_list[expert] for expert in ids], ids_TK.shape[0]
         for position in sorted(set(hosts)):
-            here = (expert if host == position else -1 for expert, host in zip(ids, hosts, strict=True))
-            yield _AllRows(links[position], rows, x, weights, pack(*here))
+            here = [expert if host == position else -1 for expert, host in zip(ids, hosts, strict=True)]
+            yield _AllRows(links[position], rows, x, weights, array("i", here).tobytes())
         return
     x_np, weights_np, ids_np = raw(x_TH), weights_TK.numpy(), ids_TK.numpy()
     host_TK = owners_E.take(ids_np)
