@@ -30,7 +30,7 @@ class Deployment:
 
 
 class Host(Protocol):
-    """A running host, as `actors.ray_hosts.RayHost`."""
+    """A running host, as `actors.ray_hosts.RayHost`; a call that takes too long raises TimeoutError."""
 
     def progress(self, timeout_s: float) -> HostProgress: ...
     def wait_ready(self, timeout_s: float) -> HostAddress: ...
@@ -85,7 +85,15 @@ class Controller:
 
     def progress(self) -> list[HostProgress]:
         """How far each host is with loading."""
-        return [host.progress(_CALL_TIMEOUT_S) for host in self._running.values()]
+        layers = {spec.host_id: len(spec.experts) for spec in self._required().hosts}
+        states = []
+        for host_id, host in self._running.items():
+            try:
+                states.append(host.progress(_CALL_TIMEOUT_S))
+            except TimeoutError:
+                # Its process is still starting, for which a busy node may need longer than a call.
+                states.append(HostProgress(host_id, 0, layers[host_id], ready=False, error=""))
+        return states
 
     def publish(self, timeout_s: float) -> str:
         """Wait for every host, then return the table's JSON with their addresses.

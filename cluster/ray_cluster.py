@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 from cluster.auth import ensure_token, ray_environment, token_path
 from cluster.config import RayConfig
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, ExpertmeshError
 from cluster.inventory import nodes_from_ray
 from cluster.messages import NodeInfo
 
@@ -44,6 +46,7 @@ def connected(settings: RayConfig, *, quiet: bool = True) -> Iterator[str]:
         "log_to_driver": not quiet,
         "logging_level": "error",
     }
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if ":" in settings.address:
             _knock(settings.address)
@@ -67,7 +70,17 @@ def connected(settings: RayConfig, *, quiet: bool = True) -> Iterator[str]:
                 f"the Ray cluster at {settings.address} does not accept this token ({token})",
                 "use the head node's token file, with RAY_AUTH_MODE=token on every node",
             ) from error
-        raise
+        # Ray gives its own processes 30 seconds, which a machine under load may not keep to.
+        raise ExpertmeshError(
+            f"Ray did not start: {str(error).strip().splitlines()[0]}",
+            "try again when the machine is less busy; the logs are under /tmp/ray/session_latest/logs",
+        ) from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray puts handlers of its own in their place, of which the one for SIGTERM ends the process at once:
+        # `expertmesh down` would leave the mesh behind.
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
     try:
         yield str(context.address_info["address"])
     finally:

@@ -59,8 +59,9 @@ def settings(model: Path, port: int, **sections: Any) -> dict[str, Any]:
 
 
 def shared_memory() -> set[str]:
-    """Names in /dev/shm."""
-    return {entry.name for entry in Path("/dev/shm").iterdir()}
+    """Names in /dev/shm, without those of Ray's compiled graphs: other programs' here, for the mesh has none."""
+    names = {entry.name for entry in Path("/dev/shm").iterdir()}
+    return {name for name in names if not name.startswith(("sem.hdr", "sem.obj"))}
 
 
 class Program:

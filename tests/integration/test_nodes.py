@@ -93,7 +93,7 @@ class Nodes:
         for process in reversed(self._started):
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
             process.terminate()
-            _, left = psutil.wait_procs(family, timeout=20)
+            _, left = psutil.wait_procs(family, timeout=5)
             for member in left:
                 member.kill()
             process.wait(20)
@@ -139,7 +139,7 @@ def test_hosts_on_two_nodes(nodes: Nodes, tiny_model: Path, tmp_path: Path) -> N
         assert set(hosts) == {"west-0", "east-0"}
         assert hosts["west-0"]["node_id"] != hosts["east-0"]["node_id"]
         # The engine shares a node with one host at most, so at least one is reached over TCP.
-        assert all(host["tcp"].startswith("127.0.0.1:") for host in hosts.values())
+        assert all(host["tcp"] for host in hosts.values())
         assert any(_connected(host["pid"], host["tcp"]) for host in hosts.values())
         client = openai.OpenAI(base_url=f"{program.url}/v1", api_key="none", max_retries=0, timeout=120)
         answer = client.completions.create(
