@@ -152,4 +152,9 @@ def unknown_role(body: bytes) -> object | None:
 
 def error_response(status: int, message: str, kind: str, code: str | None) -> JSONResponse:
     """An error in OpenAI's shape."""
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status)
+    return JSONResponse(error_body(message, kind, code), status)
+
+
+def error_body(message: str, kind: str, code: str | None) -> dict[str, dict[str, str | None]]:
+    """What OpenAI's API says of a mistake: the body of the answer, or an event of a stream."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}

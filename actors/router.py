@@ -23,6 +23,7 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from actors.admission import Admission
 from actors.api_access import ApiKeys, KnownRoles, OpenAIErrors, error_response, keep_listed_routes
 from actors.engine_words import engine_words
 from actors.router_metrics import MeshMetrics
@@ -169,6 +170,7 @@ class Router:
         app.middleware_stack = None
         app.openapi_schema = None
         app.add_middleware(KnownRoles)
+        app.add_middleware(Admission, limit=self.spec.max_requests, timeout_s=self.spec.request_timeout_s)
         app.add_middleware(OpenAIErrors)
         if self.spec.api_key_digests:
             app.add_middleware(ApiKeys, digests=self.spec.api_key_digests)

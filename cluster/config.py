@@ -20,7 +20,6 @@ from cluster.config_values import (
     AutoSize,
     Count,
     Duration,
-    DurationOrZero,
     EngineOptions,
     GroupName,
     Name,
@@ -117,7 +116,6 @@ class DataPlaneConfig(_Section):
     deadline: Duration = 30.0
     connect_timeout: Duration = 60.0
     tcp: Literal["auto", "always", "never"] = "auto"
-    poll: DurationOrZero = 0.0
 
 
 class PlacementConfig(_Section):

@@ -137,4 +137,7 @@ class RouterSpec:
     frontend: Mapping[str, Any]
     """vLLM API-server arguments, such as the chat template."""
     api_key_digests: tuple[str, ...]
+    max_requests: int
+    """Requests let in at the same time, running and waiting."""
+    request_timeout_s: float
     ready_timeout_s: float

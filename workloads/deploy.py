@@ -139,6 +139,8 @@ def router_spec_for(config: Config, checkpoint: Checkpoint, dtype: str, name: st
         engine={**arguments, **engine.options},
         frontend={},
         api_key_digests=tuple(key_digest(key.get_secret_value()) for key in config.server.api_keys),
+        max_requests=config.server.max_queue,
+        request_timeout_s=config.server.request_timeout,
         ready_timeout_s=30.0,
     )
 

@@ -36,13 +36,13 @@ from workloads.deploy import (
     blueprint,
     check_supported,
     choose_dtype,
-    engine_environment,
     router_spec,
     served_name,
 )
 from workloads.models.default_model import default_model
 from workloads.models.provenance import read_provenance
 from workloads.rehearse import rehearse
+from workloads.serve_options import http_options, replica_options
 from workloads.take_down import APP, take_down
 
 Progress = Callable[[str, float], None]
@@ -167,24 +167,13 @@ def _bring_up(
 
     namespace = config.ray.namespace
     with breakdown.stage("serve"):
-        serve.start(http_options=HTTPOptions(host=config.server.host, port=config.server.port))
-    options = {
-        "max_ongoing_requests": config.server.max_queue,
-        "ray_actor_options": {"num_cpus": 1, "runtime_env": {"env_vars": engine_environment(config)}},
-        # Requests are drained by `take_down`; what Serve itself would wait for is over by then.
-        "graceful_shutdown_timeout_s": 5.0,
-        "graceful_shutdown_wait_loop_s": 0.1,
-        # Three failures in a row mean a dead engine; Serve then starts another replica.
-        "health_check_period_s": 2.0,
-        # An engine that can't start won't start the next time either; every attempt takes a minute.
-        "max_constructor_retry_count": 1,
-    }
+        serve.start(http_options=HTTPOptions(**http_options(config)))
     with breakdown.stage("engine and hosts"):
         application = serve_application(
             router_spec(config, print_),
             partial(ray_controller.published_table, namespace, _START_TIMEOUT_S),
             replicas=config.engine.replicas,
-            options=options,
+            options=replica_options(config),
         )
         target = serve.RunTarget(application, name=APP, route_prefix="/")
         serve.run_many(

@@ -80,20 +80,28 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     return Engine()
 
 
-def made(engine: Engine, keys: tuple[str, ...] = (), ready_timeout_s: float = 5.0) -> tuple[Router, FastAPI]:
+def made(
+    engine: Engine, keys: tuple[str, ...] = (), ready_timeout_s: float = 5.0, max_requests: int = 8
+) -> tuple[Router, FastAPI]:
     digests = tuple(key_digest(key) for key in keys)
-    router = Router(RouterSpec("/m", "m", SETTINGS, {}, {}, digests, ready_timeout_s), lambda: "", "node")
+    spec = RouterSpec("/m", "m", SETTINGS, {}, {}, digests, max_requests, 20.0, ready_timeout_s)
+    router = Router(spec, lambda: "", "node")
     router.engine = engine
     app = FastAPI()
+    app.add_api_route("/v1/completions", lambda: {}, methods=["POST"])
     router._finish(app)
     return router, app
 
 
 def get(app: FastAPI, path: str, **headers: str) -> httpx.Response:
+    return ask(app, "GET", path, **headers)
+
+
+def ask(app: FastAPI, method: str, path: str, **headers: str) -> httpx.Response:
     async def call() -> httpx.Response:
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.get(path, headers=headers)
+            return await client.request(method, path, headers=headers)
 
     return asyncio.run(call())
 
@@ -127,6 +135,16 @@ def test_counters_want_a_key_and_readiness_does_not(engine: Engine) -> None:
     assert get(app, "/ready").status_code == 200
     assert get(app, "/expertmesh/stats").status_code == 401
     assert get(app, "/expertmesh/stats", Authorization="Bearer secret").json() == STATS
+
+
+def test_a_full_engine_refuses_requests_of_those_who_have_a_key(engine: Engine) -> None:
+    _, app = made(engine, keys=("secret",), max_requests=0)
+    assert ask(app, "POST", "/v1/completions").status_code == 401
+    full = ask(app, "POST", "/v1/completions", Authorization="Bearer secret")
+    assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
+    assert get(app, "/ready").status_code == 200
+    _, app = made(engine)
+    assert ask(app, "POST", "/v1/completions").status_code == 200
 
 
 def test_a_new_table_reaches_the_engine_and_its_epoch_comes_back(engine: Engine) -> None:

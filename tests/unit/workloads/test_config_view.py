@@ -26,7 +26,7 @@ def test_every_value_is_shown_with_its_origin(tmp_path: Path, monkeypatch: pytes
         "engine:\n  kv_cache: 1536MiB\nserver: {api_keys: [hush, hush2]}\n"
     )
     environ = {"EXPERTMESH__ENGINE__OPTIONS__HF_TOKEN": "hush", "EXPERTMESH__ENGINE__OPTIONS__SEED": "7"}
-    rows = lines(config_table(load_config(None, {"data_plane.poll": "20us"}, environ)))
+    rows = lines(config_table(load_config(None, {"data_plane.deadline": "500ms"}, environ)))
     assert rows[0] == "Key Value From"
     for expected in (
         "engine.kv_cache 1.5GiB file expertmesh.yaml:2",
@@ -35,8 +35,8 @@ def test_every_value_is_shown_with_its_origin(tmp_path: Path, monkeypatch: pytes
         "engine.options.seed 7 environment EXPERTMESH__ENGINE__OPTIONS__SEED",
         "engine.options.hf_token ******** environment EXPERTMESH__ENGINE__OPTIONS__HF_TOKEN",
         "server.api_keys [********, ********] file expertmesh.yaml:3",
-        "data_plane.poll 20us flag --poll",
-        "data_plane.deadline 30s default",
+        "data_plane.deadline 500ms flag --deadline",
+        "data_plane.connect_timeout 60s default",
         "ray.token_path null default",
     ):
         assert expected in rows

@@ -133,7 +133,7 @@ def test_architectures_that_cannot_work_are_refused_at_once(
 def test_the_router_knows_the_model_and_the_limits(checkpoint: Checkpoint) -> None:
     settings = config(
         engine={"max_num_seqs": 7, "kv_cache": "64MiB", "max_model_len": 99, "options": {"seed": 3}},
-        server={"api_keys": ["secret"]},
+        server={"api_keys": ["secret"], "max_queue": 9, "request_timeout": "2m"},
         data_plane={"deadline": "3s", "connect_timeout": "4s"},
     )
     spec = router_spec(settings, planned(settings, checkpoint))
@@ -141,6 +141,7 @@ def test_the_router_knows_the_model_and_the_limits(checkpoint: Checkpoint) -> No
     known = spec.settings
     assert (known.hidden, known.top_k, known.dtype, known.moe_layers) == (128, 2, "float32", (0, 1))
     assert (known.model, known.deadline_s, known.connect_timeout_s) == (checkpoint.digest, 3.0, 4.0)
+    assert (spec.max_requests, spec.request_timeout_s) == (9, 120.0)
     assert spec.engine["max_num_seqs"] == 7
     assert spec.engine["kv_cache_memory_bytes"] == 64 * 2**20
     assert spec.engine["max_model_len"] == 99
