@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -146,11 +147,11 @@ class Checkpoint:
                 f"layers with experts: {', '.join(map(str, self.layouts))}",
             ) from None
 
-    def dense_bytes(self) -> int:
-        """Bytes on disk of everything the engine loads: all but routed experts and prediction heads."""
+    def dense_bytes(self, dtype_name: str) -> int:
+        """Bytes of all that the engine loads, held as ``dtype_name``: not routed experts and prediction heads."""
         num_layers = _num_layers(self.config, self.path)
-        return sum(
-            entry.end - entry.start
+        return DTYPE_BYTES[dtype_name] * sum(
+            prod(entry.shape)
             for name, entry in self.tensors.items()
             if name not in self.expert_tensors and not is_prediction_head(name, num_layers)
         )

@@ -102,7 +102,7 @@ def slots(
     rooms = {
         node.node_id: _Room(
             node,
-            memory=node.memory_bytes - (reserved_memory or {}).get(node.node_id, 0),
+            memory=max(0, node.memory_bytes - (reserved_memory or {}).get(node.node_id, 0)),
             gpus=node.gpus - (reserved_gpus or {}).get(node.node_id, 0),
         )
         for node in nodes

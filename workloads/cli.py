@@ -104,7 +104,7 @@ def plan(
     """Show which host would hold which experts; starts nothing of the mesh."""
     from cluster.ray_cluster import local_node
     from workloads.config_view import plan_table
-    from workloads.deploy import blueprint
+    from workloads.deploy import blueprint, engine_memory, engine_needs
     from workloads.progress import stages
     from workloads.serve import open_model
 
@@ -121,6 +121,8 @@ def plan(
             nodes = cluster_nodes()
     placed = blueprint(loaded.config, checkpoint, dtype_name, name, nodes)
     out.print(plan_table(placed.plan, placed.slots, nodes))
+    if engine_memory(loaded.config, checkpoint, dtype_name, nodes):
+        out.print(engine_needs(loaded.config, checkpoint, dtype_name), highlight=False)
 
 
 @config_app.command("show")

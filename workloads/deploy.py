@@ -12,16 +12,19 @@ from cluster.checkpoint import Checkpoint
 from cluster.compute_environment import compute_environment
 from cluster.config import Config
 from cluster.controller import Deployment
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, PlacementError
 from cluster.frame import ITEM_BYTES
 from cluster.inventory import slots
 from cluster.messages import EngineSettings, HostSlot, HostSpec, NodeInfo, RouterSpec
 from cluster.placement import Plan, plan
 from cluster.table import PlacementTable
+from workloads.config_view import show_size
 from workloads.models.unsupported import UNSUPPORTED
 
 # Rows in one message. Prefill steps longer than this go in several rounds; it bounds the shared memory.
 _MAX_ROWS = 2048
+ENGINE_CPUS = 1
+"""CPUs that Ray counts for an engine; it starts none on a node without."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,17 @@ def blueprint(
 ) -> Blueprint:
     """Place the experts and describe every host. Raises CheckpointError or PlacementError."""
     check_supported(checkpoint)
-    chosen = slots(config.hosts, nodes)
-    placed = plan(checkpoint.moe_layers, chosen, config.placement, item_bytes=ITEM_BYTES[dtype])
+    reserved = engine_memory(config, checkpoint, dtype, nodes)
+    try:
+        chosen = slots(config.hosts, nodes, reserved_memory=reserved)
+        placed = plan(checkpoint.moe_layers, chosen, config.placement, item_bytes=ITEM_BYTES[dtype])
+    except PlacementError as error:
+        if not reserved:
+            raise
+        raise PlacementError(
+            f"{error.message}\n  {engine_needs(config, checkpoint, dtype)}",
+            f"{error.hint}; a smaller engine.kv_cache leaves more to the hosts",
+        ) from None
     table = PlacementTable.from_plan(placed, manifest=checkpoint.digest, epoch=0)
     deployment = Deployment(
         served_name, host_specs(config, checkpoint, dtype, chosen, placed, nodes), table.to_json()
@@ -58,6 +70,27 @@ def check_supported(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path.name} is a {checkpoint.model_type} model, which is not supported: {reason}",
             "serve a Mixtral, OLMoE, Qwen-MoE, DeepSeek, GLM-4-MoE or Granite-MoE checkpoint",
         )
+
+
+def engine_memory(
+    config: Config, checkpoint: Checkpoint, dtype: str, nodes: Sequence[NodeInfo]
+) -> dict[str, int]:
+    """Bytes to leave free for engines, by node id: Serve spreads them over the nodes, and chooses which.
+
+    None where engines hold weights and KV cache on GPUs.
+    """
+    able = [node.node_id for node in nodes if node.cpus >= ENGINE_CPUS]
+    if config.engine.device == "cuda" or not able:
+        return {}
+    most = -(-config.engine.replicas // len(able))
+    size = checkpoint.dense_bytes(dtype) + int(config.engine.kv_cache)
+    return dict.fromkeys(able, most * size)
+
+
+def engine_needs(config: Config, checkpoint: Checkpoint, dtype: str) -> str:
+    """The same of one engine in words."""
+    weights, cache = show_size(checkpoint.dense_bytes(dtype)), show_size(int(config.engine.kv_cache))
+    return f"kept for each engine, on every node where it may run: {weights} of weights, {cache} of KV cache"
 
 
 def host_specs(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.config import Config
-from workloads.deploy import engine_environment
+from workloads.deploy import ENGINE_CPUS, engine_environment
 
 # Beyond the requests that a replica lets in, those that it refuses itself, in OpenAI's shape, and probes,
 # which a full replica must still answer.
@@ -27,7 +27,10 @@ def replica_options(config: Config) -> dict[str, Any]:
         "max_ongoing_requests": limit + _SPARE_REQUESTS,
         # These wait in Serve's proxy, for a replica that is starting or busy refusing; more get a plain 503.
         "max_queued_requests": limit,
-        "ray_actor_options": {"num_cpus": 1, "runtime_env": {"env_vars": engine_environment(config)}},
+        "ray_actor_options": {
+            "num_cpus": ENGINE_CPUS,
+            "runtime_env": {"env_vars": engine_environment(config)},
+        },
         # Requests are drained by `take_down`; what Serve itself would wait for is over by then.
         "graceful_shutdown_timeout_s": 5.0,
         "graceful_shutdown_wait_loop_s": 0.1,

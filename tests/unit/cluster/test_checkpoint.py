@@ -85,7 +85,8 @@ def test_routed_experts_are_told_from_shared_dense_and_prediction_layers(tmp_pat
         assert not checkpoint.is_expert_tensor(name)
     assert checkpoint.expert_bytes(1, "bfloat16") == 2 * 3 * HIDDEN * INNER
     assert checkpoint.expert_bytes(1, "float32") == 4 * 3 * HIDDEN * INNER
-    assert checkpoint.dense_bytes() == 2 * HIDDEN * (32 + 16 + EXPERTS + INNER)
+    assert checkpoint.dense_bytes("float16") == 2 * HIDDEN * (32 + 16 + EXPERTS + INNER)
+    assert checkpoint.dense_bytes("float32") == 2 * checkpoint.dense_bytes("float16")
     assert (checkpoint.hidden_size, checkpoint.top_k, checkpoint.dtype) == (HIDDEN, 2, "float16")
 
 
@@ -116,7 +117,7 @@ def test_layouts(tmp_path: Path, tensors: dict[str, Any], fused: bool) -> None:
     assert checkpoint.moe_layers == (MoeLayer(0, EXPERTS, 3 * HIDDEN * INNER),)
     assert checkpoint.layout(0).fused is fused
     assert checkpoint.expert_tensors == set(tensors)
-    assert checkpoint.dense_bytes() == 2 * 4 * HIDDEN
+    assert checkpoint.dense_bytes("float16") == 2 * 4 * HIDDEN
 
 
 def test_biases_count_as_parameters(tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_sharded_and_single_describe_the_same_model(tmp_path: Path) -> None:
     single = Checkpoint.open(write(tmp_path / "single", deepseek_like()))
     sharded = Checkpoint.open(write_sharded(tmp_path / "sharded", deepseek_like()))
     assert sharded.moe_layers == single.moe_layers
-    assert sharded.dense_bytes() == single.dense_bytes()
+    assert sharded.dense_bytes("float16") == single.dense_bytes("float16")
     assert {entry.file for entry in sharded.tensors.values()} == {
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",

@@ -77,6 +77,11 @@ def test_one_host_on_a_laptop_gets_every_core_and_most_of_the_memory() -> None:
     assert slot.memory_bytes == 8 * GIB
 
 
+def test_what_engines_take_is_never_less_than_nothing_left() -> None:
+    with pytest.raises(PlacementError, match=r"memory left: host-of-n 0\.0 GiB"):
+        slots([HostGroup()], [node("n", memory=10)], reserved_memory={"n": 11 * GIB})
+
+
 def test_hosts_of_one_node_share_it() -> None:
     found = slots([group(count=3)], [node("n", cpus=8, memory=30)])
     assert [slot.host_id for slot in found] == ["local-0", "local-1", "local-2"]

@@ -21,6 +21,7 @@ from workloads.deploy import (
     check_supported,
     choose_dtype,
     engine_environment,
+    engine_memory,
     router_spec,
     served_name,
 )
@@ -35,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def nodes(count: int) -> tuple[NodeInfo, ...]:
     return tuple(
-        NodeInfo(f"n{i}", f"10.0.0.{i + 1}", f"host{i}", cpus=4, gpus=0, memory_bytes=GIB)
+        NodeInfo(f"n{i}", f"10.0.0.{i + 1}", f"host{i}", cpus=4, gpus=0, memory_bytes=4 * GIB)
         for i in range(count)
     )
 
@@ -112,6 +113,42 @@ def test_a_host_that_the_plan_gives_nothing_is_not_started(checkpoint: Checkpoin
 def test_experts_that_do_not_fit_are_refused_with_the_number(checkpoint: Checkpoint) -> None:
     with pytest.raises(PlacementError, match="MiB"):
         planned(config(hosts=[{"memory": "1MiB"}]), checkpoint)
+
+
+def test_memory_is_kept_for_the_engine_wherever_it_may_run(checkpoint: Checkpoint) -> None:
+    settings = config(hosts=[{"count": 2}], engine={"kv_cache": "1GiB", "replicas": 3})
+    dense = checkpoint.dense_bytes("float32")
+    assert engine_memory(settings, checkpoint, "float32", nodes(1)) == {"n0": 3 * (GIB + dense)}
+    assert engine_memory(settings, checkpoint, "bfloat16", nodes(1)) == {"n0": 3 * (GIB + dense // 2)}
+    # Serve spreads engines, and chooses the node; on one without a CPU it starts none.
+    bare = NodeInfo("bare", "10.0.0.9", "head", cpus=0, gpus=0, memory_bytes=GIB)
+    share = 2 * (GIB + dense)
+    assert engine_memory(settings, checkpoint, "float32", (bare, *nodes(2))) == {"n0": share, "n1": share}
+    left = planned(settings, checkpoint, 2).slots
+    assert [slot.memory_bytes for slot in left] == [int((4 * GIB - share) * 0.8)] * 2
+
+
+def test_an_engine_on_a_gpu_takes_no_memory_of_its_node(checkpoint: Checkpoint) -> None:
+    settings = config(engine={"device": "cuda", "kv_cache": "64GiB"})
+    assert engine_memory(settings, checkpoint, "float32", nodes(2)) == {}
+
+
+@pytest.mark.parametrize(
+    ("kv_cache", "memory", "words"),
+    [
+        ("5GiB", "auto", r"0 of 1 hosts fit; memory left: host0 0\.0 GiB"),
+        ("3GiB", "2GiB", "0 of 1 hosts fit; memory left: host0 "),
+        ("4095MiB", "auto", "the experts take"),
+    ],
+)
+def test_too_little_memory_beside_the_engine_is_refused_with_numbers(
+    checkpoint: Checkpoint, kv_cache: str, memory: str, words: str
+) -> None:
+    settings = config(engine={"kv_cache": kv_cache}, hosts=[{"memory": memory}])
+    with pytest.raises(PlacementError, match=words) as error:
+        planned(settings, checkpoint)
+    assert "KV cache" in error.value.message and "weights" in error.value.message
+    assert "engine.kv_cache" in error.value.hint
 
 
 @pytest.mark.parametrize(
