@@ -19,6 +19,7 @@ from rich.console import Console
 from cluster.config import LoadedConfig, load_config
 from cluster.errors import ExpertmeshError
 from workloads.bench.cli import bench_app
+from workloads.console import console
 from workloads.models.cli import model_app
 
 app = typer.Typer(
@@ -33,7 +34,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(model_app, name="model")
 app.add_typer(bench_app, name="bench")
 
-out = Console()
+out = console()
 err = Console(stderr=True)
 
 ConfigFile = Annotated[
@@ -177,13 +178,14 @@ def complete(
 def status(
     json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     url: Url = None,
+    api_key: ApiKey = None,
     config: ConfigFile = None,
     address: Address = None,
 ) -> None:
     """The running mesh: hosts, experts, memory, traffic, readiness."""
     from workloads.status import read_status, status_view
 
-    state = read_status(_load(config, None, None, None, address, {}).config, url)
+    state = read_status(_load(config, None, None, None, address, {}).config, url, api_key)
     if json_:
         print(json.dumps(state, indent=2))
     else:

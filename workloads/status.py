@@ -17,8 +17,11 @@ from workloads import run_file
 _HTTP_TIMEOUT_S = 35.0
 
 
-def read_status(config: Config, url: str | None) -> dict[str, Any]:
-    """Ask the server that runs here (or the cluster at ray.address); ExpertmeshError if there is none."""
+def read_status(config: Config, url: str | None, api_key: str | None) -> dict[str, Any]:
+    """Ask the server that runs here (or the cluster at ray.address); ExpertmeshError if there is none.
+
+    Without a key that the server knows, its engine's counters are missing.
+    """
     if config.ray.address == "local":
         run = run_file.the_one(url)
         settings = config.ray.model_copy(
@@ -50,7 +53,7 @@ def read_status(config: Config, url: str | None) -> dict[str, Any]:
         "url": url,
         "model": deployment.served_name,
         "hosts": hosts,
-        **_router(url),
+        **_router(url, api_key),
     }
 
 
@@ -64,6 +67,8 @@ def status_view(state: dict[str, Any]) -> Group:
     if engine:
         head.add_row("table epoch", str(int(engine["epoch"])))
         head.add_row("engine memory", f"{engine['rss_bytes'] / 2**20:.0f} MiB")
+    elif "engine_reason" in state:
+        head.add_row("engine", state["engine_reason"])
     hosts = Table(
         Column("host", no_wrap=True),
         "device",
@@ -95,9 +100,10 @@ def status_view(state: dict[str, Any]) -> Group:
     return Group(head, hosts)
 
 
-def _router(url: str) -> dict[str, Any]:
+def _router(url: str, api_key: str | None) -> dict[str, Any]:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        with httpx.Client(timeout=_HTTP_TIMEOUT_S) as client:
+        with httpx.Client(timeout=_HTTP_TIMEOUT_S, headers=headers) as client:
             ready = client.get(f"{url}/ready")
             answer: dict[str, Any] = {"ready": ready.status_code == 200}
             if ready.status_code != 200:
@@ -109,6 +115,8 @@ def _router(url: str) -> dict[str, Any]:
             stats = client.get(f"{url}/expertmesh/stats")
             if stats.status_code == 200:
                 answer["engine"] = stats.json()
+            elif stats.status_code == 401:
+                answer["engine_reason"] = "wants an API key: give one with --api-key or EXPERTMESH_API_KEY"
             return answer
     except (httpx.HTTPError, ValueError) as error:
         return {"ready": False, "reason": f"the router does not answer: {error}"}

@@ -194,3 +194,6 @@ def _check_status(program: ServerProgram, folder: Path) -> None:
     assert all(host["state"] == "ready" and host["pid"] for host in state["hosts"])
     table = run(folder / "table", "status", "--url", program.url)
     assert "local-1" in table.out and "ready" in table.out
+    assert "engine" not in state and "EXPERTMESH_API_KEY" in table.out
+    known = run(folder / "known", "status", "--json", "--url", program.url, "--api-key", "correct-horse")
+    assert json.loads(known.out)["engine"]["dispatches"] > 0

@@ -11,8 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from workloads.console import console
+
 model_app = typer.Typer(help="Make, look at and check model checkpoints.", no_args_is_help=True)
-out = Console()
+out = console()
 err = Console(stderr=True)
 
 

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
 from rich.console import Console
 
+from workloads.console import console
 from workloads.status import _flat, _router, status_view
 
 HOST = {
@@ -29,10 +31,12 @@ HOST = {
 
 
 @contextmanager
-def server(answers: dict[str, tuple[int, str]]) -> Iterator[str]:
+def server(answers: dict[str, tuple[int, str]], key: str | None = None) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             status, body = answers.get(self.path, (404, "{}"))
+            if key and self.path != "/ready" and self.headers["Authorization"] != f"Bearer {key}":
+                status, body = 401, "{}"
             self.send_response(status)
             self.end_headers()
             self.wfile.write(body.encode())
@@ -63,27 +67,40 @@ def test_a_ready_router_brings_round_trips_and_counters() -> None:
         "/expertmesh/stats": (200, json.dumps({"epoch": 2, "rss_bytes": 2**20})),
     }
     with server(answers) as url:
-        assert _router(url) == {
+        assert _router(url, None) == {
             "ready": True,
             "host_round_trip_us": {"local-0": 31.5},
             "engine": {"epoch": 2, "rss_bytes": 2**20},
         }
 
 
+def test_the_key_brings_the_counters_and_without_it_they_are_missed() -> None:
+    answers = {
+        "/ready": (200, json.dumps({"ready": True, "host_round_trip_us": {}})),
+        "/expertmesh/stats": (200, json.dumps({"epoch": 2, "rss_bytes": 2**20})),
+    }
+    with server(answers, key="secret") as url:
+        assert _router(url, "secret")["engine"]["epoch"] == 2
+        for wrong in (None, "wrong"):
+            state = _router(url, wrong)
+            assert state["ready"] and "engine" not in state
+            assert "EXPERTMESH_API_KEY" in shown({"url": url, "model": "m", "hosts": [], **state})
+
+
 def test_a_router_that_is_not_ready_gives_its_reason_and_no_counters() -> None:
     with server({"/ready": (503, json.dumps({"ready": False, "reason": "host gone"}))}) as url:
-        assert _router(url) == {"ready": False, "reason": "host gone"}
+        assert _router(url, None) == {"ready": False, "reason": "host gone"}
     with server({"/ready": (503, "Service Unavailable")}) as url:
-        assert _router(url) == {"ready": False, "reason": "Service Unavailable"}
+        assert _router(url, None) == {"ready": False, "reason": "Service Unavailable"}
 
 
 def test_a_router_that_is_gone_or_talks_nonsense_is_not_ready() -> None:
     with server({}) as url:
         pass
-    gone = _router(url)
+    gone = _router(url, None)
     assert not gone["ready"] and "does not answer" in gone["reason"]
     with server({"/ready": (200, "<html>")}) as url:
-        assert not _router(url)["ready"]
+        assert not _router(url, None)["ready"]
 
 
 def test_the_view_names_every_host_and_what_is_wrong() -> None:
@@ -106,6 +123,19 @@ def test_the_view_names_every_host_and_what_is_wrong() -> None:
         "local-1 │ cpu │ down the actor died",
     ):
         assert expected in text
+
+
+def test_nothing_is_cut_where_no_terminal_reads(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a-group-of-hosts-with-a-name-of-42-letters"
+    down = {"host_id": f"{name}-1", "device": "cpu", "state": "down", "reason": "the actor died " * 20}
+    up = {**HOST, "host_id": f"{name}-0", "dispatches": 12345678901}
+    console().print(
+        status_view({"url": "u", "model": "m" * 300, "ready": False, "reason": "r", "hosts": [up, down]})
+    )
+    text = capsys.readouterr().out
+    for whole in (f" {name}-0 ", f" {name}-1 ", " 12345678901 ", "the actor died " * 20, "m" * 300):
+        assert sum(whole in line for line in text.splitlines()) == 1
+    assert "…" not in text
 
 
 def test_a_report_becomes_flat_for_json() -> None:

@@ -1,0 +1,16 @@
+"""Where commands print: a terminal as wide as it is, anything else as wide as the text."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+
+# Rich takes what is no terminal for one of 80 columns, and cuts tables to fit: `expertmesh status | grep`
+# would not find a host by its name.
+_UNCUT = 10_000
+
+
+def console() -> Console:
+    """Standard output."""
+    return Console(width=None if sys.stdout.isatty() else _UNCUT)
