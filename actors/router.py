@@ -27,6 +27,7 @@ from actors.admission import Admission
 from actors.api_access import ApiKeys, KnownRoles, OpenAIErrors, error_response, keep_listed_routes
 from actors.engine_words import engine_words
 from actors.router_metrics import MeshMetrics
+from actors.single_flight import SingleFlight
 from cluster.auth import data_plane_key
 from cluster.messages import RouterSpec
 
@@ -35,6 +36,8 @@ log = structlog.get_logger()
 # A readiness probe answers from this engine process, not from another one's past.
 _PING_TIMEOUT_S = 2.0
 _STATS_PERIOD_S = 5.0
+# Anybody may ask /ready, and each answer costs a token: how long one serves all.
+_READY_KEPT_S = 1.0
 _DRAIN_POLL_S = 0.05
 
 
@@ -142,12 +145,13 @@ class Router:
     def _finish(self, app: FastAPI) -> None:
         """Our routes and middleware on vLLM's application."""
         keep_listed_routes(app)
+        probe = SingleFlight(lambda: asyncio.wait_for(self.ready(), self.spec.ready_timeout_s), _READY_KEPT_S)
 
         @app.get("/ready", tags=["expertmesh"])
         async def ready() -> Response:
             """200 once every expert host answers and a token flows; 503 with the reason until then."""
             try:
-                return JSONResponse(await asyncio.wait_for(self.ready(), self.spec.ready_timeout_s))
+                return JSONResponse(await probe())
             except Exception as error:
                 return JSONResponse({"ready": False, "reason": str(error) or type(error).__name__}, 503)
 

@@ -130,6 +130,28 @@ def test_an_engine_that_hangs_is_not_ready_within_the_time(engine: Engine) -> No
     assert answer.json()["reason"]
 
 
+def test_who_asks_often_whether_it_is_ready_costs_one_token(engine: Engine) -> None:
+    _, app = made(engine, keys=("secret",))
+
+    async def many() -> list[httpx.Response]:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app=app), base_url="http://test"
+        ) as client:
+            return await asyncio.gather(*(client.get("/ready") for _ in range(50)))
+
+    assert [answer.status_code for answer in asyncio.run(many())] == [200] * 50
+    assert get(app, "/ready").status_code == 200
+    assert len(engine.prompts) == 1
+
+
+def test_a_failure_is_not_remembered(engine: Engine) -> None:
+    _, app = made(engine)
+    engine.failure = RuntimeError("gone")
+    assert get(app, "/ready").status_code == 503
+    engine.failure = None
+    assert get(app, "/ready").status_code == 200
+
+
 def test_counters_want_a_key_and_readiness_does_not(engine: Engine) -> None:
     _, app = made(engine, keys=("secret",))
     assert get(app, "/ready").status_code == 200
