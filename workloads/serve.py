@@ -88,6 +88,9 @@ def open_model(config: Config, progress: Progress) -> tuple[Checkpoint, str, str
         if config.model.path == "default"
         else Path(config.model.path).expanduser()
     )
+    # Hosts and engines have working directories of their own. A link keeps its name: only `..` must be
+    # followed, since it leads elsewhere from behind a link.
+    path = path.resolve() if ".." in path.parts else path.absolute()
     checkpoint, provenance = Checkpoint.open(path), read_provenance(path)
     return (
         checkpoint,

@@ -125,7 +125,7 @@ def test_help_and_mistakes_load_neither_torch_nor_ray(tmp_path: Path) -> None:
         (["config", "show", "--hosts", "0"], "--hosts"),
         (["config", "show", "--address", "nowhere"], "--address"),
         (["serve", "--host", "0.0.0.0"], "without an API key"),
-        (["plan", "--model", "absent"], "no such folder: absent"),
+        (["plan", "--model", "absent"], "/absent"),
         (["status"], "no expertmesh server of yours runs"),
         (["chat", "hello"], "no expertmesh server of yours runs"),
         (["complete", "hello", "--url", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9"),

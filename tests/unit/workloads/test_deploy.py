@@ -25,6 +25,7 @@ from workloads.deploy import (
     router_spec,
     served_name,
 )
+from workloads.serve import open_model
 
 GIB = 2**30
 
@@ -223,6 +224,28 @@ def test_latent_attention_in_float32_is_kept_off_the_packed_kernel(checkpoint: C
     assert attention_arguments(latent, "float32") == {"attention_backend": "CPU_MLA"}
     assert attention_arguments(latent, "bfloat16") == {}
     assert attention_arguments(checkpoint, "float32") == {}
+
+
+@pytest.mark.parametrize(("inside", "given"), [("..", "mixtral"), (".", "."), ("sub", "../../mixtral")])
+def test_a_relative_path_is_sent_whole(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, inside: str, given: str
+) -> None:
+    """Hosts and engines have working directories of their own."""
+    (checkpoint.path / "sub").mkdir(exist_ok=True)
+    monkeypatch.chdir(checkpoint.path / inside)
+    opened, _, name = open_model(config(model={"path": given}), lambda _stage, _share: None)
+    assert opened.path.is_absolute() and opened.path.samefile(checkpoint.path)
+    assert name == "mixtral"
+
+
+def test_a_link_keeps_its_name(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may lead elsewhere on another node, and is the name that the operator chose."""
+    (tmp_path / "current").symlink_to(checkpoint.path)
+    monkeypatch.chdir(tmp_path)
+    opened, _, name = open_model(config(model={"path": "current"}), lambda _stage, _share: None)
+    assert (opened.path, name) == (tmp_path / "current", "current")
 
 
 def test_the_served_name_is_the_folder_s_unless_given() -> None:
