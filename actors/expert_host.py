@@ -50,9 +50,9 @@ class ExpertHost:
         return HostProgress(self.spec.host_id, len(self._layers), len(self.spec.experts), ready, error)
 
     def wait_ready(self, timeout_s: float) -> HostAddress:
-        """Where the host listens, once it does. Raises what made loading fail, or HostError past the time."""
+        """Where the host listens, once it does. Raises what made loading fail; TimeoutError past the time."""
         if not self._done.wait(timeout_s):
-            raise HostError(f"host {self.spec.host_id} did not finish loading within {timeout_s:.0f} s")
+            raise TimeoutError(f"host {self.spec.host_id} did not finish loading within {timeout_s:.0f} s")
         if self._error is not None:
             raise self._error
         assert self._address is not None

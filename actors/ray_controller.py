@@ -15,8 +15,11 @@ from cluster.messages import HostProgress, HostReport
 NAME = "controller"
 
 
-# Ray's types know no max_concurrency. Threads, so that status answers while a publish waits.
-_actor: Any = ray.remote(max_restarts=-1, max_task_retries=-1, max_concurrency=8, num_cpus=0)  # type: ignore[call-overload]
+# Ray's types know neither max_concurrency nor groups. Threads, so that status answers while a publish waits;
+# some for publish alone, since each engine that starts keeps one waiting, and `stop` must find one free.
+_actor: Any = ray.remote(  # type: ignore[call-overload]
+    max_restarts=-1, max_task_retries=-1, max_concurrency=8, concurrency_groups={"publish": 4}, num_cpus=0
+)
 
 
 class KvStore:
@@ -45,6 +48,7 @@ class ControllerActor:
     def progress(self) -> list[HostProgress]:
         return self._controller.progress()
 
+    @ray.method(concurrency_group="publish")
     def publish(self, timeout_s: float) -> str:
         return self._controller.publish(timeout_s)
 

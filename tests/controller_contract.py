@@ -5,6 +5,8 @@ Unit tests run it over hosts in memory, integration tests over Ray actors. A sub
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Protocol
 
 import pytest
@@ -25,6 +27,9 @@ class World(Protocol):
 
     def deployment(self, name: str = "model") -> Deployment:
         """Something to run, on two hosts or more."""
+
+    def hanging(self) -> Deployment:
+        """The same, but its first host never becomes ready."""
 
     def kill(self, host_id: str) -> None:
         """End a host behind the controller's back, for good."""
@@ -75,6 +80,54 @@ class ControllerContract:
         assert "expertmesh down" in refused.value.hint
         assert controller.deployment().served_name == "first"  # type: ignore[union-attr]
         assert published(controller) == table
+
+    def test_the_same_deployment_again_changes_nothing(self, world: World) -> None:
+        """Ray repeats a call whose answer was lost, with the controller or on its way."""
+        controller, deployment = world.controller(), world.deployment()
+        controller.deploy(deployment)
+        controller.deploy(deployment)
+        table = published(controller)
+        controller.deploy(deployment)
+        restarted = world.controller()
+        restarted.deploy(deployment)
+        for asked in (controller, restarted):
+            assert published(asked) == table
+        assert len(world.living()) == len(deployment.hosts)
+
+    def test_a_host_that_is_late_is_named_and_the_deployment_stays(self, world: World) -> None:
+        controller, deployment = world.controller(), world.hanging()
+        controller.deploy(deployment)
+        with pytest.raises(HostError, match=rf"{deployment.hosts[0].host_id} .*not ready within"):
+            controller.publish(0.2)
+        assert controller.deployment() == deployment
+
+    def test_stop_is_served_at_once_and_ends_a_publish_that_waits(self, world: World) -> None:
+        controller = world.controller()
+        controller.deploy(world.hanging())
+        errors: list[Exception] = []
+
+        def publish() -> None:
+            try:
+                controller.publish(10 * TIMEOUT_S)
+            except Exception as error:
+                errors.append(error)
+
+        waiting = threading.Thread(target=publish, daemon=True)
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        started = time.monotonic()
+        controller.stop()
+        assert time.monotonic() - started < TIMEOUT_S / 6
+        waiting.join(TIMEOUT_S)
+        assert not waiting.is_alive()
+        (error,) = errors
+        assert isinstance(error, HostError) and "ended while" in error.message
+        assert controller.deployment() is None
+        assert world.living() == set()
+
+        controller.deploy(world.deployment("next"))
+        assert published(controller).running
 
     def test_a_new_controller_finds_the_running_hosts(self, world: World) -> None:
         first = world.controller()

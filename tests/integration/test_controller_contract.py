@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,8 @@ CONFIG = Config.model_validate(
 class RayWorld:
     """Host actors and a document in one Ray namespace of its own."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
+        self._folder = folder
         self.namespace = f"contract-{secrets.token_hex(4)}"
         self.hosts = RayHosts(self.namespace)
         self._checkpoint = checkpoint
@@ -45,6 +48,13 @@ class RayWorld:
 
     def deployment(self, name: str = "model") -> Deployment:
         return blueprint(CONFIG, self._checkpoint, "float32", name, nodes()).deployment
+
+    def hanging(self) -> Deployment:
+        """A model behind a pipe that nobody writes to: opening it never ends, as on a dead network disk."""
+        os.mkfifo(self._folder / "config.json")
+        deployment = self.deployment()
+        first, *others = deployment.hosts
+        return replace(deployment, hosts=(replace(first, model_path=str(self._folder)), *others))
 
     def kill(self, host_id: str) -> None:
         host = self.hosts.find(host_id)
@@ -75,8 +85,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture
-def world(ray_cluster: str, checkpoint: Checkpoint) -> Iterator[RayWorld]:
-    made = RayWorld(checkpoint)
+def world(ray_cluster: str, checkpoint: Checkpoint, tmp_path: Path) -> Iterator[RayWorld]:
+    made = RayWorld(checkpoint, tmp_path)
     yield made
     made.controller().stop()
 
@@ -97,6 +107,21 @@ def test_the_controller_s_actor_is_restarted_and_knows_its_deployment(world: Ray
         assert len(PlacementTable.from_json(table).running) == 2
     finally:
         ray.get(actor.stop.remote(), timeout=TIMEOUT_S)
+        ray.kill(actor, no_restart=True)
+    assert world.living() == set()
+
+
+def test_the_controller_s_actor_is_stopped_however_many_engines_wait(world: RayWorld) -> None:
+    actor = ray_controller.get_or_start(world.namespace)
+    try:
+        ray.get(actor.deploy.remote(world.hanging()), timeout=TIMEOUT_S)
+        waiting = [actor.publish.remote(10 * TIMEOUT_S) for _ in range(12)]
+        assert ray.wait(waiting, timeout=1.0)[0] == []
+        ray.get(actor.stop.remote(), timeout=TIMEOUT_S / 2)
+        for publish in waiting:
+            with pytest.raises(ray.exceptions.RayTaskError, match=r"ended while|nothing is deployed"):
+                ray.get(publish, timeout=TIMEOUT_S)
+    finally:
         ray.kill(actor, no_restart=True)
     assert world.living() == set()
 

@@ -123,7 +123,7 @@ def test_progress_counts_the_layers(checkpoint: Checkpoint) -> None:
     host = ExpertHost(spec(checkpoint, (0,)), KEY)
     before = host.progress()
     assert (before.layers_loaded, before.layers, before.ready, before.error) == (0, 2, False, "")
-    with pytest.raises(HostError, match="did not finish loading within 0 s"):
+    with pytest.raises(TimeoutError, match="did not finish loading within 0 s"):
         host.report()
     with running(host.spec) as (started,):
         address = started.wait_ready(LOAD_TIMEOUT_S)

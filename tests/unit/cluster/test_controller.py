@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -17,15 +20,17 @@ from cluster.table import PlacementTable
 from tests.controller_contract import TIMEOUT_S, ControllerContract, published
 
 MODEL = "ab" * 32
+HANGS = "/where/reading/hangs"
 EXPERTS = {2: (0, 1), 3: (0, 1)}
 
 
 class MemoryHost:
-    """A host that is ready at once, until it is killed."""
+    """A host that is ready at once, until it is killed; or never, if its model can't be read."""
 
     def __init__(self, spec: HostSpec, pid: int) -> None:
         self.spec = spec
         self.alive = True
+        self.ended = threading.Event()
         self.address = HostAddress(spec.host_id, spec.node_id, spec.unix, "", pid)
 
     def progress(self, timeout_s: float) -> HostProgress:
@@ -34,6 +39,10 @@ class MemoryHost:
 
     def wait_ready(self, timeout_s: float) -> HostAddress:
         self._check()
+        if self.spec.model_path == HANGS:
+            if not self.ended.wait(timeout_s):
+                raise TimeoutError
+            self._check()
         return self.address
 
     def report(self, timeout_s: float) -> HostReport:
@@ -42,6 +51,7 @@ class MemoryHost:
 
     def stop(self) -> None:
         self.alive = False
+        self.ended.set()
 
     def _check(self) -> None:
         if not self.alive:
@@ -107,6 +117,11 @@ class MemoryWorld:
         table = PlacementTable(MODEL, 0, dict.fromkeys(ids), dict.fromkeys(EXPERTS, rows))
         return Deployment(name, specs, table.to_json())
 
+    def hanging(self) -> Deployment:
+        deployment = self.deployment()
+        first, *others = deployment.hosts
+        return replace(deployment, hosts=(replace(first, model_path=HANGS), *others))
+
 
 @pytest.fixture
 def world() -> MemoryWorld:
@@ -127,6 +142,10 @@ def test_a_launch_that_fails_leaves_no_host_behind(world: MemoryWorld) -> None:
     with pytest.raises(RuntimeError, match="no such node"):
         controller.deploy(world.deployment())
     assert world.living() == {"a-0", "a-1"}
+    world.before_launch = lambda _spec: None
+    # Asked again, it starts those that are missing.
+    controller.deploy(world.deployment())
+    assert world.living() == {"a-0", "a-1", "b-0"}
     controller.stop()
     assert world.living() == set()
 
@@ -161,6 +180,19 @@ def test_a_host_that_cannot_be_ended_does_not_keep_the_others(
     assert controller.deployment() is None
 
 
+def test_a_publish_is_told_of_the_stop_and_not_of_the_first_host_s_death(
+    world: MemoryWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller = world.controller()
+    controller.deploy(world.hanging())
+    monkeypatch.setattr(world.find("a-1"), "stop", lambda: time.sleep(0.3))
+    stopping = threading.Timer(0.1, controller.stop)
+    stopping.start()
+    with pytest.raises(HostError, match="ended while"):
+        controller.publish(TIMEOUT_S)
+    stopping.join()
+
+
 def test_what_a_host_failed_with_reaches_the_caller_and_the_table_stays(world: MemoryWorld) -> None:
     controller = world.controller()
     controller.deploy(world.deployment())
@@ -185,7 +217,10 @@ class ControllerMachine(RuleBasedStateMachine):
     def deploy(self) -> None:
         if self.deployed:
             with pytest.raises(HostError):
-                self.controller.deploy(self.world.deployment())
+                self.controller.deploy(self.world.deployment("another"))
+            living = self.world.living()
+            self.controller.deploy(self.world.deployment())
+            assert self.world.living() == living
             return
         self.controller.deploy(self.world.deployment())
         self.deployed, self.epoch = True, 0
