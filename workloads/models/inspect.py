@@ -17,7 +17,7 @@ from workloads.models.unsupported import UNSUPPORTED
 
 # Model types whose served tokens were compared with those of an unchanged engine.
 COMPARED_TYPES: Final = frozenset(
-    {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe"}
+    {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "granitemoe"}
 )
 _SHARED_COUNT_KEYS: Final = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _INTERMEDIATE_KEYS: Final = ("moe_intermediate_size", "intermediate_size", "ffn_dim")

@@ -9,9 +9,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from cluster.errors import CheckpointError
+from tests.integration.test_same_tokens import SUPPORTED
 from tests.tiny_dense import make_tiny_dense, make_tokenizer
 from tests.tiny_models import make_tiny
-from workloads.models.inspect import inspect_model
+from workloads.models.inspect import COMPARED_TYPES, inspect_model
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,7 @@ from workloads.models.inspect import inspect_model
         ("deepseek_v2", 2, 8, 2, 1),
         ("deepseek_v3", 2, 8, 3, 1),
         ("glm4_moe", 2, 8, 2, 1),
+        ("granitemoe", 2, 8, 3, 0),
     ],
 )
 def test_served_architectures(
@@ -42,8 +44,12 @@ def test_served_architectures(
     assert (report.expert_bytes, report.intermediate_size, report.hidden_size) == (4 * one_expert, 96, 128)
     assert report.dtypes == {"float32": report.weight_bytes}
     assert report.weight_bytes == 4 * report.parameters
-    assert report.servable
+    assert report.servable and "the same tokens" in report.reason
     assert report.architecture == type(model).__name__
+
+
+def test_compared_are_those_that_the_tests_compare() -> None:
+    assert set(SUPPORTED) == COMPARED_TYPES
 
 
 def test_a_dense_model_is_described_but_not_servable(tmp_path: Path) -> None:
@@ -65,7 +71,10 @@ def test_a_refused_architecture_says_why(tmp_path: Path) -> None:
 
 
 def test_an_architecture_that_was_not_compared_says_so(tmp_path: Path) -> None:
-    report = inspect_model(make_tiny("granitemoe", tmp_path / "model"))
+    path = make_tiny("granitemoe", tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "model_type": "granitemoehybrid"}))
+    report = inspect_model(path)
     assert report.servable
     assert "not compared" in report.reason
 
