@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors import openmp
 from cluster.auth import data_plane_key
 from cluster.compute_environment import compute_environment
 from cluster.messages import HostAddress, HostProgress, HostReport, HostSpec
@@ -27,6 +28,7 @@ class HostActor:
     """Ray's view of an ExpertHost. Loading starts at once; `wait_ready` tells when it is done."""
 
     def __init__(self, spec: HostSpec) -> None:
+        openmp.load()
         # Only the host itself needs torch; the controller and the command line use this module too.
         from actors.expert_host import ExpertHost
 

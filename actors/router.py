@@ -24,6 +24,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from actors.admission import Admission
+from actors import openmp
 from actors.api_access import ApiKeys, KnownRoles, OpenAIErrors, error_response, keep_listed_routes
 from actors.engine_words import engine_words
 from actors.router_metrics import MeshMetrics
@@ -69,6 +70,7 @@ class Router:
         table = await loop.run_in_executor(None, self._fetch_table)
         settings = replace(self.spec.settings, table=table, node_id=self._node_id)
         os.environ.update(environment(settings, data_plane_key()))
+        openmp.preload(os.environ)
         # Starting blocks for as long as the engine loads; Serve's probes must be answered meanwhile.
         self.engine = await loop.run_in_executor(
             None,

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+from actors import openmp
 from cluster.checkpoint import Checkpoint
 from cluster.config import Config
 from cluster.errors import ExpertmeshError
@@ -43,6 +44,7 @@ def rehearse(
     if marker.exists():
         return
     environment = {**os.environ, **engine_environment(config), "VLLM_LOGGING_LEVEL": "ERROR"}
+    openmp.preload(environment)
     process = subprocess.Popen(
         [sys.executable, "-m", "workloads.rehearse"],
         stdin=subprocess.PIPE,

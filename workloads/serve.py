@@ -57,6 +57,7 @@ class Breakdown:
 
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+    ended: float | None = None
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -67,8 +68,8 @@ class Breakdown:
 
     @property
     def total(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self.started
+        """Seconds from the start until the server was ready."""
+        return (self.ended or time.monotonic()) - self.started
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def serving(config: Config, progress: Progress) -> Iterator[Server]:
         controller = _claim(config.ray.namespace, print_, stack)
         _bring_up(config, print_, controller, breakdown, progress)
         wait_ready(url, breakdown, progress)
+        breakdown.ended = time.monotonic()
         stack.enter_context(_announced(config, url, name, address))
         yield Server(url, name, print_, breakdown)
 
