@@ -2,8 +2,8 @@
 
     1. vLLM is imported while the hosts still load; then the controller is asked for the placement table
     2. the engine core starts as a process of its own, loads the dense weights, connects to the hosts
-    3. Serve binds vLLM's FastAPI application late (`__serve_build_asgi_app__`), with /ready added and
-       the metrics of the mesh beside vLLM's
+    3. vLLM's FastAPI application, with /ready added and the metrics of the mesh beside vLLM's, is served on
+       the replica's own socket (`actors.http_server`)
     4. Serve restarts the replica if `check_health` says that the engine is gone
 
 No OpenAI type or route is written here: they are vLLM's.
@@ -23,10 +23,11 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from actors.admission import Admission
 from actors import openmp
+from actors.admission import Admission
 from actors.api_access import ApiKeys, KnownRoles, OpenAIErrors, error_response, keep_listed_routes
 from actors.engine_words import engine_words
+from actors.http_server import HttpServer
 from actors.router_metrics import MeshMetrics
 from actors.single_flight import SingleFlight
 from cluster.auth import data_plane_key
@@ -40,6 +41,8 @@ _STATS_PERIOD_S = 5.0
 # Anybody may ask /ready, and each answer costs a token: how long one serves all.
 _READY_KEPT_S = 1.0
 _DRAIN_POLL_S = 0.05
+# For answers that are on their way when the engine has ended.
+_CLOSE_S = 1.0
 
 
 class Router:
@@ -223,22 +226,23 @@ def serve_application(
     import ray
     from ray import serve
 
-    @serve.ingress()
     class RouterReplica:
-        """Serve's view of a Router: the application comes once the engine runs."""
+        """Serve's view of a Router. It takes its port first, so that a port in use is found before a model loads."""
 
-        def __init__(self, spec: RouterSpec) -> None:
+        async def __init__(self, spec: RouterSpec) -> None:  # type: ignore[misc]  # Serve awaits it
             self._router = Router(spec, fetch_table, ray.get_runtime_context().get_node_id())
-
-        async def __serve_build_asgi_app__(self) -> FastAPI:
+            self._http = HttpServer(spec.http_host, spec.http_port)
             try:
-                return await self._router.start()
+                app = await self._router.start()
             except Exception as error:
                 # vLLM's own exception only says that its engine process said why.
                 raise RuntimeError(engine_words() or str(error)) from error
+            self._http.start(app)
 
         async def check_health(self) -> None:
             await self._router.check_health()
+            if not self._http.running:
+                raise RuntimeError("the HTTP server has ended")
 
         async def set_table(self, table: str) -> int:
             return await self._router.set_table(table)
@@ -248,6 +252,7 @@ def serve_application(
 
         async def drain(self, grace_s: float) -> None:
             await self._router.drain(grace_s)
+            await self._http.stop(_CLOSE_S)
 
         def __del__(self) -> None:
             self._router.shutdown()

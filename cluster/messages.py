@@ -141,3 +141,5 @@ class RouterSpec:
     """Requests let in at the same time, running and waiting."""
     request_timeout_s: float
     ready_timeout_s: float
+    http_host: str
+    http_port: int

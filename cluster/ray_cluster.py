@@ -120,6 +120,13 @@ def nodes() -> tuple[NodeInfo, ...]:
     return nodes_from_ray(ray.nodes())
 
 
+def here() -> str:
+    """Id of the node that this process is connected to; it runs on the same machine."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
 def local_node() -> NodeInfo:
     """This machine as the only node, without starting Ray: what `plan` needs."""
     import socket

@@ -122,7 +122,7 @@ def plan(
             nodes = cluster_nodes()
     placed = blueprint(loaded.config, checkpoint, dtype_name, name, nodes)
     out.print(plan_table(placed.plan, placed.slots, nodes))
-    if engine_memory(loaded.config, checkpoint, dtype_name, nodes):
+    if engine_memory(loaded.config, checkpoint, dtype_name):
         out.print(engine_needs(loaded.config, checkpoint, dtype_name), highlight=False)
 
 

@@ -24,7 +24,7 @@ from workloads.models.unsupported import UNSUPPORTED
 # Rows in one message. Prefill steps longer than this go in several rounds; it bounds the shared memory.
 _MAX_ROWS = 2048
 ENGINE_CPUS = 1
-"""CPUs that Ray counts for an engine; it starts none on a node without."""
+"""CPUs that Ray counts for an engine."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,28 @@ class Blueprint:
     checkpoint: Checkpoint
     dtype: str
     served_name: str
+    engine_node: NodeInfo
     slots: tuple[HostSlot, ...]
     plan: Plan
     deployment: Deployment
 
 
 def blueprint(
-    config: Config, checkpoint: Checkpoint, dtype: str, served_name: str, nodes: Sequence[NodeInfo]
+    config: Config,
+    checkpoint: Checkpoint,
+    dtype: str,
+    served_name: str,
+    nodes: Sequence[NodeInfo],
+    here: str = "",
 ) -> Blueprint:
-    """Place the experts and describe every host. Raises CheckpointError or PlacementError."""
+    """Place the experts and describe every host; `here` is the id of the node that asks.
+
+    Raises CheckpointError or PlacementError.
+    """
     check_supported(checkpoint)
-    reserved = engine_memory(config, checkpoint, dtype, nodes)
+    engine, reserved = engine_node(nodes, here), engine_memory(config, checkpoint, dtype)
     try:
-        chosen = slots(config.hosts, nodes, reserved_memory=reserved)
+        chosen = slots(config.hosts, nodes, reserved_memory={engine.node_id: reserved})
         placed = plan(checkpoint.moe_layers, chosen, config.placement, item_bytes=ITEM_BYTES[dtype])
     except PlacementError as error:
         if not reserved:
@@ -59,7 +68,7 @@ def blueprint(
     deployment = Deployment(
         served_name, host_specs(config, checkpoint, dtype, chosen, placed, nodes), table.to_json()
     )
-    return Blueprint(checkpoint, dtype, served_name, chosen, placed, deployment)
+    return Blueprint(checkpoint, dtype, served_name, engine, chosen, placed, deployment)
 
 
 def check_supported(checkpoint: Checkpoint) -> None:
@@ -72,25 +81,30 @@ def check_supported(checkpoint: Checkpoint) -> None:
         )
 
 
-def engine_memory(
-    config: Config, checkpoint: Checkpoint, dtype: str, nodes: Sequence[NodeInfo]
-) -> dict[str, int]:
-    """Bytes to leave free for engines, by node id: Serve spreads them over the nodes, and chooses which.
+def engine_node(nodes: Sequence[NodeInfo], here: str = "") -> NodeInfo:
+    """The node that the engines run on: the one that `serve` was called on, if Ray may start anything there.
 
-    None where engines hold weights and KV cache on GPUs.
+    All of them on one node, where they share the server's port.
     """
-    able = [node.node_id for node in nodes if node.cpus >= ENGINE_CPUS]
-    if config.engine.device == "cuda" or not able:
-        return {}
-    most = -(-config.engine.replicas // len(able))
-    size = checkpoint.dense_bytes(dtype) + int(config.engine.kv_cache)
-    return dict.fromkeys(able, most * size)
+    able = [node for node in nodes if node.cpus >= ENGINE_CPUS]
+    if not able:
+        raise PlacementError(
+            "no node of the Ray cluster has a CPU for the engine", "start nodes with --num-cpus"
+        )
+    return next((node for node in able if node.node_id == here), able[0])
+
+
+def engine_memory(config: Config, checkpoint: Checkpoint, dtype: str) -> int:
+    """Bytes that the engines take of their node's memory; none where they hold weights and KV cache on GPUs."""
+    if config.engine.device == "cuda":
+        return 0
+    return config.engine.replicas * (checkpoint.dense_bytes(dtype) + int(config.engine.kv_cache))
 
 
 def engine_needs(config: Config, checkpoint: Checkpoint, dtype: str) -> str:
     """The same of one engine in words."""
     weights, cache = show_size(checkpoint.dense_bytes(dtype)), show_size(int(config.engine.kv_cache))
-    return f"kept for each engine, on every node where it may run: {weights} of weights, {cache} of KV cache"
+    return f"kept for each engine on its node: {weights} of weights, {cache} of KV cache"
 
 
 def host_specs(
@@ -175,6 +189,8 @@ def router_spec_for(config: Config, checkpoint: Checkpoint, dtype: str, name: st
         max_requests=config.server.max_queue,
         request_timeout_s=config.server.request_timeout,
         ready_timeout_s=30.0,
+        http_host=config.server.host,
+        http_port=config.server.port,
     )
 
 

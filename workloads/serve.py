@@ -29,7 +29,7 @@ import psutil
 from cluster.checkpoint import Checkpoint
 from cluster.config import Config
 from cluster.errors import ConfigError, ExpertmeshError, HostError
-from cluster.ray_cluster import connected, nodes
+from cluster.ray_cluster import connected, here, nodes
 from workloads import run_file
 from workloads.deploy import (
     Blueprint,
@@ -42,7 +42,7 @@ from workloads.deploy import (
 from workloads.models.default_model import default_model
 from workloads.models.provenance import read_provenance
 from workloads.rehearse import rehearse
-from workloads.serve_options import http_options, replica_options
+from workloads.serve_options import replica_options
 from workloads.take_down import APP, take_down
 
 Progress = Callable[[str, float], None]
@@ -120,8 +120,8 @@ def serving(config: Config, progress: Progress) -> Iterator[Server]:
             address = stack.enter_context(connected(config.ray))
             progress("starting Ray", 1.0)
         with breakdown.stage("plan"):
-            print_ = blueprint(config, checkpoint, dtype, name, nodes())
-        url = f"http://{_url_host(config.server.host)}:{config.server.port}"
+            print_ = blueprint(config, checkpoint, dtype, name, nodes(), here=here())
+        url = f"http://{_url_host(config, print_)}:{config.server.port}"
         controller = _claim(config.ray.namespace, print_, stack)
         _bring_up(config, print_, controller, breakdown, progress)
         wait_ready(url, breakdown, progress)
@@ -165,22 +165,22 @@ def _bring_up(
     config: Config, print_: Blueprint, controller: Any, breakdown: Breakdown, progress: Progress
 ) -> None:
     from ray import serve
-    from ray.serve.config import HTTPOptions
+    from ray.serve.config import ProxyLocation
 
     from actors import ray_controller
     from actors.router import serve_application
 
     namespace = config.ray.namespace
     with breakdown.stage("serve"):
-        serve.start(http_options=HTTPOptions(**http_options(config)))
+        serve.start(proxy_location=ProxyLocation.Disabled)
     with breakdown.stage("engine and hosts"):
         application = serve_application(
             router_spec(config, print_),
             partial(ray_controller.published_table, namespace, _START_TIMEOUT_S),
             replicas=config.engine.replicas,
-            options=replica_options(config),
+            options=replica_options(config, print_.engine_node.node_id),
         )
-        target = serve.RunTarget(application, name=APP, route_prefix="/")
+        target = serve.RunTarget(application, name=APP, route_prefix=None)
         serve.run_many(
             [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
         )
@@ -287,7 +287,16 @@ def _get(reference: Any) -> Any:
         raise
 
 
-def _url_host(host: str) -> str:
+def _url_host(config: Config, print_: Blueprint) -> str:
+    """Where the server is reached from here. ConfigError if it would listen on another machine's loopback."""
+    host, node = config.server.host, print_.engine_node
+    remote = node.hostname != socket.gethostname()
     if host in ("0.0.0.0", "::"):
-        return "127.0.0.1"
+        return node.ip if remote else "127.0.0.1"
+    if remote and (host == "localhost" or host.startswith("127.") or host == "::1"):
+        raise ConfigError(
+            f"server.host {host} is not reached from here: the engine runs on {node.hostname}, since no node here "
+            "offers a CPU",
+            "start a node here with --num-cpus, or set server.host to an address and server.api_keys",
+        )
     return f"[{host}]" if ":" in host else host

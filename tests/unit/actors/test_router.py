@@ -84,7 +84,9 @@ def made(
     engine: Engine, keys: tuple[str, ...] = (), ready_timeout_s: float = 5.0, max_requests: int = 8
 ) -> tuple[Router, FastAPI]:
     digests = tuple(key_digest(key) for key in keys)
-    spec = RouterSpec("/m", "m", SETTINGS, {}, {}, digests, max_requests, 20.0, ready_timeout_s)
+    spec = RouterSpec(
+        "/m", "m", SETTINGS, {}, {}, digests, max_requests, 20.0, ready_timeout_s, "127.0.0.1", 0
+    )
     router = Router(spec, lambda: "", "node")
     router.engine = engine
     app = FastAPI()

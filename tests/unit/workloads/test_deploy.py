@@ -22,6 +22,7 @@ from workloads.deploy import (
     choose_dtype,
     engine_environment,
     engine_memory,
+    engine_node,
     router_spec,
     served_name,
 )
@@ -116,22 +117,28 @@ def test_experts_that_do_not_fit_are_refused_with_the_number(checkpoint: Checkpo
         planned(config(hosts=[{"memory": "1MiB"}]), checkpoint)
 
 
-def test_memory_is_kept_for_the_engine_wherever_it_may_run(checkpoint: Checkpoint) -> None:
-    settings = config(hosts=[{"count": 2}], engine={"kv_cache": "1GiB", "replicas": 3})
+def test_memory_is_kept_for_the_engines_on_their_node(checkpoint: Checkpoint) -> None:
+    settings = config(hosts=[{"count": 2}], engine={"kv_cache": "512MiB", "replicas": 3})
     dense = checkpoint.dense_bytes("float32")
-    assert engine_memory(settings, checkpoint, "float32", nodes(1)) == {"n0": 3 * (GIB + dense)}
-    assert engine_memory(settings, checkpoint, "bfloat16", nodes(1)) == {"n0": 3 * (GIB + dense // 2)}
-    # Serve spreads engines, and chooses the node; on one without a CPU it starts none.
-    bare = NodeInfo("bare", "10.0.0.9", "head", cpus=0, gpus=0, memory_bytes=GIB)
-    share = 2 * (GIB + dense)
-    assert engine_memory(settings, checkpoint, "float32", (bare, *nodes(2))) == {"n0": share, "n1": share}
+    taken = 3 * (GIB // 2 + dense)
+    assert engine_memory(settings, checkpoint, "float32") == taken
+    assert engine_memory(settings, checkpoint, "bfloat16") == 3 * (GIB // 2 + dense // 2)
     left = planned(settings, checkpoint, 2).slots
-    assert [slot.memory_bytes for slot in left] == [int((4 * GIB - share) * 0.8)] * 2
+    assert [slot.memory_bytes for slot in left] == [int((4 * GIB - taken) * 0.8), int(4 * GIB * 0.8)]
+
+
+def test_the_engine_runs_where_it_is_asked_for_if_it_may() -> None:
+    bare = NodeInfo("bare", "10.0.0.9", "head", cpus=0, gpus=0, memory_bytes=GIB)
+    two = nodes(2)
+    assert engine_node(two, "n1").node_id == "n1"
+    assert engine_node((bare, *two), "bare").node_id == "n0"
+    with pytest.raises(PlacementError, match="CPU"):
+        engine_node((bare,), "bare")
 
 
 def test_an_engine_on_a_gpu_takes_no_memory_of_its_node(checkpoint: Checkpoint) -> None:
     settings = config(engine={"device": "cuda", "kv_cache": "64GiB"})
-    assert engine_memory(settings, checkpoint, "float32", nodes(2)) == {}
+    assert engine_memory(settings, checkpoint, "float32") == 0
 
 
 @pytest.mark.parametrize(
@@ -253,9 +260,10 @@ def test_the_served_name_is_the_folder_s_unless_given() -> None:
     assert served_name(config(model={"name": "chat"}), Path("/models/mixtral")) == "chat"
 
 
-def test_the_engine_s_threads_sleep_while_the_hosts_compute() -> None:
+def test_the_engine_s_waiting_threads_do_not_hold_their_cores() -> None:
     environment = engine_environment(config(engine={"threads": 3}))
     assert environment["OMP_NUM_THREADS"] == "3"
-    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment["KMP_BLOCKTIME"] == "1"
+    assert "OMP_WAIT_POLICY" not in environment
     assert environment["VLLM_USE_AOT_COMPILE"] == "0"
     assert all(isinstance(value, str) for value in environment.values())
