@@ -33,6 +33,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from actors import openmp
 from actors.buffers import Layout
 from actors.dispatch import Dispatcher, route_from_table
 from cluster.checkpoint import Checkpoint
@@ -53,6 +54,7 @@ _library = torch.library.Library("expertmesh", "FRAGMENT")
 
 def register() -> None:
     """Install the layer, the loader and the op. vLLM may call this more than once in a process."""
+    openmp.remove_registration()
     from vllm.model_executor.custom_op import op_registry_oot
 
     if "RoutedExperts" in op_registry_oot:

@@ -9,6 +9,7 @@ concurrency 1 and 16, against 1.3 and 1.13 with the best setting of GNU's and 1.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from functools import cache
@@ -40,6 +41,8 @@ def load() -> None:
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         log.warning("OpenMP runtime not loaded, GNU's is used", reason=str(error))
+        return
+    remove_registration()
 
 
 def preload(environment: dict[str, str] | os._Environ[str]) -> None:
@@ -47,3 +50,15 @@ def preload(environment: dict[str, str] | os._Environ[str]) -> None:
     path = library()
     if path is not None and "libiomp" not in environment.get("LD_PRELOAD", ""):
         environment["LD_PRELOAD"] = ":".join(filter(None, [str(path), environment.get("LD_PRELOAD", "")]))
+
+
+def remove_registration() -> None:
+    """Take away what Intel's runtime keeps of this process in /dev/shm; does nothing under another runtime.
+
+    It is there to find a second runtime in the same process. Removed at exit only, it would outlive every
+    process that is killed.
+    """
+    with contextlib.suppress(AttributeError):
+        # The runtime starts, and registers, at its first use.
+        ctypes.CDLL(None).omp_get_max_threads()
+    Path(f"/dev/shm/__KMP_REGISTERED_LIB_{os.getpid()}_{os.getuid()}").unlink(missing_ok=True)
