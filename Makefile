@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: setup serve test test-all unit integration everything lint clean
+.PHONY: setup serve test unit integration lint clean
 
 setup: $(STAMP)
 
@@ -28,18 +28,12 @@ serve: setup
 
 test: setup lint unit integration
 
-test-all: setup lint unit everything
-
 unit: setup
 	$(VENV)/bin/python -m pytest tests/unit $(ARGS)
 
-# The same tokens as stock vLLM, and the API of a running server.
+# Same tokens as stock vLLM, several Ray nodes, the controller on Ray, the default model, the API of a running
+# server, bad input, deaths.
 integration: setup
-	$(VENV)/bin/python -m pytest tests/integration/test_same_tokens.py $(ARGS)
-	$(VENV)/bin/python -m pytest tests/e2e/test_openai_client.py tests/e2e/test_api_errors.py $(ARGS)
-
-# Besides: several Ray nodes, the controller on Ray, the default model, bad input, deaths. Half an hour on two cores.
-everything: setup
 	$(VENV)/bin/python -m pytest tests/integration tests/e2e $(ARGS)
 
 lint: setup

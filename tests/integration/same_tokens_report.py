@@ -2,6 +2,8 @@
 
 Usage: python -m tests.integration.same_tokens_report DTYPE FILE.json [ARCHITECTURE ...]
 
+An architecture is one of the tiny random checkpoints', or `default` for the default model.
+
 The divergence is taken over stock vLLM's ten most likely tokens, at the positions before the first
 different token: after it the two answer different texts.
 """
@@ -18,6 +20,7 @@ from typing import Any
 from tests.integration.test_same_tokens import SUPPORTED, compare
 from tests.tiny_models import make_tiny
 from workloads.bench.report import envelope, now
+from workloads.models.default_model import default_model
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +55,8 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for arch in chosen or SUPPORTED:
-            result = compare(make_tiny(arch, Path(folder) / arch, dtype=dtype), dtype)
+            path = default_model() if arch == "default" else make_tiny(arch, Path(folder) / arch, dtype=dtype)
+            result = compare(path, dtype)
             for hosts, row in summary(result).items():
                 results.append({"architecture": arch, "hosts": int(hosts), "kernel": result["kernel"], **row})
                 print(arch, hosts, row, flush=True)

@@ -13,6 +13,7 @@ import pytest
 
 from tests.integration.same_tokens_worker import ENVIRONMENT
 from tests.tiny_models import make_tiny
+from workloads.models.default_model import default_model
 
 SUPPORTED = [
     "mixtral",
@@ -65,6 +66,13 @@ def test_tokens_equal_stock_vllm(arch: str, tmp_path: Path) -> None:
     for hosts in HOSTS:
         assert result["mesh"][str(hosts)] == stock, f"{hosts} hosts"
     assert result["expert_parameters_in_engine"] == []
+
+
+@pytest.mark.slow
+def test_the_default_model_s_tokens_equal_stock_vllm_s() -> None:
+    result = compare(default_model())
+    for hosts in HOSTS:
+        assert result["mesh"][str(hosts)] == result["stock"], f"{hosts} hosts"
 
 
 @pytest.mark.slow
