@@ -3,8 +3,8 @@
 Engine and hosts alternate on the same cores within every layer. GNU's runtime lets a waiting thread either
 spin, which takes the core from whoever computes next, or sleep, so that every parallel region begins with
 waking it up. Intel's (LLVM's) yields the core while it waits and sleeps after a while, which suits both:
-measured with the default model on two cores, a step took 1.2 and 1.07 times as long as stock vLLM's at
-concurrency 1 and 16, against 1.3 and 1.13 with the best setting of GNU's and 1.8 and 1.4 with sleeping.
+measured with the default model on two cores, a step took about 1.2 and 1.08 times as long as stock vLLM's at
+concurrency 1 and 16, against 1.3 and 1.13 with the best setting of GNU's and 1.8 and 1.7 with sleeping.
 """
 
 from __future__ import annotations
