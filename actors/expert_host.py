@@ -6,6 +6,7 @@ answers `progress` meanwhile.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import structlog
 import torch
 
 from actors.expert_weights import build_layer
+from actors.failpoints import Failpoints
 from actors.host_server import HostedLayer, HostServer
 from cluster.checkpoint import Checkpoint
 from cluster.errors import CheckpointError, ExpertmeshError, HostError
@@ -38,6 +40,7 @@ class ExpertHost:
         self._load_seconds = 0.0
         self._error: Exception | None = None
         self._done = threading.Event()
+        self._failpoints = Failpoints(os.environ)
 
     def start(self) -> None:
         """Begin loading in the background."""
@@ -75,6 +78,10 @@ class ExpertHost:
             rows=server.rows_served,
             compute_seconds=server.compute_ns / 1e9,
         )
+
+    def failpoint(self, name: str, value: float) -> None:
+        """Make this host fail on purpose, see `actors.failpoints`. HostError where that is not allowed."""
+        self._failpoints.set(self._layers.values(), name, value)
 
     def close(self) -> None:
         """Stop serving; engines see the closed connections at once."""

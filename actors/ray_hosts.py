@@ -6,12 +6,13 @@ finds them again; Ray restarts a host that dies, with the same specification.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors import openmp
+from actors import failpoints, openmp
 from cluster.auth import data_plane_key
 from cluster.compute_environment import compute_environment
 from cluster.messages import HostAddress, HostProgress, HostReport, HostSpec
@@ -44,6 +45,9 @@ class HostActor:
     def report(self) -> HostReport:
         return self._host.report()
 
+    def failpoint(self, name: str, value: float) -> None:
+        self._host.failpoint(name, value)
+
 
 class RayHost:
     """A handle on one host actor with blocking calls."""
@@ -60,6 +64,9 @@ class RayHost:
     def report(self, timeout_s: float) -> HostReport:
         return ray.get(self._actor.report.remote(), timeout=timeout_s)
 
+    def failpoint(self, name: str, value: float, timeout_s: float) -> None:
+        ray.get(self._actor.failpoint.remote(name, value), timeout=timeout_s)
+
     def stop(self) -> None:
         ray.kill(self._actor, no_restart=True)
 
@@ -72,13 +79,14 @@ class RayHosts:
 
     def launch(self, spec: HostSpec) -> RayHost:
         """Start the host on the node that the plan chose."""
+        allowed_faults = {failpoints.VARIABLE: "1"} if failpoints.enabled(os.environ) else {}
         options = {
             "name": _PREFIX + spec.host_id,
             "namespace": self._namespace,
             "lifetime": "detached",
             "num_gpus": 1 if spec.device == "cuda" else 0,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(spec.node_id, soft=False),
-            "runtime_env": {"env_vars": compute_environment(spec.threads)},
+            "runtime_env": {"env_vars": {**compute_environment(spec.threads), **allowed_faults}},
         }
         actor: Any = HostActor
         return RayHost(actor.options(**options).remote(spec))
