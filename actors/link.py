@@ -10,7 +10,8 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from socket import MSG_WAITALL
+from socket import MSG_DONTWAIT, MSG_PEEK, MSG_WAITALL
+from time import perf_counter_ns
 from typing import NamedTuple, NoReturn
 
 from actors.buffers import Buffers, Layout, Views
@@ -28,6 +29,7 @@ from cluster.frame import (
     PING,
     PONG,
     REPLY,
+    Frame,
     decode,
     dispatch_bytes,
     encode_into,
@@ -36,6 +38,13 @@ from cluster.messages import HostAddress
 
 Exchange = Callable[[int, int, int, int], None]
 """Of the addresses of x, weights, int32 ids, and of the sums to be written."""
+
+# A wait is set anew only if it is to change by more than a quarter: that costs a system call.
+_SAME_WAIT = 0.25
+
+
+class LateError(TimeoutError):
+    """The host has not begun to answer in time. The connection is in order, and the answer may still come."""
 
 
 class _Message(NamedTuple):
@@ -67,7 +76,10 @@ class HostLink:
         self._buffers: Buffers | None = None
         self._header = bytearray(HEADER_BYTES)
         self._answer = bytearray(HEADER_BYTES)
-        self._request_id = 0
+        self._request_id = self._answered_id = 0
+        self._wait_s = 0.0
+        self.sent_ns = 0
+        """When the last request was sent, in `perf_counter_ns`."""
         self._manifest = self._epoch = 0
         self._dtype_code = DTYPE_CODES[layout.dtype]
         self._row_bytes = dispatch_bytes(1, layout.hidden, layout.top_k, ITEM_BYTES[layout.dtype])
@@ -81,6 +93,17 @@ class HostLink:
     @property
     def connected(self) -> bool:
         return self._sock is not None
+
+    @property
+    def owes(self) -> bool:
+        """Whether the answer to the last request has not been read."""
+        return self._answered_id != self._request_id
+
+    def fileno(self) -> int:
+        """The socket's descriptor, for `poll`."""
+        if self._sock is None:
+            raise ConnectionError("not connected")
+        return self._sock.fileno()
 
     @property
     def where(self) -> str:
@@ -105,12 +128,16 @@ class HostLink:
             raise
         finally:
             buffers.close_fd()
-        self._sock, self._buffers = sock, buffers
+        self._sock, self._buffers, self._wait_s = sock, buffers, 0.0
+        self._answered_id = self._request_id
 
     def set_deadline(self, seconds: float) -> None:
-        """Longest wait of one `receive` (and of one `send` over TCP)."""
+        """Longest wait of one `receive` (and of one `send` over TCP), within a quarter."""
         if self._sock is None:
             raise ConnectionError("not connected")
+        if abs(seconds - self._wait_s) <= _SAME_WAIT * self._wait_s:
+            return
+        self._wait_s = seconds
         value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
@@ -162,7 +189,9 @@ class HostLink:
                 raise self._late() from None
             lead, number, rest, self.compute_ns = unpack(answer)
             if got != HEADER_BYTES or rest != answered or number != request_id or lead != REPLY_LEAD:
-                self._refuse(got)
+                self._unexpected(message, got)
+            else:
+                self._answered_id = request_id
             sums[:] = out_there
 
         self.exchanges[layer, rows] = exchange
@@ -179,8 +208,9 @@ class HostLink:
     def receive(self) -> None:
         """Wait for the answer to the last `send`; its sums are then in the connection's memory.
 
-        Raises HostError with the host's own words, TimeoutError past the deadline, ConnectionError if
-        the host is gone, ProtocolError if the answer makes no sense.
+        Answers to earlier requests that were given up are read and dropped. Raises HostError with the host's own
+        words, LateError past the deadline, ConnectionError if the host is gone, ProtocolError if the answer makes
+        no sense.
         """
         if self._sent is None:
             raise ConnectionError("nothing was sent")
@@ -192,6 +222,7 @@ class HostLink:
             raise ConnectionError("not connected")
         self._request_id = request_id = (self._request_id + 1) & 0xFFFFFFFF
         header = PARTS.pack(DISPATCH_LEAD, request_id, message.asked, 0)
+        self.sent_ns = perf_counter_ns()
         if self.local:
             sock.send(header)
         else:
@@ -213,9 +244,77 @@ class HostLink:
             or number != self._request_id
             or lead != REPLY_LEAD
         ):
-            self._refuse(got)
+            self._unexpected(message, got)
+            return
+        self._answered_id = number
         if not self.local:
-            read_exactly(sock, message.views.out_bytes)
+            self._read(message.views.out_bytes)
+
+    def _unexpected(self, message: _Message, got: int) -> None:
+        """Drop an answer to a request that was given up, and wait on; raises what else may have come."""
+        frame = self._decode(got)
+        if frame.request_id == self._request_id:
+            self._answered_id = frame.request_id
+            self._refuse(frame)
+        self._drop(frame)
+        self._receive(message)
+
+    def catch_up(self) -> bool:
+        """Read and drop the answers that have come, without waiting; whether none is owed any more.
+
+        Raises ConnectionError if the host is gone.
+        """
+        sock = self._sock
+        if sock is None:
+            raise ConnectionError("not connected")
+        while self.owes:
+            try:
+                if len(sock.recv(HEADER_BYTES, MSG_PEEK | MSG_DONTWAIT)) not in (0, HEADER_BYTES):
+                    return False
+                got = sock.recv_into(self._answer, HEADER_BYTES, MSG_DONTWAIT)
+            except BlockingIOError:
+                return False
+            frame = self._decode(got)
+            self._answered_id = frame.request_id
+            self._drop(frame)
+        return True
+
+    def has_answer(self) -> bool:
+        """Whether `receive` would find the answer to the last request, or that there will be none.
+
+        Reads and drops answers to earlier ones that have come.
+        """
+        sock = self._sock
+        if sock is None:
+            return True
+        while True:
+            try:
+                head = sock.recv(HEADER_BYTES, MSG_PEEK | MSG_DONTWAIT)
+                if 0 < len(head) < HEADER_BYTES:
+                    return False
+                if not head or decode(head).request_id == self._request_id:
+                    return True
+                sock.recv_into(self._answer, HEADER_BYTES, MSG_WAITALL)
+                self._drop(decode(head))
+            except BlockingIOError:
+                return False
+            except (OSError, ProtocolError):
+                return True
+
+    def _drop(self, frame: Frame) -> None:
+        """Read what follows the header of an answer that nobody waits for."""
+        if frame.kind not in (REPLY, ERROR, PONG):
+            raise ProtocolError(f"host {self.address.host_id} sent {frame} unasked")
+        if frame.kind == ERROR or (frame.kind == REPLY and not self.local):
+            self._read(memoryview(bytearray(frame.payload_bytes)))
+
+    def _read(self, view: memoryview) -> None:
+        assert self._sock is not None
+        try:
+            read_exactly(self._sock, view)
+        except TimeoutError as error:
+            # Half an answer was read: the stream can't be used any more.
+            raise ConnectionError(str(error)) from None
 
     def _make_message(self, layer: int, rows: int) -> _Message:
         if len(self._messages) >= MAX_KEPT:
@@ -229,18 +328,20 @@ class HostLink:
         )
         return message
 
-    def _late(self) -> TimeoutError:
-        return TimeoutError(f"expert host {self.address.host_id} did not answer in time")
+    def _late(self) -> LateError:
+        return LateError(f"expert host {self.address.host_id} did not answer in time")
 
-    def _refuse(self, got: int) -> NoReturn:
-        """Raise what an answer of `got` bytes says that is not the expected one, or that it makes no sense."""
+    def _decode(self, got: int) -> Frame:
+        """The header that was read into `_answer`; ConnectionError if it is not whole."""
         if got < HEADER_BYTES:
             raise ConnectionError(f"expert host {self.address.host_id} closed the connection")
-        frame = decode(self._answer)
+        return decode(self._answer)
+
+    def _refuse(self, frame: Frame) -> NoReturn:
+        """Raise what an answer says that is not the expected one, or that it makes no sense."""
         if frame.kind == ERROR:
             text = bytearray(frame.payload_bytes)
-            assert self._sock is not None
-            read_exactly(self._sock, memoryview(text))
+            self._read(memoryview(text))
             raise HostError(f"expert host {self.address.host_id}: {text.decode(errors='replace')}")
         raise ProtocolError(
             f"host {self.address.host_id} answered {frame}, the reply to {self._request_id} was due"
@@ -249,16 +350,23 @@ class HostLink:
     def ping(self, timeout_s: float) -> float:
         """Round-trip time in seconds of an empty frame; raises as `receive` does."""
         self.set_deadline(timeout_s)
-        assert self._sock is not None
+        if self._sock is None:
+            raise ConnectionError("not connected")
         self._request_id = (self._request_id + 1) & 0xFFFFFFFF
         encode_into(self._header, PING, self._request_id, 0, 0, 0, 0, 0, 0, 0, 0, 0)
         started = time.perf_counter()
         self._sock.sendall(self._header)
-        got = self._sock.recv_into(self._answer, HEADER_BYTES, MSG_WAITALL)
-        if got < HEADER_BYTES:
-            raise ConnectionError(f"expert host {self.address.host_id} closed the connection")
-        frame = decode(self._answer)
-        if frame.kind != PONG or frame.request_id != self._request_id:
+        while True:
+            try:
+                got = self._sock.recv_into(self._answer, HEADER_BYTES, MSG_WAITALL)
+            except BlockingIOError:
+                raise self._late() from None
+            frame = self._decode(got)
+            if frame.request_id == self._request_id:
+                break
+            self._drop(frame)
+        self._answered_id = self._request_id
+        if frame.kind != PONG:
             raise ProtocolError(f"host {self.address.host_id} answered a ping with kind {frame.kind}")
         return time.perf_counter() - started
 

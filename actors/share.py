@@ -15,6 +15,7 @@ import torch
 
 from actors.link import HostLink
 from actors.raw_memory import RawMemory
+from actors.route import NOBODY, Owners
 
 # Marks an expert that another host answers for.
 _NOT_HERE = np.int32(-1)
@@ -29,6 +30,8 @@ _raw_memory = lru_cache(maxsize=256)(RawMemory)
 class Share(Protocol):
     """One host's share of a round."""
 
+    position: int
+    """Of the host in the route."""
     link: HostLink
     rows: int
     row_numbers: np.ndarray | None
@@ -38,36 +41,42 @@ class Share(Protocol):
         """Copy the share into the connection's memory; may be repeated, for another attempt."""
         ...
 
+    def covers(self) -> np.ndarray:
+        """bool [T, K]: the pairs of row and expert that the host computes."""
+        ...
+
 
 def shares(
-    owners_E: np.ndarray,
-    owner_list: Sequence[int],
+    owners: Owners,
     links: Sequence[HostLink],
     x_TH: torch.Tensor,
     weights_TK: torch.Tensor,
     ids_TK: torch.Tensor,
 ) -> Iterator[Share]:
-    """The shares of the hosts that answer for an expert of the batch, in the order of `links`.
+    """The shares of the hosts that own an expert of the batch, in the order of `links`.
 
-    `owners_E` and `owner_list` have each expert's position in `links`. IndexError for an id outside the layer.
+    An id of -1 wants no expert; those without an owner are in nobody's share. IndexError for an id past the
+    layer's.
     """
     pairs = ids_TK.numel()
     if pairs <= _FEW_PAIRS and x_TH.numel() <= _FEW_NUMBERS:
         of_pairs, of_rows = _raw_memory(4 * pairs), _raw_memory(x_TH.nbytes)
         ids = of_pairs[ids_TK.data_ptr()].cast("i").tolist()
         weights, x = of_pairs[weights_TK.data_ptr()], of_rows[x_TH.data_ptr()]
-        hosts, rows = [owner_list[expert] for expert in ids], ids_TK.shape[0]
+        owner_of = owners.listed
+        hosts, rows = [owner_of[expert] for expert in ids], ids_TK.shape[0]
         for position in sorted(set(hosts)):
-            here = [expert if host == position else -1 for expert, host in zip(ids, hosts, strict=True)]
-            yield _AllRows(links[position], rows, x, weights, array("i", here).tobytes())
+            if position != NOBODY:
+                here = [expert if host == position else -1 for expert, host in zip(ids, hosts, strict=True)]
+                yield _AllRows(position, links[position], rows, x, weights, array("i", here).tobytes())
         return
     x_np, weights_np, ids_np = raw(x_TH), weights_TK.numpy(), ids_TK.numpy()
-    host_TK = owners_E.take(ids_np)
+    host_TK = owners.array.take(ids_np)
     for position, link in enumerate(links):
         here_TK = host_TK == position
         chosen = np.flatnonzero(here_TK.any(axis=1))
         if chosen.size:
-            yield _ChosenRows(link, chosen, here_TK, x_np, weights_np, ids_np)
+            yield _ChosenRows(position, link, chosen, here_TK, x_np, weights_np, ids_np)
 
 
 def combine(parts: Sequence[Share], out_TH: torch.Tensor) -> None:
@@ -84,23 +93,31 @@ def combine(parts: Sequence[Share], out_TH: torch.Tensor) -> None:
             total_TH.add_(share)
     else:
         total_TH.zero_()
-        for part in parts:
-            share = part.link.buffers.views(part.rows).out
-            if part.row_numbers is None or part.rows == len(out_TH):
-                total_TH.add_(share)
-            else:
-                total_TH.index_add_(0, torch.from_numpy(part.row_numbers), share.to(total_TH.dtype))
+        add(parts, total_TH)
     if total_TH is not out_TH:
         out_TH.copy_(total_TH)
+
+
+def add(parts: Sequence[Share], total_TH: torch.Tensor) -> None:
+    """Add the shares that the links received to a float32 sum, in the parts' order."""
+    for part in parts:
+        share = part.link.buffers.views(part.rows).out
+        if part.row_numbers is None or part.rows == len(total_TH):
+            total_TH.add_(share)
+        else:
+            total_TH.index_add_(0, torch.from_numpy(part.row_numbers), share.to(total_TH.dtype))
 
 
 class _AllRows:
     """All rows of a round, ids of other hosts' experts made -1."""
 
-    __slots__ = ("ids", "link", "row_numbers", "rows", "weights", "x")
+    __slots__ = ("ids", "link", "position", "row_numbers", "rows", "weights", "x")
 
-    def __init__(self, link: HostLink, rows: int, x: memoryview, weights: memoryview, ids: bytes) -> None:
-        self.link, self.rows, self.x, self.weights, self.ids = link, rows, x, weights, ids
+    def __init__(
+        self, position: int, link: HostLink, rows: int, x: memoryview, weights: memoryview, ids: bytes
+    ) -> None:
+        self.position, self.link, self.rows = position, link, rows
+        self.x, self.weights, self.ids = x, weights, ids
         self.row_numbers: np.ndarray | None = None
 
     def fill(self) -> None:
@@ -109,14 +126,18 @@ class _AllRows:
         views.weights_bytes[:] = self.weights
         views.x_bytes[:] = self.x
 
+    def covers(self) -> np.ndarray:
+        return np.frombuffer(self.ids, np.int32).reshape(self.rows, -1) >= 0
+
 
 class _ChosenRows:
     """The rows that need a host, ids of other hosts' experts made -1."""
 
-    __slots__ = ("_chosen", "here", "ids", "link", "row_numbers", "rows", "weights", "x")
+    __slots__ = ("_chosen", "here", "ids", "link", "position", "row_numbers", "rows", "weights", "x")
 
     def __init__(
         self,
+        position: int,
         link: HostLink,
         row_numbers: np.ndarray,
         here: np.ndarray,
@@ -125,7 +146,8 @@ class _ChosenRows:
         ids: np.ndarray,
     ) -> None:
         self.row_numbers: np.ndarray | None = row_numbers
-        self.link, self.rows, self._chosen = link, len(row_numbers), row_numbers
+        self.position, self.link = position, link
+        self.rows, self._chosen = len(row_numbers), row_numbers
         self.here, self.x, self.weights, self.ids = here, x, weights, ids
 
     def fill(self) -> None:
@@ -135,6 +157,9 @@ class _ChosenRows:
         self.x.take(rows, 0, out=views.x_raw, mode="clip")
         self.weights.take(rows, 0, out=views.weights_np, mode="clip")
         ids.take(rows, 0, out=views.ids_np, mode="clip")
+
+    def covers(self) -> np.ndarray:
+        return self.here
 
 
 def raw(tensor: torch.Tensor) -> np.ndarray:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from actors.buffers import Layout
-from actors.dispatch import Dispatcher, fixed_route
+from actors.dispatch import Dispatcher
 from actors.host_server import HostServer
 from actors.hosted_layer import HostedLayer
+from actors.route import fixed_route
 from cluster.frame import manifest_id
 from cluster.messages import HostAddress
 
@@ -102,7 +103,7 @@ def mesh_path(
             dispatcher(LAYER, x, weights, ids, out)
 
         yield call
-        if dispatcher.stats.reconnects:
+        if dispatcher.stats.lost:
             raise AssertionError("a host was lost during the measurement")
     finally:
         dispatcher.close()

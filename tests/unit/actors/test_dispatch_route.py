@@ -1,14 +1,11 @@
-"""From a placement table to the arrays of one step."""
+"""From a placement table to who is asked for which expert."""
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.dispatch import route_from_table
-from cluster.errors import HostError
+from actors.route import NOBODY, owners, route_from_table
 from cluster.messages import HostAddress
 from cluster.table import PlacementTable
 
@@ -25,42 +22,38 @@ def table(
     return PlacementTable(MANIFEST, 7, hosts, experts)
 
 
-def test_each_expert_goes_to_the_first_of_its_hosts() -> None:
-    hosts = {"a": address("a"), "b": address("b")}
-    route = route_from_table(table(hosts, {0: (("a", "b"), ("b", "a"), ("b",)), 4: (("a",),)}))
-    assert (route.manifest, route.epoch) == (MANIFEST, 7)
-    assert route.hosts == (address("a"), address("b"))
-    assert {layer: row.tolist() for layer, row in route.host_of.items()} == {0: [0, 1, 1], 4: [0]}
-    assert all(row.dtype == np.int16 for row in route.host_of.values())
-
-
-def test_a_copy_answers_for_a_host_that_does_not_run() -> None:
+def test_every_expert_has_its_running_replicas_in_the_tables_order() -> None:
     hosts = {"a": None, "b": address("b"), "c": address("c")}
-    route = route_from_table(table(hosts, {0: (("a", "c"), ("b",), ("c", "a"))}))
+    route = route_from_table(table(hosts, {0: (("a", "c"), ("b",), ("c", "b")), 4: (("a",),)}))
+    assert (route.manifest, route.epoch) == (MANIFEST, 7)
     assert route.hosts == (address("b"), address("c"))
-    assert route.host_of[0].tolist() == [1, 0, 1]
+    assert route.replicas == {0: ((1,), (0,), (1, 0)), 4: ((),)}
+    assert route.replicated
+    assert (route.held_by(0), route.held_by(1)) == ((0, 1), (0, 0))
 
 
-def test_experts_without_a_running_host_are_counted_and_the_first_is_named() -> None:
-    hosts = {"a": None, "b": address("b")}
-    with pytest.raises(HostError, match=r"2 experts.*layer 3, expert 1") as error:
-        route_from_table(table(hosts, {1: (("b",),), 3: (("b", "a"), ("a",), ("a",))}))
-    assert "expertmesh status" in error.value.hint
+def test_owners_prefer_hosts_that_are_asked() -> None:
+    replicas = ((0, 1), (1, 2), (2,), (0,), ())
+    found = owners(replicas, asked={1}, suspected={0, 2})
+    assert found.listed == [1, 1, 2, 0, NOBODY, NOBODY]
+    assert found.array.tolist() == found.listed
+    assert not found.complete
+    assert owners(replicas[:4], {0, 1, 2}, ()).complete
 
 
 @given(st.data())
-def test_every_expert_goes_to_a_running_host_that_holds_it(data: st.DataObject) -> None:
-    names = [f"h{i}" for i in range(data.draw(st.integers(1, 5)))]
-    running = data.draw(st.sets(st.sampled_from(names), min_size=1))
-    hosts = {name: address(name) if name in running else None for name in names}
-    holders = st.lists(st.sampled_from(names), min_size=1, unique=True)
-    rows = data.draw(st.lists(holders, min_size=1, max_size=12))
-    made = table(hosts, {5: tuple(map(tuple, rows))})
-    if all(running & set(row) for row in rows):
-        route = route_from_table(made)
-        for row, position in zip(rows, route.host_of[5], strict=True):
-            chosen = route.hosts[position].host_id
-            assert chosen == next(name for name in row if name in running)
-    else:
-        with pytest.raises(HostError):
-            route_from_table(made)
+def test_every_expert_goes_to_a_host_that_holds_it_if_one_lives(data: st.DataObject) -> None:
+    hosts = range(data.draw(st.integers(1, 5)))
+    asked = data.draw(st.sets(st.sampled_from(hosts)))
+    suspected = data.draw(st.sets(st.sampled_from(hosts))) - asked
+    rows = data.draw(st.lists(st.lists(st.sampled_from(hosts), unique=True).map(tuple), max_size=12))
+    found = owners(tuple(rows), asked, suspected)
+    assert found.listed[-1] == found.array[-1] == NOBODY
+    for row, owner in zip(rows, found.listed[:-1], strict=True):
+        if asked & set(row):
+            assert owner == next(host for host in row if host in asked)
+        elif suspected & set(row):
+            assert owner == next(host for host in row if host in suspected)
+        else:
+            assert owner == NOBODY
+    assert found.complete == (NOBODY not in found.listed[:-1])

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from actors.buffers import Layout
-from actors.dispatch import Dispatcher, fixed_route
+from actors.dispatch import Dispatcher
 from actors.expert_host import ExpertHost
 from actors.expert_weights import build_layer
+from actors.route import fixed_route
 from cluster.checkpoint import Checkpoint
 from cluster.errors import CheckpointError, ExpertmeshError, HostError
 from cluster.messages import HostAddress, HostSpec

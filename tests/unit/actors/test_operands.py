@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from actors.buffers import Layout
-from actors.dispatch import Dispatcher, fixed_route
+from actors.dispatch import Dispatcher
+from actors.route import fixed_route
 from cluster.errors import HostError
 from cluster.messages import HostAddress
 
@@ -73,7 +74,7 @@ def test_sizes_are_checked_in_every_call(
     """Also for numbers of rows that were seen before, and for batches that go in several rounds."""
     for rows in (ROWS, 10):
         x, weights, ids, out = operands(rows)
-        with pytest.raises(HostError, match="could not be reached"):
+        with pytest.raises(HostError, match="no living host"):
             dispatcher(0, x, weights, ids, out)
         wrong = operands(rows)
         wrong[position] = spoil(wrong[position])

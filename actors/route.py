@@ -1,0 +1,94 @@
+"""What one step needs of the placement table, and who answers for which expert while some hosts are out.
+
+A host is asked, suspected (it owes an answer, and is asked only for what nobody else holds), or out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from cluster.messages import HostAddress
+from cluster.table import PlacementTable
+
+NOBODY = -1
+"""In place of a host: no running host holds the expert. In place of an expert: none is wanted."""
+
+Replicas = tuple[tuple[int, ...], ...]
+"""Per expert the positions of the hosts that hold it, the one to ask first in front."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A placement table's running hosts and, per layer, where each expert's replicas are among them."""
+
+    manifest: str
+    epoch: int
+    hosts: tuple[HostAddress, ...]
+    replicas: Mapping[int, Replicas]
+
+    @property
+    def replicated(self) -> bool:
+        """Whether any expert has more than one replica."""
+        return any(len(hosts) > 1 for experts in self.replicas.values() for hosts in experts)
+
+    def held_by(self, position: int) -> tuple[int, int] | None:
+        """A layer and an expert of it that the host holds; None if it holds none."""
+        for layer, experts in self.replicas.items():
+            for expert, hosts in enumerate(experts):
+                if position in hosts:
+                    return layer, expert
+        return None
+
+
+class Owners(NamedTuple):
+    """One layer's answer to who is asked for which expert.
+
+    Both have one entry more than there are experts, NOBODY: what the id -1 finds, counted from the end.
+    """
+
+    array: np.ndarray
+    """int16 [E + 1]."""
+    listed: list[int]
+    complete: bool
+    """Whether every expert has an owner."""
+
+
+def owners(replicas: Replicas, asked: Collection[int], suspected: Collection[int]) -> Owners:
+    """Each expert's first host that is asked, else its first that is suspected, else NOBODY."""
+    listed = []
+    for hosts in replicas:
+        owner = next((host for host in hosts if host in asked), NOBODY)
+        if owner == NOBODY:
+            owner = next((host for host in hosts if host in suspected), NOBODY)
+        listed.append(owner)
+    complete = NOBODY not in listed
+    listed.append(NOBODY)
+    return Owners(np.array(listed, np.int16), listed, complete)
+
+
+def fixed_route(
+    manifest: str,
+    epoch: int,
+    hosts: Sequence[HostAddress],
+    replicas: Mapping[int, Sequence[int | Sequence[int]]],
+) -> Route:
+    """A route from plain lists: per layer and expert the position of its host in `hosts`, or those of several."""
+    rows = {
+        layer: tuple((entry,) if isinstance(entry, int) else tuple(entry) for entry in experts)
+        for layer, experts in replicas.items()
+    }
+    return Route(manifest, epoch, tuple(hosts), rows)
+
+
+def route_from_table(table: PlacementTable) -> Route:
+    """The running hosts of a table and their experts; an expert without one has no replicas here."""
+    position = {address.host_id: index for index, address in enumerate(table.running)}
+    replicas = {
+        layer: tuple(tuple(position[host] for host in hosts if host in position) for hosts in experts)
+        for layer, experts in table.experts.items()
+    }
+    return Route(table.manifest, table.epoch, table.running, replicas)
