@@ -18,6 +18,7 @@ from rich.console import Console
 
 from cluster.config import LoadedConfig, load_config
 from cluster.errors import ExpertmeshError
+from workloads.bench.chaos_cli import chaos_app
 from workloads.bench.cli import bench_app
 from workloads.console import console
 from workloads.models.cli import model_app
@@ -33,6 +34,7 @@ config_app = typer.Typer(help="The configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(model_app, name="model")
 app.add_typer(bench_app, name="bench")
+app.add_typer(chaos_app, name="chaos")
 
 out = console()
 err = Console(stderr=True)

@@ -1,0 +1,249 @@
+"""What a chaos run does, read from YAML: the deployment, the load, the faults, the limits.
+
+A scenario is one of the shipped ones by name, or a file. Times are seconds from the load's begin.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from cluster.config import Config
+from cluster.config_mistakes import BadValue, raise_mistakes, schema_mistakes
+from cluster.config_sources import Sources
+from cluster.config_values import Count, Duration, Name
+from cluster.errors import ConfigError
+
+Process = Literal["controller", "router", "engine"]
+Window = Annotated[
+    tuple[Duration, Duration], BeforeValidator(lambda v: (v, v) if isinstance(v, str | int | float) else v)
+]
+Limit = Annotated[float, Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
+
+
+class Load(_Section):
+    """Greedy streams of random tokens, each going on with a new request until `duration` is over."""
+
+    streams: Count = 16
+    prompt_tokens: Count = 32
+    output_tokens: Count = 64
+    prompts: Count = 4
+    """Different prompts of one stream; it begins anew after the last."""
+    repeat: bool = True
+    """Without it each stream sends its prompts once, however long `duration` is."""
+    duration: Duration = 15.0
+    request_timeout: Duration = 120.0
+    seed: int = 0
+
+
+class Event(_Section):
+    """One fault. `host` is any (chosen by the seed), other (not one of the earlier), same (the last one), or
+    a host's id; `process` is one of the others. It comes `at` a time or in a window, or `after` the one before.
+    """
+
+    action: Literal["kill", "stop", "continue", "failpoint"]
+    host: Name | None = None
+    process: Process | None = None
+    at: Window | None = None
+    after: Duration | None = None
+    name: Literal["slow", "slow_floor_ms"] | None = None
+    value: Limit | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Event:
+        if (self.host is None) == (self.process is None):
+            raise BadValue("names no target, or two", "give host (any, other, same or an id) or process")
+        if (self.at is None) == (self.after is None):
+            raise BadValue("has no time, or two", "give at (a time or [from, to]) or after")
+        if self.at is not None and self.at[0] > self.at[1]:
+            raise BadValue("its window ends before it begins", "write at: [from, to]")
+        is_failpoint = self.action == "failpoint"
+        if is_failpoint != (self.name is not None) or is_failpoint != (self.value is not None):
+            raise BadValue("failpoint, name and value belong together", "for example name: slow, value: 10")
+        if is_failpoint and self.host is None:
+            raise BadValue("failpoints are in hosts only", "give host")
+        return self
+
+
+class Checks(_Section):
+    """Limits over all runs of the scenario; what is left out is measured and not judged."""
+
+    errors: Limit | None = 0
+    """Answers that failed other than by a 503."""
+    refused: Limit | None = 0
+    """Answers that failed by a 503."""
+    short_answers: Limit | None = 0
+    """Streams that ended like good ones with too few tokens."""
+    changed_tokens: Limit | None = 0
+    added_gap_p99_ms: Limit | None = None
+    itl_p99_ratio: Limit | None = None
+    """p99 of the gaps from the first fault on, over that of the fault-free run."""
+    first_refusal_ms: Limit | None = None
+    redundancy_restored_s: Limit | None = None
+    next_answer_s: Limit | None = None
+    """From the server being ready again to the first good answer."""
+    engine_restarts: Limit | None = 0
+    not_whole: Limit | None = 0
+    """Runs after which the mesh was not whole within `recovery`."""
+    leaked_processes: Limit | None = 0
+    window: Duration | None = None
+    """Gaps count that overlap the time from a fault to so long after the last one (default: to the end)."""
+
+
+class Scenario(_Section):
+    """One kind of fault."""
+
+    name: Name
+    description: Name
+    deployment: dict[str, Any] = {}
+    """Merged into the configuration."""
+    load: Load = Load()
+    events: tuple[Event, ...]
+    checks: Checks = Checks()
+    recovery: Duration = 180.0
+    """How long the mesh may take to be whole again before the next run."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Scenario:
+        if not self.events:
+            raise BadValue("there are no events", "give at least one")
+        seen = False
+        for number, event in enumerate(self.events):
+            if number == 0 and event.at is None:
+                raise BadValue("events.0 comes after nothing", "give it a time with at")
+            if event.host in ("other", "same") and not seen:
+                raise BadValue(f"events.{number} has host {event.host}, and there is no earlier one")
+            seen = seen or event.host is not None
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """An event with its time in seconds from the load's begin, and the target that the seed chose."""
+
+    at_s: float
+    action: str
+    host: str | None
+    process: str | None
+    name: str | None
+    value: float | None
+
+    @property
+    def target(self) -> str:
+        """Whom it befalls, for people."""
+        return self.host or self.process or ""
+
+
+def plan(scenario: Scenario, hosts: Sequence[str], seed: int) -> tuple[Planned, ...]:
+    """When and whom: the same for the same seed. ConfigError if the scenario wants a host that isn't there."""
+    dice = random.Random(f"{scenario.name}:{seed}")
+    planned: list[Planned] = []
+    hit: list[str] = []
+    for event in scenario.events:
+        if event.at is not None:
+            at_s = dice.uniform(*event.at)
+        else:
+            assert event.after is not None
+            at_s = planned[-1].at_s + event.after
+        host = _choose(event.host, sorted(hosts), hit, dice) if event.host else None
+        if host is not None:
+            hit.append(host)
+        planned.append(Planned(at_s, event.action, host, event.process, event.name, event.value))
+    return tuple(sorted(planned, key=lambda event: event.at_s))
+
+
+def _choose(wanted: str, hosts: Sequence[str], hit: Sequence[str], dice: random.Random) -> str:
+    if wanted == "same":
+        return hit[-1]
+    choices = {"any": list(hosts), "other": [host for host in hosts if host not in hit]}.get(
+        wanted, [host for host in hosts if host == wanted]
+    )
+    if not choices:
+        raise ConfigError(f"no host {wanted!r} to choose", f"the deployment has {', '.join(hosts)}")
+    return dice.choice(choices)
+
+
+def shipped() -> dict[str, Path]:
+    """The scenarios that come with the program, by name."""
+    folder = Path(str(resources.files("workloads.bench") / "scenarios"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_scenario(name: str) -> Scenario:
+    """The shipped scenario of that name, or the one in that file; ConfigError with every mistake in it."""
+    known = shipped()
+    if name in known:
+        return _read(known[name], name)
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return _read(path, path.stem)
+    near = get_close_matches(name, known, n=1)
+    guess = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(
+        f"there is no scenario {name!r}", f"{guess}shipped: {', '.join(known)}; or give a YAML file's path"
+    )
+
+
+def deploy(scenario: Scenario, base: Config, **own: Mapping[str, Any]) -> Config:
+    """`base` with the scenario's deployment merged in, and the harness's `own` sections on top of that.
+
+    ConfigError that names the scenario's keys that are wrong.
+    """
+    tree: dict[str, Any] = base.model_dump(mode="json", exclude_none=True)
+    # Keys would be dumped as stars; the server is the harness's own, on this machine.
+    tree["server"].pop("api_keys")
+    sources = Sources(tree=scenario.deployment)
+    try:
+        return Config.model_validate(_merged(_merged(tree, scenario.deployment), own))
+    except ValidationError as error:
+        mistakes = schema_mistakes(Config, error, sources)
+    raise ConfigError(
+        f"scenario {scenario.name}, deployment: " + "; ".join(_words(m.key, m.problem) for m in mistakes),
+        mistakes[0].way_out,
+    )
+
+
+def _words(key: str, problem: str) -> str:
+    return f"{key}: {problem}" if key else problem
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    both = dict(below)
+    for key, value in above.items():
+        old = both.get(key)
+        both[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return both
+
+
+def _read(path: Path, name: str) -> Scenario:
+    sources = Sources()
+    try:
+        sources.add_file(path)
+    except ConfigError as error:
+        message = error.message.replace("the configuration file", "the scenario")
+        raise ConfigError(message, error.hint.partition(" with --config")[0]) from error
+    if sources.mistakes:
+        raise_mistakes(sources.mistakes)
+    try:
+        return Scenario.model_validate({"name": name, **sources.tree})
+    except ValidationError as error:
+        mistakes = schema_mistakes(Scenario, error, sources)
+    first, more = mistakes[0], len(mistakes) - 1
+    others = f" (and {more} more)" if more else ""
+    raise ConfigError(f"{first}{others}", _way_out(first.way_out))
+
+
+def _way_out(hint: str) -> str:
+    # The reference that the configuration's mistakes end with describes other keys.
+    return "compare with a shipped scenario" if hint.startswith("docs/") else hint

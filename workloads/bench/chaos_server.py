@@ -1,0 +1,187 @@
+"""`expertmesh serve` as a child of the chaos harness, and proof of what is left of it in the end.
+
+Every process that it starts, however deep, inherits a mark in its environment. By it the family is found, and
+nothing is ever signalled that does not carry it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import yaml
+
+from actors.failpoints import VARIABLE
+from cluster.config import Config
+from cluster.errors import ExpertmeshError, HostError
+from workloads import run_file
+
+MARK = "EXPERTMESH_CHAOS_RUN"
+_START_S = 900.0
+_END_S = 90.0
+# Ray's processes see their parent's end within a few seconds; on busy cores later.
+_LINGER_S = 30.0
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What outlived the server: names of processes, and entries of /dev/shm."""
+
+    processes: tuple[str, ...]
+    shared_memory: tuple[str, ...]
+
+
+class ServerChild:
+    """A running `expertmesh serve` in a session of its own: Ctrl-C does not reach it, `end` does."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.url = f"http://{config.server.host}:{config.server.port}"
+        self._mark = uuid.uuid4().hex
+        self._shared_memory = shared_memory()
+        self._stopped: set[int] = set()
+        self._left: Left | None = None
+        self._log = folder / "serve.log"
+        file = folder / "mesh.yaml"
+        tree = config.model_dump(mode="json", exclude_none=True)
+        tree["server"].pop("api_keys")
+        file.write_text(yaml.safe_dump(tree), "utf-8")
+        # Settings of the operator's environment are in the file already, and would override the scenario's.
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("EXPERTMESH__")}
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "workloads.cli", "serve", "--config", str(file)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env={**environment, VARIABLE: "1", MARK: self._mark},
+                start_new_session=True,
+            )
+
+    def wait_ready(self) -> run_file.Run:
+        """How to reach it, once it serves; HostError with its last words if it ends before."""
+        deadline = time.monotonic() + _START_S
+        while True:
+            for run in run_file.running():
+                if run.pid == self.process.pid:
+                    return run
+            if self.process.poll() is not None:
+                words = self._log.read_text("utf-8", "replace").strip().splitlines()[-6:]
+                raise HostError("the server did not start: " + "\n  ".join(words or ["it said nothing"]))
+            if time.monotonic() > deadline:
+                raise HostError(f"the server was not ready within {_START_S:.0f} s")
+            time.sleep(_POLL_S)
+
+    def family(self) -> list[psutil.Process]:
+        """Every process of it that lives."""
+        return [process for process in psutil.process_iter() if _carries(process, self._mark)]
+
+    def titled(self, title: str) -> int | None:
+        """The pid of the process of the family that calls itself so (Ray's actors: `ray::Class`)."""
+        for process in self.family():
+            with contextlib.suppress(psutil.Error, IndexError):
+                if process.cmdline()[0].partition(".")[0] == title:
+                    return process.pid
+        return None
+
+    def signal(self, pid: int, number: signal.Signals) -> int:
+        """Send a signal; the time at which it was sent in nanoseconds of CLOCK_MONOTONIC.
+
+        ExpertmeshError if the process is gone or is none of the family.
+        """
+        try:
+            if not _carries(psutil.Process(pid), self._mark):
+                raise ExpertmeshError(
+                    f"process {pid} is not of this server", "its mesh has changed meanwhile"
+                )
+            if number == signal.SIGSTOP:
+                self._stopped.add(pid)
+            now_ns = time.monotonic_ns()
+            os.kill(pid, number)
+        except (psutil.NoSuchProcess, ProcessLookupError) as error:
+            raise ExpertmeshError(
+                f"process {pid} has ended already", "the fault before it went further"
+            ) from error
+        if number == signal.SIGCONT:
+            self._stopped.discard(pid)
+        return now_ns
+
+    def end(self) -> Left:
+        """End the server and tell what outlived it; that is killed, one by one. A second call does nothing."""
+        if self._left is not None:
+            return self._left
+        for pid in list(self._stopped):
+            with contextlib.suppress(ExpertmeshError):
+                self.signal(pid, signal.SIGCONT)
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_END_S)
+        deadline = time.monotonic() + _LINGER_S
+        while (family := self.family()) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        names = []
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                names.append(" ".join(process.cmdline())[:80] or process.name())
+                process.kill()
+        self.process.wait(_END_S)
+        self._left = Left(tuple(names), tuple(sorted(shared_memory() - self._shared_memory)))
+        return self._left
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back for the length of the block, in which a server ends."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM interrupt the block as Ctrl-C does."""
+
+    def handle(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def shared_memory() -> set[str]:
+    """Names in /dev/shm, without those of Ray's compiled graphs, which the mesh has none of."""
+    names = {entry.name for entry in Path("/dev/shm").iterdir()}
+    return {name for name in names if not name.startswith(("sem.hdr", "sem.obj"))}
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _carries(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark
+    except psutil.Error:
+        return False
