@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray.experimental import internal_kv
 
-from actors.ray_hosts import RayHosts
+from actors.ray_hosts import RayHosts, RayNodes
 from cluster.controller import Controller, Deployment
 from cluster.messages import HostProgress, HostReport
+from cluster.repair_state import HostStatus
 
 NAME = "controller"
+# How often nodes and hosts are looked at: a round takes a few ms, and the engines don't wait for it to do without
+# a host that fails.
+_PERIOD_S = 0.5
 
 
 # Ray's types know neither max_concurrency nor groups. Threads, so that status answers while a publish waits;
-# some for publish alone, since each engine that starts keeps one waiting, and `stop` must find one free.
+# some for publish and next_table alone, since each engine keeps one waiting, and `stop` must find one free.
 _actor: Any = ray.remote(  # type: ignore[call-overload]
-    max_restarts=-1, max_task_retries=-1, max_concurrency=8, concurrency_groups={"publish": 4}, num_cpus=0
+    max_restarts=-1,
+    max_task_retries=-1,
+    max_concurrency=8,
+    concurrency_groups={"publish": 4, "watch": 4},
+    num_cpus=0,
 )
 
 
@@ -40,7 +49,9 @@ class ControllerActor:
     """Ray's view of a Controller."""
 
     def __init__(self, namespace: str) -> None:
-        self._controller = Controller(RayHosts(namespace), KvStore(f"expertmesh:{namespace}:deployment"))
+        store = KvStore(f"expertmesh:{namespace}:deployment")
+        self._controller = Controller(RayHosts(namespace), store, RayNodes())
+        self._controller.supervise(_PERIOD_S)
 
     def deploy(self, deployment: Deployment) -> None:
         self._controller.deploy(deployment)
@@ -52,14 +63,24 @@ class ControllerActor:
     def publish(self, timeout_s: float) -> str:
         return self._controller.publish(timeout_s)
 
+    @ray.method(concurrency_group="watch")
+    def next_table(self, after_epoch: int, timeout_s: float) -> str:
+        return self._controller.next_table(after_epoch, timeout_s)
+
     def table(self) -> str:
         return self._controller.table()
+
+    def states(self) -> list[HostStatus]:
+        return self._controller.states()
 
     def reports(self) -> Mapping[str, HostReport | str]:
         return self._controller.reports()
 
     def deployment(self) -> Deployment | None:
         return self._controller.deployment()
+
+    def pid(self) -> int:
+        return os.getpid()
 
     def stop(self) -> None:
         self._controller.stop()
@@ -70,6 +91,14 @@ def published_table(namespace: str, timeout_s: float) -> str:
     controller: Any = ray.get_actor(NAME, namespace=namespace)
     answer: Any = controller.publish.remote(timeout_s)
     return str(ray.get(answer, timeout=timeout_s + 30))
+
+
+def next_table(namespace: str, after_epoch: int, timeout_s: float) -> str:
+    """JSON of the first table after an epoch, or nothing in time; called in the router's process."""
+    controller: Any = ray.get_actor(NAME, namespace=namespace)
+    answer: Any = controller.next_table.remote(after_epoch, timeout_s)
+    # The controller may be gone for good: a new one has the same name, and is found by the next call.
+    return str(ray.get(answer, timeout=timeout_s + 10))
 
 
 def get_or_start(namespace: str) -> Any:

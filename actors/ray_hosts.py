@@ -1,32 +1,38 @@
 """Expert hosts as Ray actors: the edge between plain `ExpertHost` and Ray.
 
 The actors are detached and named, so they outlive whoever started them and a restarted controller
-finds them again; Ray restarts a host that dies, with the same specification.
+finds them again. Ray restarts none of them: `cluster.repair` decides when, where and whether.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Final
 
 import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ActorUnschedulableError, RayTaskError
+from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import failpoints, openmp
 from cluster.auth import data_plane_key
 from cluster.compute_environment import compute_environment
-from cluster.messages import HostAddress, HostProgress, HostReport, HostSpec
+from cluster.messages import HostProgress, HostReport, HostSpec, NodeInfo
+from cluster.ray_cluster import nodes
+from cluster.repair_state import HostDead, HostFailed, HostReady
 
 _PREFIX = "host:"
+# Of what Ray tells of a death, where its guesses begin.
+_GUESSES: Final = " There are some potential root causes"
 
 
-# Ray's types know no max_concurrency. Threads, so that progress answers while wait_ready waits.
-_actor: Any = ray.remote(max_restarts=-1, max_task_retries=0, max_concurrency=4, num_cpus=0)  # type: ignore[call-overload]
+# Ray's types know no max_concurrency. Threads, so that progress answers while a report waits.
+_actor: Any = ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=4, num_cpus=0)  # type: ignore[call-overload]
 
 
 @_actor
 class HostActor:
-    """Ray's view of an ExpertHost. Loading starts at once; `wait_ready` tells when it is done."""
+    """Ray's view of an ExpertHost. Loading starts at once; `progress` tells when it is done."""
 
     def __init__(self, spec: HostSpec) -> None:
         openmp.load()
@@ -39,9 +45,6 @@ class HostActor:
     def progress(self) -> HostProgress:
         return self._host.progress()
 
-    def wait_ready(self, timeout_s: float) -> HostAddress:
-        return self._host.wait_ready(timeout_s)
-
     def report(self) -> HostReport:
         return self._host.report()
 
@@ -50,16 +53,16 @@ class HostActor:
 
 
 class RayHost:
-    """A handle on one host actor with blocking calls."""
+    """A handle on one launch of a host, with blocking calls."""
 
-    def __init__(self, actor: Any) -> None:
+    def __init__(self, actor: Any, host_id: str, generation: int) -> None:
         self._actor = actor
+        self.host_id = host_id
+        self.generation = generation
+        self._ready: HostReady | None = None
 
     def progress(self, timeout_s: float) -> HostProgress:
         return ray.get(self._actor.progress.remote(), timeout=timeout_s)
-
-    def wait_ready(self, timeout_s: float) -> HostAddress:
-        return ray.get(self._actor.wait_ready.remote(timeout_s), timeout=timeout_s + 10)
 
     def report(self, timeout_s: float) -> HostReport:
         return ray.get(self._actor.report.remote(), timeout=timeout_s)
@@ -67,21 +70,39 @@ class RayHost:
     def failpoint(self, name: str, value: float, timeout_s: float) -> None:
         ray.get(self._actor.failpoint.remote(name, value), timeout=timeout_s)
 
+    def probe(self, timeout_s: float) -> HostReady | HostFailed | HostDead | None:
+        """How it is; None while it loads or if it doesn't answer, which is not to be dead."""
+        try:
+            state = self.progress(timeout_s)
+            if state.error:
+                return HostFailed(self.host_id, self.generation, _first_line(state.error))
+            if state.ready and self._ready is None:
+                report = self.report(timeout_s)
+                self._ready = HostReady(self.host_id, self.generation, report.address, report.weight_bytes)
+        except (ActorDiedError, ActorUnschedulableError) as error:
+            return HostDead(self.host_id, self.generation, cause_of_death(str(error)))
+        except (ActorUnavailableError, TimeoutError, RayTaskError):
+            return None
+        return self._ready
+
     def stop(self) -> None:
         ray.kill(self._actor, no_restart=True)
 
 
 class RayHosts:
-    """Launches and finds host actors in one Ray namespace."""
+    """Launches and finds host actors in one Ray namespace.
+
+    Each launch has a name of its own, since Ray keeps the name of one that dies for a moment.
+    """
 
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
 
-    def launch(self, spec: HostSpec) -> RayHost:
-        """Start the host on the node that the plan chose."""
+    def launch(self, spec: HostSpec, generation: int) -> RayHost:
+        """Start the host on its node. ValueError if this launch was made already."""
         allowed_faults = {failpoints.VARIABLE: "1"} if failpoints.enabled(os.environ) else {}
         options = {
-            "name": _PREFIX + spec.host_id,
+            "name": _name(spec.host_id, generation),
             "namespace": self._namespace,
             "lifetime": "detached",
             "num_gpus": 1 if spec.device == "cuda" else 0,
@@ -89,11 +110,44 @@ class RayHosts:
             "runtime_env": {"env_vars": {**compute_environment(spec.threads), **allowed_faults}},
         }
         actor: Any = HostActor
-        return RayHost(actor.options(**options).remote(spec))
+        return RayHost(actor.options(**options).remote(spec), spec.host_id, generation)
 
-    def find(self, host_id: str) -> RayHost | None:
-        """A running host of that name, or None."""
+    def find(self, host_id: str, generation: int | None = None) -> RayHost | None:
+        """The launch of that number if it lives, without a number the newest that lives; None if there is none."""
+        if generation is None:
+            generation = max(self._living(host_id), default=0)
         try:
-            return RayHost(ray.get_actor(_PREFIX + host_id, namespace=self._namespace))
+            actor = ray.get_actor(_name(host_id, generation), namespace=self._namespace)
         except ValueError:
             return None
+        return RayHost(actor, host_id, generation)
+
+    def _living(self, host_id: str) -> list[int]:
+        """Numbers of the host's launches that live."""
+        # With all namespaces Ray gives dictionaries, which its annotation does not say.
+        named: list[Any] = list_named_actors(all_namespaces=True)
+        names = [entry["name"].rpartition(":") for entry in named if entry["namespace"] == self._namespace]
+        return [int(number) for name, _, number in names if name == _PREFIX + host_id]
+
+
+class RayNodes:
+    """The nodes of the connected cluster."""
+
+    def living(self) -> tuple[NodeInfo, ...]:
+        return nodes()
+
+
+def cause_of_death(told: str) -> str:
+    """One line of the many that Ray tells of an actor's death."""
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    last = lines[-1] if lines else "died"
+    _, _, detail = last.rpartition("Worker exit detail: ")
+    return (detail or last).partition(_GUESSES)[0]
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0]
+
+
+def _name(host_id: str, generation: int) -> str:
+    return f"{_PREFIX}{host_id}:{generation}"

@@ -1,22 +1,45 @@
-"""The controller: starts the expert hosts, owns the placement table, answers who is where.
+"""The controller: starts the expert hosts, repairs them, owns the placement table, answers who is where.
 
-Its state is one JSON document in a store that outlives it; a new controller reads it and finds the
-hosts again. Ray comes in through `Hosts` and `Store`, so unit tests need none.
+What is to be done is decided in `cluster.repair`; here it is done. Its state is one JSON document in a store that
+outlives it; a new controller reads it and finds the hosts again. Ray comes in through `cluster.ports`, so unit
+tests need none.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 import structlog
 from pydantic import TypeAdapter
 
+from cluster import repair
 from cluster.errors import HostError
-from cluster.messages import HostAddress, HostProgress, HostReport, HostSpec
+from cluster.messages import HostProgress, HostReport, HostSpec
+from cluster.ports import Host, Hosts, Nodes, Store
+from cluster.rehome import Limits
+from cluster.repair_state import (
+    RUNNING,
+    Backoff,
+    End,
+    HostDead,
+    HostStatus,
+    Launch,
+    NodesSeen,
+    Observation,
+    Phase,
+    Publish,
+    Repair,
+    Tick,
+    Wanted,
+    planned,
+    rebased,
+    statuses,
+)
+from cluster.rounds import Rounds
 from cluster.table import PlacementTable
 
 
@@ -26,40 +49,33 @@ class Deployment:
 
     served_name: str
     hosts: tuple[HostSpec, ...]
+    """As planned; where a lost one was placed instead is in `Controller.states`."""
     table: str
     """JSON of the planned table; its addresses are filled in as hosts come up."""
+    limits: Limits = field(default_factory=Limits)
+    """Where hosts may be placed when their node is gone."""
 
 
-class Host(Protocol):
-    """A running host, as `actors.ray_hosts.RayHost`; a call that takes too long raises TimeoutError."""
-
-    def progress(self, timeout_s: float) -> HostProgress: ...
-    def wait_ready(self, timeout_s: float) -> HostAddress: ...
-    def report(self, timeout_s: float) -> HostReport: ...
-    def stop(self) -> None: ...
-
-
-class Hosts(Protocol):
-    """Starts and finds hosts, as `actors.ray_hosts.RayHosts`."""
-
-    def launch(self, spec: HostSpec) -> Host: ...
-    def find(self, host_id: str) -> Host | None: ...
-
-
-class Store(Protocol):
-    """One small document that outlives the controller."""
-
-    def load(self) -> bytes | None: ...
-    def save(self, document: bytes) -> None: ...
+@dataclass(frozen=True, slots=True)
+class _Document:
+    deployment: Deployment
+    repair: Repair
+    at: float
+    """By the clock of the controller that saved it."""
 
 
 log = structlog.get_logger()
 
-_DEPLOYMENT = TypeAdapter(Deployment)
+_DOCUMENT = TypeAdapter(_Document)
 # A host that loads answers quickly all the same: loading runs in a thread of its own.
 _CALL_TIMEOUT_S = 10.0
-# How long one call to a host waits for it to be ready: as soon does `publish` notice that it was stopped.
-_WAIT_S = 0.5
+# How long a host that is asked how it is may take, and for how long the others' repair waits for it.
+_PATIENCE_S = 5.0
+_ROUND_S = 0.5
+# How often `publish` looks for itself, where nothing supervises.
+_WAIT_S = 0.2
+# While hosts load somebody waits for them.
+_EAGER_S = 0.2
 
 
 class Controller:
@@ -68,12 +84,27 @@ class Controller:
     Nothing waits for a host while it holds the lock of changes, so that `stop` is served at any time.
     """
 
-    def __init__(self, hosts: Hosts, store: Store) -> None:
+    def __init__(
+        self,
+        hosts: Hosts,
+        store: Store,
+        nodes: Nodes,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        backoff: Backoff | None = None,
+    ) -> None:
         self._hosts = hosts
         self._store = store
-        self._change = threading.Lock()
-        self._publishing = threading.Lock()
+        self._nodes = nodes
+        self._clock = clock
+        self._backoff = backoff or Backoff()
+        self._rounds = Rounds(_PATIENCE_S, _ROUND_S)
+        self._change = threading.Condition()
+        self._looking = threading.Lock()
+        self._supervised = False
+        self._closed = threading.Event()
         self._deployment: Deployment | None = None
+        self._repair = Repair({})
         self._running: dict[str, Host] = {}
         self._recover()
 
@@ -84,70 +115,252 @@ class Controller:
         """
         with self._change:
             if self._deployment is None:
-                self._save(deployment)
+                specs = {spec.host_id: spec for spec in deployment.hosts}
+                self._save(deployment, planned(specs, PlacementTable.from_json(deployment.table).epoch))
             elif not _same(self._deployment, deployment):
                 raise HostError(
                     f"{self._deployment.served_name} is deployed on this cluster already",
                     "end it with `expertmesh down` first",
                 )
-            # One by one: if a launch raises, `stop` must know of those before it.
-            for spec in deployment.hosts:
-                if spec.host_id not in self._running:
-                    self._running[spec.host_id] = self._hosts.launch(spec)
+            self._launch_missing()
+
+    def supervise(self, period_s: float) -> None:
+        """From now on look after the hosts every `period_s` seconds, in a thread, until `close`."""
+        self._supervised = True
+        threading.Thread(
+            target=self._supervise, args=(period_s,), name="expertmesh-supervise", daemon=True
+        ).start()
+
+    def close(self) -> None:
+        """End the supervision; hosts go on."""
+        self._closed.set()
+        self._rounds.close()
+
+    def look(self) -> None:
+        """Look at nodes and hosts once, and repair what is to be repaired now.
+
+        A second caller meanwhile returns at once. A host that does not answer is left as it is.
+        """
+        if not self._looking.acquire(blocking=False):
+            return
+        try:
+            if self._deployment is None:
+                return
+            at = self._clock()
+            try:
+                living = self._nodes.living()
+            except Exception as error:
+                log.warning("nodes not seen", reason=str(error))
+            else:
+                self._feed(NodesSeen(at, living))
+            with self._change:
+                running = dict(self._running)
+            for host_id, (host, answer) in self._rounds.ask(running).items():
+                with self._change:
+                    # Another deployment's host may have the name meanwhile.
+                    if answer is not None and self._running.get(host_id) is host:
+                        self._feed(answer)
+            self._feed(Tick())
+        finally:
+            self._looking.release()
 
     def progress(self) -> list[HostProgress]:
-        """How far each host is with loading."""
-        specs = self._deployment.hosts if self._deployment else ()
-        layers = {spec.host_id: len(spec.experts) for spec in specs}
+        """How far each host is with loading, and why one can't be loaded."""
+        with self._change:
+            specs = self._deployment.hosts if self._deployment else ()
+            running, hosts = dict(self._running), self._repair.hosts
         states = []
-        for host_id, host in list(self._running.items()):
+        for spec in specs:
+            # Its process may still be starting, for which a busy node may need longer than a call.
+            state = HostProgress(spec.host_id, 0, len(spec.experts), ready=False, error="")
             try:
-                states.append(host.progress(_CALL_TIMEOUT_S))
+                if spec.host_id in running:
+                    state = running[spec.host_id].progress(_CALL_TIMEOUT_S)
+                else:
+                    state = replace(state, error=hosts[spec.host_id].reason)
             except TimeoutError:
-                # Its process is still starting, for which a busy node may need longer than a call.
-                states.append(HostProgress(host_id, 0, layers.get(host_id, 0), ready=False, error=""))
+                pass
+            except Exception as error:
+                state = replace(state, error=_in_short(error))
+            states.append(state)
         return states
 
     def publish(self, timeout_s: float) -> str:
-        """Wait for every host, then return the table's JSON with their addresses.
+        """The table's JSON with the hosts' addresses, once every host was ready; every router that starts asks.
 
-        It is the next epoch if an address changed since the last one: every router that starts asks.
-        HostError if a host is not ready in time, or the deployment is stopped meanwhile.
+        Later, while a host is being repaired, the table without it, as soon as some host has each expert.
+        HostError if that is not so in time, a host can't start, or the deployment is stopped meanwhile.
         """
-        # One at a time, or the older of two answers of a host could be written last.
-        with self._publishing:
-            with self._change:
-                asked, running = self._required(), dict(self._running)
-            deadline = time.monotonic() + timeout_s
-            addresses = {}
-            for host_id, host in running.items():
-                try:
-                    addresses[host_id] = self._wait_ready(host, asked, deadline)
-                except TimeoutError as error:
-                    raise HostError(f"host {host_id} was not ready within {timeout_s:g} s") from error
+        with self._change:
+            asked = self._required()
+        deadline = time.monotonic() + timeout_s
+        while True:
+            if not self._supervised:
+                self.look()
             with self._change:
                 deployment = self._unless_ended(asked)
-                current = PlacementTable.from_json(deployment.table)
-                if all(current.hosts[host_id] == address for host_id, address in addresses.items()):
+                if self._repair.repairing and _complete(PlacementTable.from_json(deployment.table)):
                     return deployment.table
-                table = current.next_epoch(hosts=addresses).to_json()
-                self._save(Deployment(deployment.served_name, deployment.hosts, table))
-                return table
+                late = [(h, host) for h, host in self._repair.hosts.items() if host.phase is not Phase.READY]
+                for host_id, host in late:
+                    if not self._repair.repairing and host.phase is not Phase.STARTING and host.reason:
+                        raise HostError(f"host {host_id} could not start: {host.reason}")
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    host_id, host = late[0]
+                    why = f": {host.reason}" if host.reason else ""
+                    raise HostError(f"host {host_id} was not ready within {timeout_s:g} s{why}")
+                self._change.wait(min(left, _WAIT_S))
 
-    def _wait_ready(self, host: Host, asked: Deployment, deadline: float) -> HostAddress:
-        """In short calls, since one can't be called back. TimeoutError past the deadline."""
-        while True:
-            left = deadline - time.monotonic()
+    def next_table(self, after_epoch: int, timeout_s: float) -> str:
+        """JSON of the current table as soon as its epoch is later than `after_epoch`; "" if it is not in time."""
+        with self._change:
+            later = self._change.wait_for(
+                lambda: self._deployment is not None and self._repair.epoch > after_epoch, timeout_s
+            )
+            return self._deployment.table if later and self._deployment is not None else ""
+
+    def table(self) -> str:
+        """JSON of the current table; HostError if nothing is deployed."""
+        return self._required().table
+
+    def states(self) -> list[HostStatus]:
+        """Every host with its phase, crashes, the reason and when it is tried next."""
+        with self._change:
+            return statuses(self._repair, self._clock())
+
+    def reports(self) -> Mapping[str, HostReport | str]:
+        """Per host its report, or why there is none."""
+        with self._change:
+            running, hosts = dict(self._running), self._repair.hosts
+
+        def report(host_id: str) -> HostReport | str:
+            if host_id not in running:
+                return hosts[host_id].reason or hosts[host_id].phase.value
             try:
-                return host.wait_ready(max(0.0, min(left, _WAIT_S)))
+                return running[host_id].report(_CALL_TIMEOUT_S)
             except TimeoutError:
-                self._unless_ended(asked)
-                if left <= _WAIT_S:
-                    raise
+                return "does not answer"
+            except Exception as error:
+                return _in_short(error)
+
+        if not hosts:
+            return {}
+        with ThreadPoolExecutor(len(hosts)) as pool:
+            return dict(zip(hosts, pool.map(report, hosts), strict=True))
+
+    def deployment(self) -> Deployment | None:
+        """What is deployed."""
+        return self._deployment
+
+    def stop(self) -> None:
+        """End every host and forget the deployment; a `publish` that waits ends with an error."""
+        with self._change:
+            # First, so that a `publish` that sees a host die knows why.
+            running, self._running, self._deployment = self._running, {}, None
+            self._repair = Repair({})
+            self._change.notify_all()
+            for host_id, host in running.items():
+                try:
+                    host.stop()
+                except Exception as error:
+                    # One that can't be ended must not keep the others running.
+                    log.warning("host not ended", host=host_id, reason=str(error))
+            self._store.save(b"")
+
+    def _supervise(self, period_s: float) -> None:
+        while not self._closed.wait(self._pause(period_s)):
+            try:
+                self.look()
             except Exception:
-                # A host that `stop` ended says that it is dead, which is not what went wrong.
-                self._unless_ended(asked)
-                raise
+                # The store or Ray may be away for a moment; without this thread nothing is repaired any more.
+                log.exception("supervision failed")
+
+    def _pause(self, period_s: float) -> float:
+        loading = any(host.phase is Phase.STARTING for host in self._repair.hosts.values())
+        return min(period_s, _EAGER_S) if loading else period_s
+
+    def _feed(self, seen: Observation) -> None:
+        """Let the state machine see something, and do what it says."""
+        with self._change:
+            if self._deployment is None:
+                return
+            state, actions = repair.step(self._wanted(), self._repair, seen, self._clock())
+            if state is self._repair and not actions:
+                return
+            deployment = self._deployment
+            for action in actions:
+                if isinstance(action, Publish):
+                    table = PlacementTable.from_json(deployment.table).next_epoch(hosts=action.hosts)
+                    assert table.epoch == action.epoch
+                    deployment = replace(deployment, table=table.to_json())
+            if actions or replace(state, nodes=None) != replace(self._repair, nodes=None):
+                self._save(deployment, state)
+            self._repair = state
+            for host_id, host in state.hosts.items():
+                if host.phase not in RUNNING:
+                    self._running.pop(host_id, None)
+            for action in actions:
+                if isinstance(action, Launch):
+                    self._relaunch(action)
+                elif isinstance(action, End):
+                    self._end(action)
+
+    def _relaunch(self, action: Launch) -> None:
+        spec = action.spec
+        log.info("host launched again", host=spec.host_id, launch=action.generation, node=spec.node_id)
+        try:
+            self._running[spec.host_id] = self._hosts.launch(spec, action.generation)
+        except Exception as error:
+            self._feed(HostDead(spec.host_id, action.generation, f"not launched: {_in_short(error)}"))
+
+    def _end(self, action: End) -> None:
+        try:
+            self._running[action.host_id].stop()
+        except Exception as error:
+            log.warning("host not ended", host=action.host_id, reason=str(error))
+
+    def _launch_missing(self) -> None:
+        """Launch hosts that don't run, before the first was ready. What a launch raises is raised."""
+        assert self._deployment is not None
+        if self._repair.repairing:
+            return
+        # One by one: if a launch raises, `stop` must know of those before it.
+        for spec in self._deployment.hosts:
+            if spec.host_id not in self._running:
+                state, launch = repair.launch(self._wanted(), self._repair, spec.host_id, self._clock())
+                self._save(self._deployment, state)
+                self._running[spec.host_id] = self._hosts.launch(launch.spec, launch.generation)
+
+    def _recover(self) -> None:
+        text = self._store.load()
+        if not text:
+            return
+        saved, now = _DOCUMENT.validate_json(text), self._clock()
+        self._deployment, self._repair = saved.deployment, rebased(saved.repair, now - saved.at)
+        for host_id, host in self._repair.hosts.items():
+            if host.phase in RUNNING:
+                found = self._hosts.find(host_id, host.generation)
+                if found is not None:
+                    self._running[host_id] = found
+        with self._change:
+            self._launch_missing()
+        for host_id, host in self._repair.hosts.items():
+            if host.phase in RUNNING and host_id not in self._running:
+                self._feed(HostDead(host_id, host.generation, "it died while the controller was away"))
+        self.look()
+
+    def _wanted(self) -> Wanted:
+        deployment = self._required()
+        specs = {spec.host_id: spec for spec in deployment.hosts}
+        return Wanted(specs, deployment.limits, self._backoff)
+
+    def _save(self, deployment: Deployment, state: Repair) -> None:
+        """Before anything is done: a successor that knew less would launch again, or use an epoch twice."""
+        document = _Document(deployment, replace(state, nodes=None), self._clock())
+        self._store.save(_DOCUMENT.dump_json(document))
+        self._deployment, self._repair = deployment, state
+        self._change.notify_all()
 
     def _unless_ended(self, asked: Deployment) -> Deployment:
         """The deployment as it is now; HostError if it is not `asked` any more."""
@@ -159,49 +372,6 @@ class Controller:
             )
         return now
 
-    def table(self) -> str:
-        """JSON of the current table; HostError if nothing is deployed."""
-        return self._required().table
-
-    def reports(self) -> Mapping[str, HostReport | str]:
-        """Per host its report, or why there is none."""
-        reports: dict[str, HostReport | str] = {}
-        for host_id, host in list(self._running.items()):
-            try:
-                reports[host_id] = host.report(_CALL_TIMEOUT_S)
-            except Exception as error:
-                reports[host_id] = str(error).strip().splitlines()[-1] if str(error) else type(error).__name__
-        return reports
-
-    def deployment(self) -> Deployment | None:
-        """What is deployed."""
-        return self._deployment
-
-    def stop(self) -> None:
-        """End every host and forget the deployment; a `publish` that waits ends with an error."""
-        with self._change:
-            # First, so that a `publish` that sees a host die knows why.
-            running, self._running, self._deployment = self._running, {}, None
-            for host_id, host in running.items():
-                try:
-                    host.stop()
-                except Exception as error:
-                    # One that can't be ended must not keep the others running.
-                    log.warning("host not ended", host=host_id, reason=str(error))
-            self._store.save(b"")
-
-    def _recover(self) -> None:
-        document = self._store.load()
-        if not document:
-            return
-        self._deployment = _DEPLOYMENT.validate_json(document)
-        for spec in self._deployment.hosts:
-            self._running[spec.host_id] = self._hosts.find(spec.host_id) or self._hosts.launch(spec)
-
-    def _save(self, deployment: Deployment) -> None:
-        self._store.save(_DEPLOYMENT.dump_json(deployment))
-        self._deployment = deployment
-
     def _required(self) -> Deployment:
         if self._deployment is None:
             raise HostError("nothing is deployed on this cluster", "start it with `expertmesh serve`")
@@ -211,3 +381,16 @@ class Controller:
 def _same(one: Deployment, other: Deployment) -> bool:
     """Whether they are to run the same; their tables differ by the addresses that were filled in."""
     return (one.served_name, one.hosts) == (other.served_name, other.hosts)
+
+
+def _complete(table: PlacementTable) -> bool:
+    """Whether some running host has each expert that is placed at all."""
+    return all(
+        not holders or any(table.hosts[host_id] for host_id in holders)
+        for rows in table.experts.values()
+        for holders in rows
+    )
+
+
+def _in_short(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

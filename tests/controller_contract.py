@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from cluster.controller import Controller, Deployment
 from cluster.errors import HostError
 from cluster.messages import HostReport
+from cluster.repair_state import HostStatus
 from cluster.table import PlacementTable
 
 TIMEOUT_S = 60.0
@@ -23,7 +25,7 @@ class World(Protocol):
     """Hosts and a store that outlive a controller."""
 
     def controller(self) -> Controller:
-        """A new controller over the same hosts and the same store, as after a crash."""
+        """A new controller over the same hosts and the same store, as after a crash. Nothing supervises it."""
 
     def deployment(self, name: str = "model") -> Deployment:
         """Something to run, on two hosts or more."""
@@ -32,10 +34,36 @@ class World(Protocol):
         """The same, but its first host never becomes ready."""
 
     def kill(self, host_id: str) -> None:
-        """End a host behind the controller's back, for good."""
+        """End a host behind the controller's back."""
+
+    def freeze(self, host_id: str) -> None:
+        """Let a host live and answer nothing."""
+
+    def thaw(self, host_id: str) -> None:
+        """Let it answer again."""
+
+    def let_pass(self, seconds: float) -> None:
+        """Let time go on."""
 
     def living(self) -> set[str]:
         """Ids of the hosts that run."""
+
+
+def looked_until(world: World, controller: Controller, done: Callable[[], bool]) -> None:
+    """Let the controller look after its hosts until something is so."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not done():
+        assert time.monotonic() < deadline, controller.states()
+        world.let_pass(0.1)
+        controller.look()
+
+
+def current(controller: Controller) -> PlacementTable:
+    return PlacementTable.from_json(controller.table())
+
+
+def state_of(controller: Controller, host_id: str) -> HostStatus:
+    return next(state for state in controller.states() if state.host_id == host_id)
 
 
 def published(controller: Controller) -> PlacementTable:
@@ -147,13 +175,94 @@ class ControllerContract:
         world.kill(lost)
 
         after = published(world.controller())
-        assert after.epoch == before.epoch + 1
+        # Without the lost one, and with it again.
+        assert after.epoch == before.epoch + 2
         assert after.hosts[lost] != before.hosts[lost]
         kept = {host_id for host_id in before.hosts if host_id != lost}
         assert {host_id: after.hosts[host_id] for host_id in kept} == {
             host_id: before.hosts[host_id] for host_id in kept
         }
         assert world.living() == set(before.hosts)
+
+    def test_a_killed_host_leaves_the_table_and_comes_back_in_a_later_one(self, world: World) -> None:
+        controller, deployment = world.controller(), world.deployment()
+        controller.deploy(deployment)
+        before = published(controller)
+        lost = deployment.hosts[0].host_id
+        world.kill(lost)
+
+        looked_until(world, controller, lambda: controller.next_table(before.epoch, 0) != "")
+        without = current(controller)
+        assert without.epoch == before.epoch + 1
+        assert without.hosts == {**before.hosts, lost: None}
+        assert state_of(controller, lost).reason
+
+        looked_until(world, controller, lambda: current(controller).epoch > without.epoch)
+        after = current(controller)
+        assert after.epoch == before.epoch + 2
+        assert after.hosts[lost] not in (None, before.hosts[lost])
+        assert {**after.hosts, lost: None} == without.hosts
+        assert world.living() == set(before.hosts)
+        state = state_of(controller, lost)
+        assert (state.state, state.launches, state.crashes) == ("ready", 2, 1)
+        assert published(controller) == after
+
+    def test_a_host_that_dies_again_and_again_is_paused_and_the_next_controller_knows(
+        self, world: World
+    ) -> None:
+        controller, deployment = world.controller(), world.deployment()
+        controller.deploy(deployment)
+        published(controller)
+        lost = deployment.hosts[0].host_id
+        for _ in range(2):
+            looked_until(world, controller, lambda: lost in world.living())
+            world.kill(lost)
+            launches = state_of(controller, lost).launches
+            looked_until(world, controller, lambda: state_of(controller, lost).state != "ready")
+        looked_until(world, controller, lambda: state_of(controller, lost).state == "backing off")
+        state, epoch = state_of(controller, lost), current(controller).epoch
+        assert (state.crashes, state.launches) == (2, launches)
+        assert state.next_try_s is not None and 0 < state.next_try_s <= 1
+        assert state.reason
+        assert controller.reports()[lost] == state.reason
+
+        controller = world.controller()
+        known = state_of(controller, lost)
+        assert (known.crashes, known.launches) == (2, launches)
+        assert known.reason == state.reason
+        assert lost not in world.living()
+        looked_until(world, controller, lambda: state_of(controller, lost).state == "ready")
+        assert current(controller).epoch == epoch + 1
+        assert current(controller).running and world.living() == set(current(controller).hosts)
+
+    def test_a_host_that_does_not_answer_is_not_dead_and_delays_nobody(self, world: World) -> None:
+        controller, deployment = world.controller(), world.deployment()
+        controller.deploy(deployment)
+        before = published(controller)
+        frozen, lost = (spec.host_id for spec in deployment.hosts[:2])
+        world.freeze(frozen)
+        try:
+            world.kill(lost)
+            looked_until(world, controller, lambda: state_of(controller, lost).launches == 2)
+            looked_until(world, controller, lambda: state_of(controller, lost).state == "ready")
+            assert state_of(controller, frozen).state == "ready"
+            assert current(controller).hosts[frozen] == before.hosts[frozen]
+        finally:
+            world.thaw(frozen)
+        controller.look()
+        assert state_of(controller, frozen).launches == 1
+
+    def test_the_next_table_is_waited_for(self, world: World) -> None:
+        controller = world.controller()
+        assert controller.next_table(0, 0.05) == ""
+        controller.deploy(world.deployment())
+        told: list[str] = []
+        waiting = threading.Thread(target=lambda: told.append(controller.next_table(0, TIMEOUT_S)))
+        waiting.start()
+        table = published(controller)
+        waiting.join(TIMEOUT_S)
+        assert told == [table.to_json()] == [controller.next_table(0, 0)]
+        assert controller.next_table(table.epoch, 0.05) == ""
 
     def test_reports_say_which_host_is_dead(self, world: World) -> None:
         controller, deployment = world.controller(), world.deployment()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ import ray
 
 from actors import ray_controller
 from actors.ray_controller import KvStore
-from actors.ray_hosts import RayHost, RayHosts
+from actors.ray_hosts import RayHost, RayHosts, RayNodes
 from cluster.checkpoint import Checkpoint
 from cluster.config import Config
 from cluster.controller import Controller, Deployment
@@ -42,9 +43,10 @@ class RayWorld:
         self.hosts = RayHosts(self.namespace)
         self._checkpoint = checkpoint
         self._store = KvStore(f"contract:{self.namespace}")
+        self._frozen = 0
 
     def controller(self) -> Controller:
-        return Controller(self.hosts, self._store)
+        return Controller(self.hosts, self._store, RayNodes())
 
     def deployment(self, name: str = "model") -> Deployment:
         return blueprint(CONFIG, self._checkpoint, "float32", name, nodes()).deployment
@@ -61,9 +63,21 @@ class RayWorld:
         assert host is not None
         host.stop()
         deadline = time.monotonic() + TIMEOUT_S
-        while self.hosts.find(host_id) is not None:
+        while self.hosts.find(host_id, host.generation) is not None:
             assert time.monotonic() < deadline, f"{host_id} does not die"
             time.sleep(0.05)
+
+    def freeze(self, host_id: str) -> None:
+        host = self.hosts.find(host_id)
+        assert host is not None
+        self._frozen = host.report(TIMEOUT_S).address.pid
+        os.kill(self._frozen, signal.SIGSTOP)
+
+    def thaw(self, host_id: str) -> None:
+        os.kill(self._frozen, signal.SIGCONT)
+
+    def let_pass(self, seconds: float) -> None:
+        time.sleep(seconds)
 
     def living(self) -> set[str]:
         found = {host_id: self.hosts.find(host_id) for host_id in ("local-0", "local-1")}
@@ -126,25 +140,45 @@ def test_the_controller_s_actor_is_stopped_however_many_engines_wait(world: RayW
     assert world.living() == set()
 
 
-def test_a_host_that_dies_comes_back_under_its_name_with_another_process(world: RayWorld) -> None:
-    controller = world.controller()
-    controller.deploy(world.deployment())
-    before = PlacementTable.from_json(controller.publish(TIMEOUT_S))
-    lost = world.hosts.find("local-0")
-    assert lost is not None
-    # Ray's own restart, as after a crash; the controller is not asked to do anything.
-    ray.kill(lost._actor, no_restart=False)
-    deadline = time.monotonic() + TIMEOUT_S
-    while True:
-        try:
-            after = PlacementTable.from_json(controller.publish(TIMEOUT_S))
-        except ray.exceptions.RayActorError:
-            after = before
-        if after != before:
-            break
-        assert time.monotonic() < deadline, "the host was not restarted"
-        time.sleep(0.1)
-    old, new = before.hosts["local-0"], after.hosts["local-0"]
-    assert old is not None and new is not None
-    assert new.unix == old.unix and new.pid != old.pid
-    assert after.epoch == before.epoch + 1
+def test_the_controller_s_actor_repairs_and_a_killed_one_goes_on_repairing(world: RayWorld) -> None:
+    actor = ray_controller.get_or_start(world.namespace)
+    try:
+        ray.get(actor.deploy.remote(world.deployment()), timeout=TIMEOUT_S)
+        first = PlacementTable.from_json(ray.get(actor.publish.remote(TIMEOUT_S), timeout=2 * TIMEOUT_S))
+        lost = first.hosts["local-0"]
+        assert lost is not None
+        pid = ray.get(actor.pid.remote(), timeout=TIMEOUT_S)
+        # As the kernel does when memory is short: host and controller at once.
+        os.kill(lost.pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
+        table, epochs = first, [first.epoch]
+        deadline = time.monotonic() + 2 * TIMEOUT_S
+        while table.hosts["local-0"] in (None, lost):
+            assert time.monotonic() < deadline, "the host was not launched again"
+            text = ray.get(actor.next_table.remote(table.epoch, 5.0), timeout=TIMEOUT_S)
+            if text:
+                table = PlacementTable.from_json(text)
+                epochs.append(table.epoch)
+        assert epochs == sorted(set(epochs)) and table.epoch == first.epoch + 2
+        new = table.hosts["local-0"]
+        assert new is not None and new.unix == lost.unix and new.pid != lost.pid
+        assert table.hosts["local-1"] == first.hosts["local-1"]
+        assert ray.get(actor.pid.remote(), timeout=TIMEOUT_S) != pid
+        state, other = ray.get(actor.states.remote(), timeout=TIMEOUT_S)
+        assert (state.state, state.launches, state.crashes) == ("ready", 2, 1) and state.reason
+        assert (other.launches, other.crashes, other.reason) == (1, 0, "")
+    finally:
+        ray.get(actor.stop.remote(), timeout=TIMEOUT_S)
+        ray.kill(actor, no_restart=True)
+    assert world.living() == set()
+
+
+def test_stop_is_answered_while_many_engines_watch(world: RayWorld) -> None:
+    actor = ray_controller.get_or_start(world.namespace)
+    try:
+        watching = [actor.next_table.remote(99, TIMEOUT_S) for _ in range(12)]
+        assert ray.wait(watching, timeout=1.0)[0] == []
+        ray.get(actor.stop.remote(), timeout=TIMEOUT_S / 2)
+        assert ray.get(actor.reports.remote(), timeout=TIMEOUT_S / 2) == {}
+    finally:
+        ray.kill(actor, no_restart=True)

@@ -13,37 +13,46 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cluster.controller import Controller, Deployment, Host
+from cluster.controller import Controller, Deployment
 from cluster.errors import HostError
-from cluster.messages import HostAddress, HostProgress, HostReport, HostSpec
+from cluster.messages import HostAddress, HostProgress, HostReport, HostSpec, NodeInfo
+from cluster.ports import Host
+from cluster.repair_state import HostDead, HostFailed, HostReady
 from cluster.table import PlacementTable
 from tests.controller_contract import TIMEOUT_S, ControllerContract, published
 
 MODEL = "ab" * 32
 HANGS = "/where/reading/hangs"
+BROKEN = "/where/weights/are/broken"
+NODE = NodeInfo("node", "10.0.0.1", "one", 8, 0, 2**30)
 EXPERTS = {2: (0, 1), 3: (0, 1)}
 
 
 class MemoryHost:
     """A host that is ready at once, until it is killed; or never, if its model can't be read."""
 
-    def __init__(self, spec: HostSpec, pid: int) -> None:
+    def __init__(self, spec: HostSpec, generation: int, pid: int) -> None:
         self.spec = spec
+        self.generation = generation
+        self.answers = True
         self.alive = True
-        self.ended = threading.Event()
         self.address = HostAddress(spec.host_id, spec.node_id, spec.unix, "", pid)
 
     def progress(self, timeout_s: float) -> HostProgress:
         self._check()
-        return HostProgress(self.spec.host_id, len(EXPERTS), len(EXPERTS), True, "")
+        ready = self.spec.model_path not in (HANGS, BROKEN)
+        error = "the model is broken" if self.spec.model_path == BROKEN else ""
+        return HostProgress(self.spec.host_id, len(EXPERTS) if ready else 0, len(EXPERTS), ready, error)
 
-    def wait_ready(self, timeout_s: float) -> HostAddress:
-        self._check()
-        if self.spec.model_path == HANGS:
-            if not self.ended.wait(timeout_s):
-                raise TimeoutError
-            self._check()
-        return self.address
+    def probe(self, timeout_s: float) -> HostReady | HostFailed | HostDead | None:
+        if not self.answers:
+            return None
+        host_id, path = self.spec.host_id, self.spec.model_path
+        if not self.alive:
+            return HostDead(host_id, self.generation, f"the actor of {host_id} is dead")
+        if path == BROKEN:
+            return HostFailed(host_id, self.generation, "the model is broken")
+        return None if path == HANGS else HostReady(host_id, self.generation, self.address, 1024)
 
     def report(self, timeout_s: float) -> HostReport:
         self._check()
@@ -51,11 +60,18 @@ class MemoryHost:
 
     def stop(self) -> None:
         self.alive = False
-        self.ended.set()
 
     def _check(self) -> None:
         if not self.alive:
             raise HostError(f"the actor of {self.spec.host_id} is dead")
+
+
+class MemoryNodes:
+    def __init__(self, world: MemoryWorld) -> None:
+        self._world = world
+
+    def living(self) -> tuple[NodeInfo, ...]:
+        return self._world.nodes
 
 
 class MemoryWorld:
@@ -65,16 +81,25 @@ class MemoryWorld:
         self.started: list[MemoryHost] = []
         self.document: bytes | None = None
         self.before_launch: Callable[[HostSpec], None] = lambda _spec: None
+        self.nodes: tuple[NodeInfo, ...] = (NODE,)
+        self.now = 0.0
         self._pids = count(100)
 
-    def launch(self, spec: HostSpec) -> Host:
+    def launch(self, spec: HostSpec, generation: int) -> Host:
         self.before_launch(spec)
         assert self.find(spec.host_id) is None, "two hosts of one name"
-        self.started.append(MemoryHost(spec, next(self._pids)))
+        self.started.append(MemoryHost(spec, generation, next(self._pids)))
         return self.started[-1]
 
-    def find(self, host_id: str) -> Host | None:
-        return next((h for h in self.started if h.alive and h.spec.host_id == host_id), None)
+    def find(self, host_id: str, generation: int | None = None) -> MemoryHost | None:
+        return next(
+            (
+                host
+                for host in self.started
+                if host.alive and host.spec.host_id == host_id and generation in (None, host.generation)
+            ),
+            None,
+        )
 
     def load(self) -> bytes | None:
         return self.document
@@ -83,12 +108,25 @@ class MemoryWorld:
         self.document = document
 
     def controller(self) -> Controller:
-        return Controller(self, self)
+        return Controller(self, self, MemoryNodes(self), clock=lambda: self.now)
 
     def kill(self, host_id: str) -> None:
         host = self.find(host_id)
-        assert isinstance(host, MemoryHost)
+        assert host is not None
         host.alive = False
+
+    def freeze(self, host_id: str) -> None:
+        host = self.find(host_id)
+        assert host is not None
+        host.answers = False
+
+    def thaw(self, host_id: str) -> None:
+        host = self.find(host_id)
+        assert host is not None
+        host.answers = True
+
+    def let_pass(self, seconds: float) -> None:
+        self.now += seconds
 
     def living(self) -> set[str]:
         return {host.spec.host_id for host in self.started if host.alive}
@@ -116,6 +154,12 @@ class MemoryWorld:
         rows = tuple((ids[expert % 3],) for expert in range(6))
         table = PlacementTable(MODEL, 0, dict.fromkeys(ids), dict.fromkeys(EXPERTS, rows))
         return Deployment(name, specs, table.to_json())
+
+    def broken(self) -> Deployment:
+        """The same, but its first host can't load."""
+        deployment = self.deployment()
+        first, *others = deployment.hosts
+        return replace(deployment, hosts=(replace(first, model_path=BROKEN), *others))
 
     def hanging(self) -> Deployment:
         deployment = self.deployment()
@@ -193,14 +237,95 @@ def test_a_publish_is_told_of_the_stop_and_not_of_the_first_host_s_death(
     stopping.join()
 
 
-def test_what_a_host_failed_with_reaches_the_caller_and_the_table_stays(world: MemoryWorld) -> None:
+def test_what_keeps_a_host_from_starting_at_first_reaches_the_caller(world: MemoryWorld) -> None:
+    controller = world.controller()
+    controller.deploy(world.broken())
+    assert [state.error for state in controller.progress()] == ["the model is broken", "", ""]
+    with pytest.raises(HostError, match=r"a-0 could not start: the model is broken"):
+        controller.publish(TIMEOUT_S)
+    # It stays as it is: whoever started the deployment ends it.
+    controller.look()
+    assert [state.error for state in controller.progress()] == ["the model is broken", "", ""]
+    assert PlacementTable.from_json(controller.table()).epoch == 0
+    assert len(world.started) == 3
+
+
+def test_a_host_that_dies_before_all_were_ready_is_not_launched_again(world: MemoryWorld) -> None:
+    controller = world.controller()
+    controller.deploy(world.hanging())
+    world.kill("a-1")
+    controller.look()
+    assert "is dead" in controller.progress()[1].error
+    with pytest.raises(HostError, match=r"a-1 could not start: .*is dead"):
+        controller.publish(TIMEOUT_S)
+    assert len(world.started) == 3
+
+
+def test_a_relaunch_that_fails_is_a_crash(world: MemoryWorld) -> None:
+    controller = world.controller()
+    controller.deploy(world.deployment())
+    published(controller)
+
+    def refuse(spec: HostSpec) -> None:
+        raise RuntimeError("Ray is away")
+
+    world.before_launch = refuse
+    world.kill("a-1")
+    controller.look()
+    state = controller.states()[1]
+    assert (state.state, state.crashes, state.reason) == ("backing off", 2, "not launched: Ray is away")
+    world.before_launch = lambda _spec: None
+    world.let_pass(1)
+    assert published(controller).hosts["a-1"] is not None
+    assert controller.states()[1].state == "ready"
+
+
+def test_a_host_whose_node_is_gone_is_placed_on_another(world: MemoryWorld) -> None:
     controller = world.controller()
     controller.deploy(world.deployment())
     before = published(controller)
-    world.kill("a-1")
-    with pytest.raises(HostError, match="a-1 is dead"):
-        controller.publish(TIMEOUT_S)
-    assert PlacementTable.from_json(controller.table()) == before
+    world.nodes = (replace(NODE, node_id="other", ip="10.0.0.2", memory_bytes=2 * 1024),)
+    for host_id in tuple(world.living()):
+        world.kill(host_id)
+    world.let_pass(0.1)
+    controller.look()
+    # 1.25 KiB each, and 2 KiB there.
+    assert [state.state for state in controller.states()] == [
+        "ready",
+        "waiting for room",
+        "waiting for room",
+    ]
+    assert world.started[-1].spec.node_id == "other"
+    assert world.started[-1].spec.tcp_ip == "10.0.0.2"
+    assert "no living node that fits has the 1.2 KiB" in controller.states()[1].reason
+    world.nodes += (NODE,)
+    world.let_pass(0.1)
+    controller.look()
+    controller.look()
+    assert {state.node_id for state in controller.states()} == {"other", "node"}
+    after = published(controller)
+    assert len(after.running) == 3 and after.epoch > before.epoch
+
+
+def test_supervision_repairs_by_itself_until_closed(world: MemoryWorld) -> None:
+    controller = world.controller()
+    controller.supervise(0.01)
+    controller.deploy(world.deployment())
+    table = published(controller)
+    world.kill("b-0")
+    table = PlacementTable.from_json(controller.next_table(table.epoch, TIMEOUT_S))
+    table = PlacementTable.from_json(controller.next_table(2, TIMEOUT_S))
+    assert (table.epoch, len(table.running)) == (3, 3)
+    controller.close()
+
+
+def test_nodes_that_cannot_be_seen_change_nothing(world: MemoryWorld) -> None:
+    controller = world.controller()
+    controller.deploy(world.deployment())
+    table = published(controller)
+    world.nodes = ()
+    controller.look()
+    assert published(controller) == table
 
 
 class ControllerMachine(RuleBasedStateMachine):
@@ -220,7 +345,7 @@ class ControllerMachine(RuleBasedStateMachine):
                 self.controller.deploy(self.world.deployment("another"))
             living = self.world.living()
             self.controller.deploy(self.world.deployment())
-            assert self.world.living() == living
+            assert self.world.living() >= living
             return
         self.controller.deploy(self.world.deployment())
         self.deployed, self.epoch = True, 0
@@ -230,25 +355,35 @@ class ControllerMachine(RuleBasedStateMachine):
     def kill(self, data: st.DataObject) -> None:
         self.world.kill(data.draw(st.sampled_from(sorted(self.world.living()))))
 
+    @rule(seconds=st.sampled_from([0.1, 2.0, 100.0]))
+    def look(self, seconds: float) -> None:
+        self.world.let_pass(seconds)
+        self.controller.look()
+
     @rule()
     def restart(self) -> None:
         before = self.controller.deployment()
+        launches = len(self.world.started)
+        living = self.world.living()
         self.controller = self.world.controller()
-        assert self.controller.deployment() == before
-        assert len(self.world.living()) == (3 if self.deployed else 0)
+        after = self.controller.deployment()
+        assert (after is None) == (before is None)
+        assert living <= self.world.living()
+        # Only those that are dead are started again.
+        assert len(self.world.started) - launches <= 3 - len(living)
 
     @precondition(lambda self: self.deployed)
     @rule()
     def publish(self) -> None:
-        if len(self.world.living()) < 3:
+        if len(self.world.living()) < 3 and not self.epoch:
             with pytest.raises(HostError):
-                self.controller.publish(TIMEOUT_S)
+                self.controller.publish(0.1)
             return
-        running = {host.address for host in self.world.started if host.alive}
-        known = set(PlacementTable.from_json(self.controller.table()).running)
+        for _ in range(8):
+            self.world.let_pass(100)
+            self.controller.look()
         table = published(self.controller)
-        assert set(table.running) == running
-        assert table.epoch == self.epoch + (known != running)
+        assert set(table.running) == {host.address for host in self.world.started if host.alive}
 
     @rule()
     def stop(self) -> None:
@@ -259,6 +394,7 @@ class ControllerMachine(RuleBasedStateMachine):
     @invariant()
     def the_epoch_never_goes_back(self) -> None:
         if self.deployed:
+            assert len(self.world.living()) == sum(host.alive for host in self.world.started)
             epoch = PlacementTable.from_json(self.controller.table()).epoch
             assert epoch >= self.epoch
             self.epoch = epoch

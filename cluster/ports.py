@@ -1,0 +1,42 @@
+"""What the controller is given: hosts, nodes and a store. Ray is behind them, or memory in unit tests."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from cluster.messages import HostProgress, HostReport, HostSpec, NodeInfo
+from cluster.repair_state import HostDead, HostFailed, HostReady
+
+
+class Host(Protocol):
+    """One launch of a host, as `actors.ray_hosts.RayHost`; a call that takes too long raises TimeoutError."""
+
+    def progress(self, timeout_s: float) -> HostProgress: ...
+    def report(self, timeout_s: float) -> HostReport: ...
+
+    def probe(self, timeout_s: float) -> HostReady | HostFailed | HostDead | None:
+        """How it is; None while it loads, or if it doesn't answer: a process that is frozen is not dead."""
+
+    def stop(self) -> None: ...
+
+
+class Hosts(Protocol):
+    """Starts and finds hosts, as `actors.ray_hosts.RayHosts`."""
+
+    def launch(self, spec: HostSpec, generation: int) -> Host: ...
+
+    def find(self, host_id: str, generation: int | None = None) -> Host | None:
+        """The launch of that number if it lives, without a number the newest that lives."""
+
+
+class Nodes(Protocol):
+    """The nodes of the cluster."""
+
+    def living(self) -> tuple[NodeInfo, ...]: ...
+
+
+class Store(Protocol):
+    """One small document that outlives the controller."""
+
+    def load(self) -> bytes | None: ...
+    def save(self, document: bytes) -> None: ...
