@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -35,11 +36,16 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from actors import openmp
 from actors.buffers import Layout
-from actors.dispatch import Dispatcher, route_from_table
+from actors.dispatch import Dispatcher
+from actors.outages import Outages
+from actors.rescue import Outage
+from actors.route import route_from_table
 from cluster.checkpoint import Checkpoint
 from cluster.errors import CheckpointError
 from cluster.messages import EngineSettings
 from cluster.table import PlacementTable
+
+log = structlog.get_logger()
 
 LOAD_FORMAT = "expertmesh"
 ENABLED = {"expertmesh": True}
@@ -49,6 +55,8 @@ SETTINGS_VARIABLE = "EXPERTMESH_ENGINE_SETTINGS"
 # One engine process has one dispatcher. A custom op gets tensors and numbers only, so it must find
 # the dispatcher here.
 _dispatcher: Dispatcher | None = None
+# And its scheduler, which runs in the same process, finds here which requests a step could not compute.
+outages = Outages()
 _library = torch.library.Library("expertmesh", "FRAGMENT")
 
 
@@ -87,7 +95,13 @@ def _experts(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, layer: i
         return torch.zeros_like(x)  # a rehearsal: see `EngineSettings.table`
     out = torch.empty_like(x)
     if len(x):
-        _dispatcher(layer, x, weights, ids, out)
+        try:
+            _dispatcher(layer, x, weights, ids, out)
+        except Exception as error:
+            # Raised here it would end the engine, and with it every request.
+            log.exception("dispatch failed", layer=layer, rows=len(x))
+            out.zero_()
+            outages.note(Outage(layer, tuple(range(len(x))), str(error), degraded=False))
     return out
 
 
@@ -224,6 +238,9 @@ def _connect(settings: EngineSettings, key: bytes) -> None:
         model=settings.model,
         key=key,
         deadline_s=settings.deadline_s,
+        min_deadline_s=settings.min_deadline_s,
+        drop=settings.no_replica == "drop",
+        on_outage=outages.note,
     )
     _dispatcher.connect(settings.connect_timeout_s)
 
@@ -238,10 +255,14 @@ class WorkerExtension:
         _dispatcher.set_route(route)
         return route.epoch
 
-    def expertmesh_ping(self, timeout_s: float) -> dict[str, float]:
-        """Round-trip seconds per expert host; raises if one does not answer."""
+    def expertmesh_attach(self) -> None:
+        """Tell the process which rows of a step are whose; once, before the first request."""
+        outages.attach(self.model_runner)  # type: ignore[attr-defined]
+
+    def expertmesh_reachable(self) -> dict[str, float]:
+        """Round-trip seconds per expert host that is asked; raises if an expert has no living replica."""
         assert _dispatcher is not None
-        return _dispatcher.ping(timeout_s)
+        return _dispatcher.reachable()
 
     def expertmesh_parameter_names(self) -> list[str]:
         """Names of the parameters that this process holds: none of a routed expert."""
@@ -257,7 +278,16 @@ class WorkerExtension:
             "dispatches": stats.dispatches,
             "rows": stats.rows,
             "seconds": stats.nanoseconds / 1e9,
-            "reconnects": stats.reconnects,
+            "lost": stats.lost,
+            "late": stats.late,
+            "hedges": stats.hedges,
+            "failovers": stats.failovers,
+            "let_back": stats.let_back,
+            "ejected": stats.ejected,
+            "unanswered_rows": stats.unanswered_rows,
+            "degraded_rows": stats.degraded_rows,
+            "last_detect_monotonic_ns": stats.last_detect_ns,
+            "last_reroute_monotonic_ns": stats.last_reroute_ns,
             "epoch": _dispatcher.route.epoch,
             "rss_bytes": psutil.Process().memory_info().rss,
             "pid": os.getpid(),

@@ -16,6 +16,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -26,18 +27,20 @@ from fastapi.responses import JSONResponse, Response
 from actors import openmp
 from actors.admission import Admission
 from actors.api_access import ApiKeys, KnownRoles, OpenAIErrors, error_response, keep_listed_routes
+from actors.degraded import Degraded, Unavailable
 from actors.engine_words import engine_words
 from actors.http_server import HttpServer
 from actors.router_metrics import MeshMetrics
 from actors.single_flight import SingleFlight
 from cluster.auth import data_plane_key
 from cluster.messages import RouterSpec
+from cluster.table import PlacementTable
 
 log = structlog.get_logger()
 
-# A readiness probe answers from this engine process, not from another one's past.
-_PING_TIMEOUT_S = 2.0
 _STATS_PERIOD_S = 5.0
+# How long one call waits for the next table, and the pause after a call that failed.
+_TABLE_WAIT_S, _TABLE_RETRY_S = 30.0, 0.5
 # Anybody may ask /ready, and each answer costs a token: how long one serves all.
 _READY_KEPT_S = 1.0
 _DRAIN_POLL_S = 0.05
@@ -48,12 +51,20 @@ _CLOSE_S = 1.0
 class Router:
     """One replica of the router deployment. Serve makes it in an actor; tests call it directly."""
 
-    def __init__(self, spec: RouterSpec, fetch_table: Callable[[], str], node_id: str) -> None:
+    def __init__(
+        self,
+        spec: RouterSpec,
+        fetch_table: Callable[[], str],
+        node_id: str,
+        next_table: Callable[[int, float], str] | None = None,
+    ) -> None:
+        """`fetch_table` waits for the first table; `next_table` for one after an epoch, at most so many seconds."""
         self.spec = spec
-        self._fetch_table = fetch_table
+        self._fetch_table, self._next_table = fetch_table, next_table
         self._node_id = node_id
         self.engine: Any = None
         self.metrics = MeshMetrics()
+        self._epoch = -1
         self._background: list[asyncio.Task[None]] = []
 
     async def start(self) -> FastAPI:
@@ -63,21 +74,22 @@ class Router:
         from vllm.entrypoints.launchers.app import build_app
         from vllm.entrypoints.launchers.cli_args import FrontendArgs
         from vllm.usage.usage_lib import UsageContext
-        from vllm.v1.engine.async_llm import AsyncLLM
 
         from actors.engine_plugin import environment
+        from actors.mesh_llm import MeshLLM
 
         loop = asyncio.get_running_loop()
         engine_args = AsyncEngineArgs(**engine_arguments(self.spec))
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
         table = await loop.run_in_executor(None, self._fetch_table)
+        self._epoch = PlacementTable.from_json(table).epoch
         settings = replace(self.spec.settings, table=table, node_id=self._node_id)
         os.environ.update(environment(settings, data_plane_key()))
         openmp.preload(os.environ)
         # Starting blocks for as long as the engine loads; Serve's probes must be answered meanwhile.
         self.engine = await loop.run_in_executor(
             None,
-            lambda: AsyncLLM.from_vllm_config(
+            lambda: MeshLLM.from_vllm_config(
                 config,
                 usage_context=UsageContext.OPENAI_API_SERVER,
                 enable_log_requests=False,
@@ -86,6 +98,8 @@ class Router:
         )
         frontend = FrontendArgs(**self.spec.frontend)
         args = argparse.Namespace(**(vars(frontend) | vars(engine_args)))
+        self.engine.degraded = {}
+        await self.engine.collective_rpc("expertmesh_attach")
         tasks = await self.engine.get_supported_tasks()
         app = build_app(args, tasks, self.engine.model_config)
         await init_app_state(self.engine, app.state, args, tasks)
@@ -93,6 +107,8 @@ class Router:
         # An engine that loads but can't compute a token must fail here, not call itself running.
         await self.ready()
         self._background.append(asyncio.create_task(self._watch_stats()))
+        if self._next_table is not None:
+            self._background.append(asyncio.create_task(self._watch_table(self._next_table)))
         return app
 
     async def ready(self) -> dict[str, Any]:
@@ -100,7 +116,7 @@ class Router:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        round_trips = (await self.engine.collective_rpc("expertmesh_ping", args=(_PING_TIMEOUT_S,)))[0]
+        round_trips = (await self.engine.collective_rpc("expertmesh_reachable"))[0]
         sampling = SamplingParams(max_tokens=1, temperature=0.0, output_kind=RequestOutputKind.FINAL_ONLY)
         request_id = f"ready-{os.urandom(8).hex()}"
         async for _ in self.engine.generate(
@@ -115,7 +131,8 @@ class Router:
 
     async def set_table(self, table: str) -> int:
         """Route by another placement table from the next step on; returns its epoch."""
-        return (await self.engine.collective_rpc("expertmesh_set_table", args=(table,)))[0]
+        self._epoch = (await self.engine.collective_rpc("expertmesh_set_table", args=(table,)))[0]
+        return self._epoch
 
     async def check_health(self) -> None:
         """Raises if the engine process is gone, so that Serve replaces the replica."""
@@ -179,10 +196,28 @@ class Router:
         app.middleware_stack = None
         app.openapi_schema = None
         app.add_middleware(KnownRoles)
+        app.add_middleware(Degraded, marks=self.engine.degraded)
+        app.add_middleware(Unavailable)
         app.add_middleware(Admission, limit=self.spec.max_requests, timeout_s=self.spec.request_timeout_s)
         app.add_middleware(OpenAIErrors)
         if self.spec.api_key_digests:
             app.add_middleware(ApiKeys, digests=self.spec.api_key_digests)
+
+    async def _watch_table(self, next_table: Callable[[int, float], str]) -> None:
+        """Follow the controller's table. Without a controller the last one stays in use."""
+        # Threads of its own: one always waits, which must not take one from the loop's few.
+        waiting = ThreadPoolExecutor(1, "expertmesh-table")
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                table = await loop.run_in_executor(waiting, next_table, self._epoch, _TABLE_WAIT_S)
+                # An older one may come from a controller that was restarted and has not caught up.
+                if table and PlacementTable.from_json(table).epoch > self._epoch:
+                    epoch = await self.set_table(table)
+                    log.info("placement table in use", epoch=epoch)
+            except Exception as error:
+                log.warning("placement table can't be followed", reason=str(error).strip().splitlines()[-1:])
+                await asyncio.sleep(_TABLE_RETRY_S)
 
     async def _watch_stats(self) -> None:
         while True:
@@ -214,15 +249,21 @@ def engine_arguments(spec: RouterSpec) -> dict[str, Any]:
         "served_model_name": [spec.served_name],
         "load_format": LOAD_FORMAT,
         "worker_extension_cls": "actors.engine_plugin.WorkerExtension",
+        "scheduler_cls": "actors.engine_scheduler.MeshScheduler",
         "additional_config": ENABLED,
         **spec.engine,
     }
 
 
 def serve_application(
-    spec: RouterSpec, fetch_table: Callable[[], str], *, replicas: int, options: dict[str, Any]
+    spec: RouterSpec,
+    fetch_table: Callable[[], str],
+    next_table: Callable[[int, float], str],
+    *,
+    replicas: int,
+    options: dict[str, Any],
 ) -> Any:
-    """The Ray Serve application of `replicas` routers; each asks `fetch_table` for the table at its start."""
+    """The Ray Serve application of `replicas` routers; each gets its tables by these two calls (see `Router`)."""
     import ray
     from ray import serve
 
@@ -230,7 +271,8 @@ def serve_application(
         """Serve's view of a Router. It takes its port first, so that a port in use is found before a model loads."""
 
         async def __init__(self, spec: RouterSpec) -> None:  # type: ignore[misc]  # Serve awaits it
-            self._router = Router(spec, fetch_table, ray.get_runtime_context().get_node_id())
+            node_id = ray.get_runtime_context().get_node_id()
+            self._router = Router(spec, fetch_table, node_id, next_table)
             self._http = HttpServer(spec.http_host, spec.http_port)
             try:
                 app = await self._router.start()

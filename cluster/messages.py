@@ -89,6 +89,10 @@ class EngineSettings:
     max_rows: int
     deadline_s: float
     connect_timeout_s: float
+    min_deadline_s: float = 0.01
+    """Shortest time after which a late host's rows are sent to another replica."""
+    no_replica: str = "fail"
+    """What becomes of rows whose expert has no living replica: fail, reroute or drop."""
 
 
 @dataclass(frozen=True, slots=True)

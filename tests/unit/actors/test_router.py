@@ -24,7 +24,14 @@ STATS = {
     "dispatches": 5,
     "rows": 9,
     "seconds": 0.5,
-    "reconnects": 1,
+    "lost": 1,
+    "late": 0,
+    "hedges": 0,
+    "failovers": 0,
+    "let_back": 0,
+    "ejected": 0,
+    "unanswered_rows": 0,
+    "degraded_rows": 0,
     "epoch": 3,
     "rss_bytes": 4096,
     "pid": 77,
@@ -39,6 +46,7 @@ class Engine:
         self.prompts: list[Any] = []
         self.asked: list[str] = []
         self.failure: Exception | None = None
+        self.degraded: dict[str, str] = {}
         self.token_delay_s = 0.0
         self.closed = False
 
@@ -47,7 +55,7 @@ class Engine:
         if self.failure is not None:
             raise self.failure
         answers: dict[str, Any] = {
-            "expertmesh_ping": {"local-0": 25e-6},
+            "expertmesh_reachable": {"local-0": 25e-6},
             "expertmesh_stats": STATS,
             "expertmesh_set_table": 4 if args == ("table",) else -1,
         }
