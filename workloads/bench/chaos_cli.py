@@ -101,7 +101,11 @@ def run(
     numbers = range(seed_base, seed_base + seeds)
     with terminable():
         runs, fault_free = measure(
-            scenarios, numbers, base, served, lambda text: err.print(text, highlight=False, markup=False)
+            scenarios,
+            numbers,
+            base,
+            served,
+            lambda text: err.print(text, highlight=False, markup=False, soft_wrap=True),
         )
     found = report(
         scenarios, runs, fault_free, seed=seed_base, seeds=seeds, started_at=started_at, model=name

@@ -27,11 +27,12 @@ _PAUSE_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Which of the load's prompts, and its token ids."""
+    """Which of the load's prompts, its token ids, and how many tokens are wanted in answer."""
 
     stream: int
     number: int
     tokens: tuple[int, ...]
+    wanted: int
 
     @property
     def key(self) -> tuple[int, int]:
@@ -67,15 +68,20 @@ class _Heard:
 
 
 def prompts(load: Load, vocabulary: int) -> tuple[tuple[Prompt, ...], ...]:
-    """Per stream its prompts: random ids below `vocabulary`, the same for the same seed."""
+    """Per stream its prompts: random ids below `vocabulary`, the same for the same seed.
+
+    Answers are between half of `load.output_tokens` and all of it long. Were they of one length, all streams
+    would begin and end as one, and a fault between two answers would stall no stream that is under way.
+    """
     dice = random.Random(load.seed)
     low, high = min(100, vocabulary // 2), vocabulary - 1
+
+    def prompt(stream: int, number: int) -> Prompt:
+        tokens = tuple(dice.randint(low, high) for _ in range(load.prompt_tokens))
+        return Prompt(stream, number, tokens, dice.randint((load.output_tokens + 1) // 2, load.output_tokens))
+
     return tuple(
-        tuple(
-            Prompt(stream, number, tuple(dice.randint(low, high) for _ in range(load.prompt_tokens)))
-            for number in range(load.prompts)
-        )
-        for stream in range(load.streams)
+        tuple(prompt(stream, number) for number in range(load.prompts)) for stream in range(load.streams)
     )
 
 
@@ -139,11 +145,11 @@ async def _all(
 
 
 async def ask(client: httpx.AsyncClient, url: str, model: str, prompt: Prompt, load: Load) -> Answer:
-    """One streamed, greedy completion of exactly `load.output_tokens` tokens."""
+    """One streamed, greedy completion of exactly `prompt.wanted` tokens."""
     body = {
         "model": model,
         "prompt": list(prompt.tokens),
-        "max_tokens": load.output_tokens,
+        "max_tokens": prompt.wanted,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
@@ -154,7 +160,7 @@ async def ask(client: httpx.AsyncClient, url: str, model: str, prompt: Prompt, l
     try:
         async with asyncio.timeout(load.request_timeout):
             request = client.stream("POST", f"{url}/v1/completions", json=body)
-            outcome, reason = await _listen(request, heard, load.output_tokens)
+            outcome, reason = await _listen(request, heard, prompt.wanted)
     except TimeoutError:
         outcome, reason = "timeout", f"no end within {load.request_timeout:g} s"
     except httpx.ConnectError as error:

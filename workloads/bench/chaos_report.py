@@ -107,6 +107,7 @@ def entry(run: Run) -> dict[str, Any]:
         "outcomes": run.outcomes,
         "reasons": run.reasons,
         "changed_tokens": run.changed_tokens,
+        "streams_hit": run.streams_hit,
         "longest_gap_ms": run.longest_gap_ms,
         "added_gap_ms": run.added_gap_ms,
         "itl_p99_ratio": run.itl_p99_ratio,

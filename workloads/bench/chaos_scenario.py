@@ -38,6 +38,7 @@ class Load(_Section):
     streams: Count = 16
     prompt_tokens: Count = 32
     output_tokens: Count = 64
+    """The longest answers; the shortest have half as many."""
     prompts: Count = 4
     """Different prompts of one stream; it begins anew after the last."""
     repeat: bool = True
@@ -246,4 +247,5 @@ def _read(path: Path, name: str) -> Scenario:
 
 def _way_out(hint: str) -> str:
     # The reference that the configuration's mistakes end with describes other keys.
-    return "compare with a shipped scenario" if hint.startswith("docs/") else hint
+    vague = hint.startswith("docs/") or hint == "the default is null"
+    return "compare with a shipped one, `expertmesh chaos list`" if vague else hint

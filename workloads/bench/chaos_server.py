@@ -77,8 +77,9 @@ class ServerChild:
                 if run.pid == self.process.pid:
                     return run
             if self.process.poll() is not None:
-                words = self._log.read_text("utf-8", "replace").strip().splitlines()[-6:]
-                raise HostError("the server did not start: " + "\n  ".join(words or ["it said nothing"]))
+                raise HostError(
+                    f"the server did not start: {last_words(self._log.read_text(errors='replace'))}"
+                )
             if time.monotonic() > deadline:
                 raise HostError(f"the server was not ready within {_START_S:.0f} s")
             time.sleep(_POLL_S)
@@ -165,6 +166,15 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def last_words(log: str) -> str:
+    """Why a server ended: its error, else the end of what it printed."""
+    lines = log.strip().splitlines()
+    errors = [number for number, line in enumerate(lines) if line.startswith("error:")]
+    if errors:
+        return "\n".join([lines[errors[-1]].removeprefix("error:").strip(), *lines[errors[-1] + 1 :]])
+    return "\n  ".join(lines[-6:]) or "it said nothing"
 
 
 def shared_memory() -> set[str]:

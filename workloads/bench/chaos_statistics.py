@@ -70,6 +70,11 @@ def in_window(found: Iterable[Gap], from_ns: int, to_ns: int | None) -> list[Gap
     return [gap for gap in found if gap.to_ns > from_ns and (to_ns is None or gap.from_ns < to_ns)]
 
 
+def under_way(answers: Iterable[Answer], fault_ns: int) -> int:
+    """Streams that had begun and not ended at that time: where there is none, no gap can be seen."""
+    return sum(bool(a.times_ns) and a.times_ns[0] <= fault_ns < a.ended_ns for a in answers)
+
+
 def changed_tokens(answers: Iterable[Answer], expected: Reference) -> int:
     """Tokens that differ from the fault-free ones in the same place, of unfinished answers too."""
     return sum(
