@@ -196,9 +196,7 @@ class Dispatcher:
 
     def answered(self, part: Share, sent_ns: int) -> None:
         """A share came back in time."""
-        name = part.link.address.host_id
-        self.members.answered(name)
-        self._latency[name].observe(part.rows, (perf_counter_ns() - sent_ns) / 1e9)
+        self._latency[part.link.address.host_id].observe(part.rows, (perf_counter_ns() - sent_ns) / 1e9)
 
     def redial(self, position: int) -> bool:
         """Try once to reach a host that is out, now; whether it may be asked again."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-# So many late answers in a row, with fewer than _FORGET good ones between two, put a host out.
-_STRIKES: Final = 3
-_FORGET: Final = 64
+# So many late answers put a host out, each at most so long after the one before: a slow host is late in every
+# layer, one that had to wait for a core is not.
+_STRIKES, _APART_S = 3, 1.0
 # A suspected host that still owes its answer after this long is out: frozen, or cut off without a word.
 FROZEN_S: Final = 0.25
 # Good probes in a row before a host is let back; doubled each time that it is late again within _SOON_S.
@@ -35,7 +35,7 @@ class State(Enum):
 class _Member:
     state: State
     strikes: int = 0
-    good: int = 0
+    late_at: float = float("-inf")
     suspected_at: float = 0.0
     let_back_at: float = float("-inf")
     streak: int = _FIRST_STREAK
@@ -71,18 +71,11 @@ class Membership:
         """Good probes in a row that the member must show before it is let back."""
         return self._members[name].streak
 
-    def answered(self, name: str) -> None:
-        """An answer came in time."""
-        member = self._members[name]
-        if member.strikes:
-            member.good += 1
-            if member.good >= _FORGET:
-                member.strikes = member.good = 0
-
     def late(self, name: str, now: float) -> None:
         """An answer is late."""
         member = self._members[name]
-        member.strikes, member.good = member.strikes + 1, 0
+        member.strikes = member.strikes + 1 if now - member.late_at <= _APART_S else 1
+        member.late_at = now
         if member.state is State.ASKED:
             member.suspected_at = now
             self._move(member, State.SUSPECTED)
@@ -107,14 +100,13 @@ class Membership:
         """The connection is gone."""
         member = self._members[name]
         member.reason = reason
-        # A process that died and came back is a new one: it is not asked to prove its speed for longer.
-        member.strikes = member.good = 0
+        member.strikes = 0
         self._move(member, State.OUT)
 
     def let_in(self, name: str, now: float) -> None:
         """The member is connected and has shown that it answers."""
         member = self._members[name]
-        member.strikes = member.good = 0
+        member.strikes = 0
         member.let_back_at, member.reason = now, ""
         self._move(member, State.ASKED)
 
