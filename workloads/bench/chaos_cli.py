@@ -72,6 +72,9 @@ def run(
     loaded = load_config(config, flags, os.environ, {"model.path": "--model", "model.dtype": "--dtype"})
     if plot is None and json_ not in (None, "-") and not no_plot:
         plot = Path(json_ or "").with_suffix(".png")
+    # Told now, not after an hour of measuring.
+    if json_ not in (None, "-") and not Path(json_ or "").parent.is_dir():
+        raise ConfigError(f"--json {json_} can't be written: no such folder", "name a folder that exists")
     if plot is not None:
         check_plot(plot)
 

@@ -100,16 +100,11 @@ async def under_faults(
     faults: Callable[[], Awaitable[None]],
 ) -> list[Answer]:
     """The same until `load.duration` seconds are over, while `faults` runs beside; waits for both."""
-    limit = None if load.repeat else load.prompts
-    asked = asyncio.create_task(
-        _all(
-            url,
-            model,
-            load,
-            streams,
-            lambda sent, seconds: seconds < load.duration and (limit is None or sent < limit),
-        )
-    )
+
+    def go_on(sent: int, seconds: float) -> bool:
+        return seconds < load.duration if load.repeat else sent < load.prompts
+
+    asked = asyncio.create_task(_all(url, model, load, streams, go_on))
     try:
         await faults()
         return await asked

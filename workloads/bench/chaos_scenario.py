@@ -98,6 +98,8 @@ class Checks(_Section):
     not_whole: Limit | None = 0
     """Runs after which the mesh was not whole within `recovery`."""
     leaked_processes: Limit | None = 0
+    leaked_shared_memory: Limit | None = 0
+    """Entries of /dev/shm."""
     window: Duration | None = None
     """Gaps count that overlap the time from a fault to so long after the last one (default: to the end)."""
 

@@ -1,0 +1,106 @@
+"""`expertmesh chaos`: what is refused before anything starts; and signals reach the server's family alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from cluster.errors import ConfigError, ExpertmeshError
+from workloads.bench import chaos_server
+from workloads.bench.chaos_server import MARK, ServerChild, last_words, terminable
+from workloads.cli import app
+
+SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
+
+
+def test_the_list_names_what_is_shipped() -> None:
+    answer = CliRunner().invoke(app, ["chaos", "list"])
+    assert answer.exit_code == 0
+    assert "kill-host" in answer.output and "SIGSTOP" in answer.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "give scenarios by name"),
+        (["kill-host", "--all"], "--all has every scenario"),
+        (["kill-hots"], "no scenario 'kill-hots'"),
+        (["kill-host", "--plot", "/nowhere/x.png"], "no such folder"),
+        (["kill-host", "--json", "/nowhere/x.json", "--no-plot"], "no such folder"),
+    ],
+)
+def test_mistakes_are_told_before_anything_starts(arguments: list[str], problem: str) -> None:
+    answer = CliRunner().invoke(app, ["chaos", "run", *arguments, "--model", "/no/model"])
+    assert isinstance(answer.exception, ConfigError) and problem in str(answer.exception)
+
+
+def test_two_files_of_one_name(tmp_path: Path) -> None:
+    text = "description: d\nevents: [{action: kill, host: any, at: 1}]\n"
+    (tmp_path / "kill-host.yaml").write_text(text)
+    answer = CliRunner().invoke(app, ["chaos", "run", "kill-host", str(tmp_path / "kill-host.yaml")])
+    assert isinstance(answer.exception, ConfigError) and "two scenarios" in str(answer.exception)
+
+
+@pytest.fixture
+def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerChild]:
+    """A server child whose process only sleeps."""
+    monkeypatch.setattr(chaos_server, "_LINGER_S", 0.5)
+    found = ServerChild.__new__(ServerChild)
+    found._mark, found._stopped, found._left = os.urandom(8).hex(), set(), None
+    found._shared_memory = chaos_server.shared_memory()
+    found.process = subprocess.Popen(SLEEP, env={**os.environ, MARK: found._mark})
+    yield found
+    found.process.kill()
+    found.process.wait()
+
+
+def test_the_end_continues_what_was_stopped_and_kills_what_is_left(child: ServerChild) -> None:
+    # A member that ignores Ctrl-C, as one that hangs would, in a session of its own.
+    program = "import signal, time; signal.signal(2, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+    member = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, MARK: child._mark},
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert member.stdout is not None and member.stdout.readline()
+    assert {process.pid for process in child.family()} == {child.process.pid, member.pid}
+    child.signal(child.process.pid, signal.SIGSTOP)
+    left = child.end()
+    assert len(left.processes) == 1 and "import signal, time" in left.processes[0]
+    assert member.wait(10) == -signal.SIGKILL and child.process.poll() is not None
+    assert child.end() is left
+
+
+def test_strangers_and_the_dead_are_not_signalled(child: ServerChild) -> None:
+    stranger = subprocess.Popen(SLEEP)
+    try:
+        with pytest.raises(ExpertmeshError, match="not of this server"):
+            child.signal(stranger.pid, signal.SIGKILL)
+        assert stranger.poll() is None and psutil.pid_exists(stranger.pid)
+    finally:
+        stranger.kill()
+        stranger.wait()
+    with pytest.raises(ExpertmeshError):
+        child.signal(stranger.pid, signal.SIGKILL)
+
+
+def test_a_termination_interrupts() -> None:
+    with pytest.raises(KeyboardInterrupt), terminable():
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.sigtimedwait([], 5)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_the_last_words_are_the_error() -> None:
+    assert last_words("a\nloading\nerror: no room\n  more hosts\n") == "no room\n  more hosts"
+    assert last_words("a\nb") == "a\n  b"
+    assert last_words("") == "it said nothing"
