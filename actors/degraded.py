@@ -17,7 +17,10 @@ _DONE = b"data: [DONE]"
 
 
 class Unavailable:
-    """Gives every 503 a Retry-After header, and a stream whose first event is an error that error's status."""
+    """Gives every 503 a Retry-After header, and a stream whose first event is an error that error's status.
+
+    A stream that an error ends later has no [DONE], which vLLM would send all the same.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -27,30 +30,36 @@ class Unavailable:
             await self._app(scope, receive, send)
             return
         held: Message | None = None
-        replaced = False
+        stream = replaced = broken = False
 
         async def answer(message: Message) -> None:
-            nonlocal held, replaced
+            nonlocal held, stream, replaced, broken
             if replaced:
                 return
             if message["type"] == "http.response.start":
                 if message["status"] == 503:
                     MutableHeaders(raw=message["headers"])["retry-after"] = str(RETRY_AFTER_S)
-                if _is_stream(message) and message["status"] == 200:
+                stream = _is_stream(message) and message["status"] == 200
+                if stream:
                     # Until the first event is there: a status can't be taken back.
                     held = message
                     return
-            elif held is not None:
+            elif stream:
                 start, held = held, None
-                error = _error(message.get("body", b""))
-                if error is not None:
+                body = message.get("body", b"")
+                error = _error(body)
+                if error is not None and start is not None:
                     replaced = True
                     code = error["error"].get("code")
                     status = code if isinstance(code, int) else 500
                     headers = {"retry-after": str(RETRY_AFTER_S)} if status == 503 else None
                     await JSONResponse(error, status, headers)(scope, receive, send)
                     return
-                await send(start)
+                if start is not None:
+                    await send(start)
+                broken = broken or error is not None
+                if broken and _DONE in body:
+                    message = {**message, "body": body[: body.index(_DONE)]}
             await send(message)
 
         await self._app(scope, receive, answer)
