@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from typing import Any
 
 import httpx
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Column, Table
 
 from cluster.config import Config
 from cluster.errors import ExpertmeshError
+from cluster.messages import HostReport
 from cluster.ray_cluster import connected
+from cluster.repair_state import HostStatus, Phase
+from cluster.table import PlacementTable
 from workloads import run_file
 
 _HTTP_TIMEOUT_S = 35.0
@@ -40,21 +44,32 @@ def read_status(config: Config, url: str | None, api_key: str | None) -> dict[st
         deployment = ray.get(controller.deployment.remote(), timeout=30) if controller else None
         if deployment is None:
             raise ExpertmeshError("nothing is deployed on this cluster", "start it with `expertmesh serve`")
-        reports = ray.get(controller.reports.remote(), timeout=60)
-    hosts = []
-    for spec in deployment.hosts:
-        report = reports.get(spec.host_id)
-        entry: dict[str, Any] = {"host_id": spec.host_id, "node_id": spec.node_id, "device": spec.device}
-        if is_dataclass(report) and not isinstance(report, type):
-            hosts.append({**entry, "state": "ready", **_flat(asdict(report))})
-        else:
-            hosts.append({**entry, "state": "down", "reason": str(report or "not found")})
+        reports, states = ray.get([controller.reports.remote(), controller.states.remote()], timeout=60)
+    devices = {spec.host_id: spec.device for spec in deployment.hosts}
     return {
         "url": url,
         "model": deployment.served_name,
-        "hosts": hosts,
+        "table_epoch": PlacementTable.from_json(deployment.table).epoch,
+        "hosts": [host_entry(state, devices[state.host_id], reports.get(state.host_id)) for state in states],
         **_router(url, api_key),
     }
+
+
+def host_entry(host: HostStatus, device: str, report: HostReport | str | None) -> dict[str, Any]:
+    """One host as the status' JSON has it: what the controller knows of it, and what it says of itself."""
+    entry = {"host_id": host.host_id, "node_id": host.node_id, "device": device}
+    known = {
+        "launches": host.launches,
+        "crashes": host.crashes,
+        "reason": host.reason,
+        "next_try_s": host.next_try_s,
+    }
+    if isinstance(report, HostReport):
+        return {**entry, "state": "ready", **known, **_flat(asdict(report))}
+    if host.state == Phase.READY:
+        # Frozen, or dead since a moment.
+        return {**entry, "state": "not answering", **known, "reason": str(report or host.reason)}
+    return {**entry, "state": host.state, **known}
 
 
 def status_view(state: dict[str, Any]) -> Group:
@@ -64,8 +79,13 @@ def status_view(state: dict[str, Any]) -> Group:
     head.add_row("model", state["model"])
     head.add_row("ready", "[green]yes[/]" if state["ready"] else f"[red]no[/] {state.get('reason', '')}")
     engine = state.get("engine")
+    epoch = state.get("table_epoch")
+    if epoch is not None:
+        head.add_row("table epoch", str(epoch))
     if engine:
-        head.add_row("table epoch", str(int(engine["epoch"])))
+        # For a moment after a change, or for longer if the engine can't follow.
+        if epoch != int(engine["epoch"]):
+            head.add_row("engine's table epoch", str(int(engine["epoch"])))
         head.add_row("engine memory", f"{engine['rss_bytes'] / 2**20:.0f} MiB")
     elif "engine_reason" in state:
         head.add_row("engine", state["engine_reason"])
@@ -85,7 +105,7 @@ def status_view(state: dict[str, Any]) -> Group:
             hosts.add_row(
                 host["host_id"],
                 host["device"],
-                "[green]ready[/]",
+                f"[green]ready[/]{_crashes(host)}",
                 str(host["experts_loaded"]),
                 f"{host['weight_bytes'] / 2**20:.0f}",
                 f"{host['rss_bytes'] / 2**20:.0f}",
@@ -94,10 +114,24 @@ def status_view(state: dict[str, Any]) -> Group:
                 str(host["dispatches"]),
             )
         else:
-            hosts.add_row(
-                host["host_id"], host["device"], f"[red]down[/] {host['reason']}", "", "", "", "", "", ""
-            )
+            hosts.add_row(host["host_id"], host["device"], _trouble(host), "", "", "", "", "", "")
     return Group(head, hosts)
+
+
+def _trouble(host: dict[str, Any]) -> str:
+    colour = "yellow" if host["state"] == Phase.STARTING else "red"
+    seconds = host.get("next_try_s")
+    parts = [
+        escape(host.get("reason") or ""),
+        _crashes(host).strip(),
+        f"next try in {seconds:.0f} s" if seconds is not None else "",
+    ]
+    return f"[{colour}]{host['state']}[/] " + ", ".join(part for part in parts if part)
+
+
+def _crashes(host: dict[str, Any]) -> str:
+    count = host.get("crashes", 0)
+    return f" {count} crash{'es' * (count > 1)}" if count else ""
 
 
 def _router(url: str, api_key: str | None) -> dict[str, Any]:
