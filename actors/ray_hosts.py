@@ -22,8 +22,8 @@ from cluster.ray_cluster import nodes
 from cluster.repair_state import HostDead, HostFailed, HostReady
 
 _PREFIX = "host:"
-# Of what Ray tells of a death, where its guesses begin.
-_GUESSES: Final = " There are some potential root causes"
+# How Ray tells that a process was killed or crashed: its connection ended.
+_NO_WORD: Final = "connection error code 2. End of file"
 
 
 # Ray's types know no max_concurrency. Threads, so that progress answers while a report waits.
@@ -139,10 +139,12 @@ class RayNodes:
 
 def cause_of_death(told: str) -> str:
     """One line of the many that Ray tells of an actor's death."""
-    lines = [line.strip() for line in told.splitlines() if line.strip()]
-    last = lines[-1] if lines else "died"
-    _, _, detail = last.rpartition("Worker exit detail: ")
-    return (detail or last).partition(_GUESSES)[0]
+    lines = [line.strip() for line in told.splitlines() if line.strip()] or ["it died"]
+    pid = next((line.removeprefix("pid: ") for line in lines if line.startswith("pid: ")), "?")
+    if _NO_WORD in lines[-1]:
+        return f"its process {pid} was killed or crashed"
+    # Behind this come guesses at the cause.
+    return lines[-1].rpartition("Worker exit detail: ")[2].partition(" Some common causes")[0]
 
 
 def _first_line(text: str) -> str:

@@ -10,17 +10,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import structlog
-from pydantic import TypeAdapter
 
-from cluster import repair
+from cluster import repair, rounds
+from cluster.deployment import Deployment, complete, from_document, to_document
 from cluster.errors import HostError
-from cluster.messages import HostProgress, HostReport, HostSpec
+from cluster.messages import HostProgress, HostReport
 from cluster.ports import Host, Hosts, Nodes, Store
-from cluster.rehome import Limits
 from cluster.repair_state import (
     RUNNING,
     Backoff,
@@ -36,39 +34,13 @@ from cluster.repair_state import (
     Tick,
     Wanted,
     planned,
-    rebased,
     statuses,
 )
-from cluster.rounds import Rounds
+from cluster.rounds import Rounds, in_short
 from cluster.table import PlacementTable
-
-
-@dataclass(frozen=True, slots=True)
-class Deployment:
-    """What is to run: the hosts with their experts, and the empty-addressed table that routes to them."""
-
-    served_name: str
-    hosts: tuple[HostSpec, ...]
-    """As planned; where a lost one was placed instead is in `Controller.states`."""
-    table: str
-    """JSON of the planned table; its addresses are filled in as hosts come up."""
-    limits: Limits = field(default_factory=Limits)
-    """Where hosts may be placed when their node is gone."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Document:
-    deployment: Deployment
-    repair: Repair
-    at: float
-    """By the clock of the controller that saved it."""
-
 
 log = structlog.get_logger()
 
-_DOCUMENT = TypeAdapter(_Document)
-# A host that loads answers quickly all the same: loading runs in a thread of its own.
-_CALL_TIMEOUT_S = 10.0
 # How long a host that is asked how it is may take, and for how long the others' repair waits for it.
 _PATIENCE_S = 5.0
 _ROUND_S = 0.5
@@ -117,7 +89,7 @@ class Controller:
             if self._deployment is None:
                 specs = {spec.host_id: spec for spec in deployment.hosts}
                 self._save(deployment, planned(specs, PlacementTable.from_json(deployment.table).epoch))
-            elif not _same(self._deployment, deployment):
+            elif not self._deployment.same(deployment):
                 raise HostError(
                     f"{self._deployment.served_name} is deployed on this cluster already",
                     "end it with `expertmesh down` first",
@@ -154,6 +126,9 @@ class Controller:
             else:
                 self._feed(NodesSeen(at, living))
             with self._change:
+                for host_id, known in self._repair.hosts.items():
+                    if known.phase in RUNNING and host_id not in self._running:
+                        self._find(host_id, known.generation, "it died while the controller was away")
                 running = dict(self._running)
             for host_id, (host, answer) in self._rounds.ask(running).items():
                 with self._change:
@@ -169,21 +144,7 @@ class Controller:
         with self._change:
             specs = self._deployment.hosts if self._deployment else ()
             running, hosts = dict(self._running), self._repair.hosts
-        states = []
-        for spec in specs:
-            # Its process may still be starting, for which a busy node may need longer than a call.
-            state = HostProgress(spec.host_id, 0, len(spec.experts), ready=False, error="")
-            try:
-                if spec.host_id in running:
-                    state = running[spec.host_id].progress(_CALL_TIMEOUT_S)
-                else:
-                    state = replace(state, error=hosts[spec.host_id].reason)
-            except TimeoutError:
-                pass
-            except Exception as error:
-                state = replace(state, error=_in_short(error))
-            states.append(state)
-        return states
+        return rounds.progress(specs, running, hosts)
 
     def publish(self, timeout_s: float) -> str:
         """The table's JSON with the hosts' addresses, once every host was ready; every router that starts asks.
@@ -199,7 +160,7 @@ class Controller:
                 self.look()
             with self._change:
                 deployment = self._unless_ended(asked)
-                if self._repair.repairing and _complete(PlacementTable.from_json(deployment.table)):
+                if self._repair.repairing and complete(PlacementTable.from_json(deployment.table)):
                     return deployment.table
                 late = [(h, host) for h, host in self._repair.hosts.items() if host.phase is not Phase.READY]
                 for host_id, host in late:
@@ -233,21 +194,7 @@ class Controller:
         """Per host its report, or why there is none."""
         with self._change:
             running, hosts = dict(self._running), self._repair.hosts
-
-        def report(host_id: str) -> HostReport | str:
-            if host_id not in running:
-                return hosts[host_id].reason or hosts[host_id].phase.value
-            try:
-                return running[host_id].report(_CALL_TIMEOUT_S)
-            except TimeoutError:
-                return "does not answer"
-            except Exception as error:
-                return _in_short(error)
-
-        if not hosts:
-            return {}
-        with ThreadPoolExecutor(len(hosts)) as pool:
-            return dict(zip(hosts, pool.map(report, hosts), strict=True))
+        return rounds.reports(running, hosts)
 
     def deployment(self) -> Deployment | None:
         """What is deployed."""
@@ -312,7 +259,22 @@ class Controller:
         try:
             self._running[spec.host_id] = self._hosts.launch(spec, action.generation)
         except Exception as error:
-            self._feed(HostDead(spec.host_id, action.generation, f"not launched: {_in_short(error)}"))
+            self._find(spec.host_id, action.generation, f"not launched: {in_short(error)}")
+
+    def _find(self, host_id: str, generation: int, reason: str) -> None:
+        """Take up a launch of which nothing is at hand; it is dead for this reason if there is none.
+
+        A launch may have succeeded though its answer was lost. Where nobody can say, the next look asks again.
+        """
+        try:
+            found = self._hosts.find(host_id, generation)
+        except Exception as error:
+            log.warning("host not found", host=host_id, reason=in_short(error))
+            return
+        if found is not None:
+            self._running[host_id] = found
+        else:
+            self._feed(HostDead(host_id, generation, reason))
 
     def _end(self, action: End) -> None:
         try:
@@ -336,8 +298,7 @@ class Controller:
         text = self._store.load()
         if not text:
             return
-        saved, now = _DOCUMENT.validate_json(text), self._clock()
-        self._deployment, self._repair = saved.deployment, rebased(saved.repair, now - saved.at)
+        self._deployment, self._repair = from_document(text, self._clock())
         for host_id, host in self._repair.hosts.items():
             if host.phase in RUNNING:
                 found = self._hosts.find(host_id, host.generation)
@@ -345,9 +306,6 @@ class Controller:
                     self._running[host_id] = found
         with self._change:
             self._launch_missing()
-        for host_id, host in self._repair.hosts.items():
-            if host.phase in RUNNING and host_id not in self._running:
-                self._feed(HostDead(host_id, host.generation, "it died while the controller was away"))
         self.look()
 
     def _wanted(self) -> Wanted:
@@ -357,15 +315,14 @@ class Controller:
 
     def _save(self, deployment: Deployment, state: Repair) -> None:
         """Before anything is done: a successor that knew less would launch again, or use an epoch twice."""
-        document = _Document(deployment, replace(state, nodes=None), self._clock())
-        self._store.save(_DOCUMENT.dump_json(document))
+        self._store.save(to_document(deployment, state, self._clock()))
         self._deployment, self._repair = deployment, state
         self._change.notify_all()
 
     def _unless_ended(self, asked: Deployment) -> Deployment:
         """The deployment as it is now; HostError if it is not `asked` any more."""
         now = self._deployment
-        if now is None or not _same(now, asked):
+        if now is None or not now.same(asked):
             raise HostError(
                 f"{asked.served_name} was ended while its hosts were starting",
                 "start it again if it is wanted",
@@ -376,21 +333,3 @@ class Controller:
         if self._deployment is None:
             raise HostError("nothing is deployed on this cluster", "start it with `expertmesh serve`")
         return self._deployment
-
-
-def _same(one: Deployment, other: Deployment) -> bool:
-    """Whether they are to run the same; their tables differ by the addresses that were filled in."""
-    return (one.served_name, one.hosts) == (other.served_name, other.hosts)
-
-
-def _complete(table: PlacementTable) -> bool:
-    """Whether some running host has each expert that is placed at all."""
-    return all(
-        not holders or any(table.hosts[host_id] for host_id in holders)
-        for rows in table.experts.values()
-        for holders in rows
-    )
-
-
-def _in_short(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Final
 
 import structlog
 
+from cluster.messages import HostProgress, HostReport, HostSpec
 from cluster.ports import Host
-from cluster.repair_state import HostDead, HostFailed, HostReady
+from cluster.repair_state import HostDead, HostFailed, HostReady, HostState
 
 log = structlog.get_logger()
 
 Answer = HostReady | HostFailed | HostDead | None
 
 _THREADS: Final = 16
+# A host that loads answers quickly all the same: loading runs in a thread of its own.
+_CALL_TIMEOUT_S: Final = 10.0
 
 
 class Rounds:
@@ -54,3 +58,48 @@ class Rounds:
     def close(self) -> None:
         """Ask no more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def progress(
+    specs: Sequence[HostSpec], running: Mapping[str, Host], hosts: Mapping[str, HostState]
+) -> list[HostProgress]:
+    """How far each host is with loading, and why one can't be loaded."""
+
+    def ask(spec: HostSpec) -> HostProgress:
+        # Its process may still be starting, for which a busy node may need longer than a call.
+        state = HostProgress(spec.host_id, 0, len(spec.experts), ready=False, error="")
+        host = running.get(spec.host_id)
+        if host is None:
+            return replace(state, error=hosts[spec.host_id].reason)
+        try:
+            return host.progress(_CALL_TIMEOUT_S)
+        except TimeoutError:
+            return state
+        except Exception as error:
+            return replace(state, error=in_short(error))
+
+    with ThreadPoolExecutor(max(1, len(specs))) as pool:
+        return list(pool.map(ask, specs))
+
+
+def reports(running: Mapping[str, Host], hosts: Mapping[str, HostState]) -> dict[str, HostReport | str]:
+    """Per host its report, or why there is none."""
+
+    def ask(host_id: str) -> HostReport | str:
+        host = running.get(host_id)
+        if host is None:
+            return hosts[host_id].reason or hosts[host_id].phase.value
+        try:
+            return host.report(_CALL_TIMEOUT_S)
+        except TimeoutError:
+            return "does not answer"
+        except Exception as error:
+            return in_short(error)
+
+    with ThreadPoolExecutor(max(1, len(hosts))) as pool:
+        return dict(zip(hosts, pool.map(ask, hosts), strict=True))
+
+
+def in_short(error: Exception) -> str:
+    """The last line of what an error says, which in Ray's is the error of the other side."""
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

@@ -81,6 +81,9 @@ class MemoryWorld:
         self.started: list[MemoryHost] = []
         self.document: bytes | None = None
         self.before_launch: Callable[[HostSpec], None] = lambda _spec: None
+        self.after_launch: Callable[[], None] = lambda: None
+        self.away = False
+        """Whether nobody can say what runs."""
         self.nodes: tuple[NodeInfo, ...] = (NODE,)
         self.now = 0.0
         self._pids = count(100)
@@ -89,9 +92,12 @@ class MemoryWorld:
         self.before_launch(spec)
         assert self.find(spec.host_id) is None, "two hosts of one name"
         self.started.append(MemoryHost(spec, generation, next(self._pids)))
+        self.after_launch()
         return self.started[-1]
 
     def find(self, host_id: str, generation: int | None = None) -> MemoryHost | None:
+        if self.away:
+            raise TimeoutError("no answer")
         return next(
             (
                 host
@@ -278,6 +284,26 @@ def test_a_relaunch_that_fails_is_a_crash(world: MemoryWorld) -> None:
     world.let_pass(1)
     assert published(controller).hosts["a-1"] is not None
     assert controller.states()[1].state == "ready"
+
+
+def test_a_relaunch_whose_answer_was_lost_is_found(world: MemoryWorld) -> None:
+    controller = world.controller()
+    controller.deploy(world.deployment())
+    published(controller)
+
+    def lose_the_answer() -> None:
+        world.away = True
+        raise TimeoutError("no answer")
+
+    world.after_launch = lose_the_answer
+    world.kill("a-1")
+    for _ in range(3):
+        controller.look()
+        assert (controller.states()[1].state, len(world.started)) == ("starting", 4)
+    world.away = False
+    controller.look()
+    assert (controller.states()[1].state, controller.states()[1].crashes) == ("ready", 1)
+    assert len(world.started) == 4
 
 
 def test_a_host_whose_node_is_gone_is_placed_on_another(world: MemoryWorld) -> None:
