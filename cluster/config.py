@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, SecretStr, ValidationError, ValidationInfo, field_validator
 
 from cluster.config_mistakes import BadValue, raise_mistakes, schema_mistakes
+from cluster.config_placement import PlacementConfig
 from cluster.config_sources import KeyPath, Mistake, Origin, Sources, dotted, find_file
 from cluster.config_values import (
+    SECTION,
     AutoCount,
     AutoSize,
     Count,
@@ -33,7 +35,7 @@ from cluster.config_values import (
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
+    model_config = SECTION
 
 
 class ModelConfig(_Section):
@@ -114,16 +116,9 @@ class DataPlaneConfig(_Section):
     """How activations travel between the engine and the hosts. Durations in seconds."""
 
     deadline: Duration = 30.0
+    min_deadline: Duration = 0.01
     connect_timeout: Duration = 60.0
     tcp: Literal["auto", "always", "never"] = "auto"
-
-
-class PlacementConfig(_Section):
-    """Which expert goes to which host."""
-
-    strategy: Literal["balanced"] = "balanced"
-    replicas: Count = 1
-    spread: Literal["node", "host"] = "node"
 
 
 class Config(_Section):
@@ -149,11 +144,14 @@ class Config(_Section):
     @classmethod
     def _enough_hosts(cls, placement: PlacementConfig, info: ValidationInfo) -> PlacementConfig:
         count = sum(group.count for group in info.data.get("hosts", ()))
-        if count and placement.replicas > count:
+        below, copies = max(placement.rules.numbers(), key=lambda number: number[1])
+        if count and copies > count:
+            plain = isinstance(placement.replicas, int)
+            path: KeyPath = ("placement", "replicas", *(() if plain else below))
             raise BadValue(
-                f"{placement.replicas} copies of each expert need as many hosts, there are {count}",
-                "raise a host group's count, or lower placement.replicas",
-                path=("placement", "replicas"),
+                f"{copies} copies of {'each' if plain else 'an'} expert need as many hosts, there are {count}",
+                f"raise a host group's count, or lower {dotted(path)}",
+                path=path,
             )
         return placement
 
@@ -169,7 +167,8 @@ def _leaves(value: object, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
         yield from leaves(value, path)
     elif isinstance(value, dict) and value:
         for key, item in value.items():
-            yield (*path, key), item
+            # The sources' keys are texts, a layer's number too.
+            yield (*path, str(key)), item
     elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
         for index, item in enumerate(value):
             yield from leaves(item, (*path, index))

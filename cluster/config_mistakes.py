@@ -67,6 +67,10 @@ def _explain(schema: type[BaseModel], details: ErrorDetails, path: KeyPath) -> t
         return "should be a mapping of keys to values", f"its keys: {', '.join(section.model_fields)}"
     if kind == "tuple_type":
         return "should be a list", f"an entry has the keys {', '.join(_section(schema, path).model_fields)}"
+    if kind == "missing":
+        return "is missing", REFERENCE
+    if kind == "dict_type":
+        return "should be a mapping of keys to values", REFERENCE
     if kind == "string_type":
         return "should be a text", "put it in quotes"
     if kind == "value_error":
@@ -89,7 +93,7 @@ def _closest_key(schema: type[BaseModel], path: KeyPath) -> str:
 def _default_hint(schema: type[BaseModel], path: KeyPath) -> str:
     names = [part for part in path if isinstance(part, str)]
     field = _section(schema, path[: len(path) - 1]).model_fields.get(names[-1]) if names else None
-    if field is None or isinstance(field.default, BaseModel | tuple | dict):
+    if field is None or field.is_required() or isinstance(field.default, BaseModel | tuple | dict):
         return REFERENCE
     return "the default is " + ("null" if field.default is None else _shown(field.default) or "")
 
@@ -110,9 +114,10 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
 def _keys(schema: type[BaseModel], above: KeyPath = ()) -> Iterator[KeyPath]:
     for name, field in schema.model_fields.items():
         inner = _model_of(field.annotation)
-        if inner is None:
+        # `placement.replicas` is a number or a section.
+        if inner is None or int in get_args(field.annotation):
             yield (*above, name)
-        else:
+        if inner is not None:
             yield from _keys(inner, (*above, name))
 
 

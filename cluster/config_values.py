@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -12,6 +13,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     ByteSize,
+    ConfigDict,
     Field,
     PlainValidator,
     SecretStr,
@@ -20,6 +22,9 @@ from pydantic import (
 )
 
 from cluster.config_mistakes import BadValue
+
+# How every section of the configuration is read.
+SECTION: Final = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
 
 _BYTES: Final = TypeAdapter(ByteSize)
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(us|ms|s|m|h)?")
@@ -76,6 +81,17 @@ def _auto_count(value: object) -> int | Literal["auto"]:
     if isinstance(value, bool) or not str(value).isdecimal() or int(str(value)) < 1:
         raise BadValue('should be "auto" or a whole number of at least 1')
     return int(str(value))
+
+
+def _share(value: object) -> Decimal:
+    # The decimal that was written: a tenth of 30 experts is 3 of them, where the float's is 3.0000000000000004.
+    try:
+        share = Decimal(str(value))
+    except InvalidOperation:
+        share = Decimal(0)
+    if not (share.is_finite() and 0 < share <= 1):
+        raise BadValue("should be a share above 0 and at most 1, such as 0.25")
+    return share
 
 
 def _no_bool(value: object) -> object:
@@ -143,6 +159,8 @@ Size = Annotated[ByteSize, PlainValidator(parse_size)]
 AutoSize = Annotated[ByteSize | Literal["auto"], PlainValidator(_auto_size)]
 AutoCount = Annotated[int | Literal["auto"], PlainValidator(_auto_count)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+LayerIndex = Annotated[int, Field(ge=0)]
+Share = Annotated[Decimal, BeforeValidator(_share)]
 Port = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=65535)]
 Duration = Annotated[float, PlainValidator(_positive_duration)]
 Name = Annotated[str, Field(min_length=1)]

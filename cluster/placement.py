@@ -11,10 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from cluster.apportion import apportion, spread_rounds
-from cluster.config import PlacementConfig
+from cluster.apportion import apportion
+from cluster.config_placement import PlacementConfig
+from cluster.deal import apportion_copies
 from cluster.errors import PlacementError
+from cluster.even_copies import even_copies
 from cluster.messages import HostSlot, MoeLayer
+from cluster.replication import RoutingCounts, copies_per_expert
+from cluster.spread_copies import spread_copies
 
 # Experts are bound by how fast weights are read. A GPU reads its memory at 1 to 5 TB/s, a core its share of
 # the socket's at about 10 GB/s: a GPU counts as this many cores.
@@ -27,7 +31,8 @@ class Plan:
     """Which experts each host is to hold."""
 
     layers: tuple[MoeLayer, ...]
-    replicas: int
+    copies: Mapping[int, tuple[int, ...]]
+    """Layer index → number of copies of each expert."""
     item_bytes: int
     """Bytes of one parameter, as the hosts hold it."""
     assignments: Mapping[str, Mapping[int, tuple[int, ...]]]
@@ -48,6 +53,11 @@ class Plan:
         """Number of experts per host, all layers together."""
         return {host_id: sum(map(len, held.values())) for host_id, held in self.assignments.items()}
 
+    @property
+    def copies_range(self) -> tuple[int, int]:
+        """Fewest and most copies that an expert has."""
+        return _range(self.copies)
+
     def layer_ranges(self, host_id: str) -> list[tuple[int, int, int]]:
         """What a host holds, short enough to show: runs of layers (first, last) with as many experts each."""
         runs: list[tuple[int, int, int]] = []
@@ -62,110 +72,117 @@ class Plan:
 
 
 def plan(
-    layers: Sequence[MoeLayer], slots: Sequence[HostSlot], settings: PlacementConfig, *, item_bytes: int
+    layers: Sequence[MoeLayer],
+    slots: Sequence[HostSlot],
+    settings: PlacementConfig,
+    *,
+    item_bytes: int,
+    counts: RoutingCounts | None = None,
 ) -> Plan:
-    """Place ``settings.replicas`` copies of every expert on distinct hosts, with ``spread: node`` on distinct
-    nodes where there are enough of them.
+    """Place the copies that ``settings.replicas`` asks for, those of an expert on distinct hosts, with
+    ``spread: node`` on distinct nodes where there are enough of them.
 
-    The same input gives the same plan. Equal hosts hold equally many experts of every layer, give or take one
-    (several copies spread over nodes with unequal numbers of hosts: over the hosts of each node). Raises
-    PlacementError, with the GiB that are missing in all and at which host, if the experts don't fit.
+    ``counts`` says how often each expert was chosen, for rules that ask. The same input gives the same plan.
+    Equal hosts hold equally many experts of every layer, give or take one (several copies spread over nodes
+    with unequal numbers of hosts: over the hosts of each node; unequal numbers of copies: a few). Raises
+    PlacementError, with the GiB that are missing in all and at which host, if the experts don't fit, and
+    ConfigError for rules or counts of other layers.
     """
-    copies = settings.replicas
-    if len(slots) < copies:
+    copies = copies_per_expert(layers, settings.rules, counts or {})
+    least, most = _range(copies)
+    if len(slots) < most:
         raise PlacementError(
-            f"{copies} copies of each expert need {copies} hosts, there are {len(slots)}",
+            f"{most} copies of {'each' if least == most else 'an'} expert need {most} hosts, "
+            f"there are {len(slots)}",
             "raise a host group's count, or lower placement.replicas",
         )
     by_node: dict[str, list[HostSlot]] = defaultdict(list)
     for slot in slots:
         by_node[slot.node_id].append(slot)
     nodes = list(by_node.values())
-    # Hosts of one node side by side: see _experts.
+    # Hosts of one node side by side: what divides the experts counts on it.
     hosts = [slot for node in nodes for slot in node]
+    widths = [len(node) for node in nodes] if settings.spread == "node" else [len(hosts)]
     per_expert = {layer.index: layer.expert_parameters * item_bytes for layer in layers}
     one_copy = sum(layer.num_experts * per_expert[layer.index] for layer in layers)
+    total = sum(sum(copies[layer.index]) * per_expert[layer.index] for layer in layers)
     speeds = [_GPU_SPEED if slot.device == "cuda" else slot.threads for slot in hosts]
     limits = [min(slot.memory_bytes, one_copy) for slot in hosts]
-    if sum(limits) < copies * one_copy:
-        raise _too_small(hosts, speeds, copies, one_copy, copies * one_copy - sum(limits))
-    targets = apportion(copies * one_copy, speeds, limits)
+    if sum(limits) < total:
+        raise _too_small(hosts, speeds, (least, most), one_copy, total, total - sum(limits))
+    targets = apportion(total, speeds, limits)
 
     free = [slot.memory_bytes for slot in hosts]
-    counts: dict[int, list[int]] = {}
-    for size in sorted(set(per_expert.values()), reverse=True):
-        alike = [layer for layer in layers if per_expert[layer.index] == size]
-        units = sum(layer.num_experts for layer in alike)
-        caps = [min(units, left // size) for left in free]
-        if sum(caps) < copies * units:
-            raise _too_small(hosts, speeds, copies, one_copy, (copies * units - sum(caps)) * size)
-        sizes = [layer.num_experts for layer in alike]
-        widths = [len(node) for node in nodes] if copies > 1 and settings.spread == "node" else []
-        table = _divide(sizes, copies, targets, caps, widths)
-        counts.update((layer.index, row) for layer, row in zip(alike, table, strict=True))
-        free = [left - size * sum(row[i] for row in table) for i, left in enumerate(free)]
-
     held: dict[str, dict[int, tuple[int, ...]]] = {slot.host_id: {} for slot in hosts}
-    for layer in layers:
-        for slot, experts in zip(hosts, _experts(layer.num_experts, counts[layer.index]), strict=True):
-            if experts:
-                held[slot.host_id][layer.index] = experts
-    return Plan(tuple(layers), copies, item_bytes, held)
+    for size in sorted(set(per_expert.values()), reverse=True):
+        alike = [layer.index for layer in layers if per_expert[layer.index] == size]
+        rows = [copies[index] for index in alike]
+        caps = [min(sum(map(len, rows)), left // size) for left in free]
+        placed = _place(rows, targets, caps, widths)
+        if placed is None:
+            flat = [copy for row in rows for copy in row]
+            missing = sum(flat) - sum(apportion_copies(flat, targets, caps))
+            raise _too_small(hosts, speeds, (least, most), one_copy, total, missing * size)
+        for position, slot in enumerate(hosts):
+            mine = {index: row[position] for index, row in zip(alike, placed, strict=True) if row[position]}
+            held[slot.host_id].update(mine)
+            free[position] -= size * sum(map(len, mine.values()))
+    in_order = {
+        host_id: {layer.index: mine[layer.index] for layer in layers if layer.index in mine}
+        for host_id, mine in held.items()
+    }
+    return Plan(tuple(layers), copies, item_bytes, in_order)
 
 
-def _divide(
-    sizes: Sequence[int], copies: int, weights: Sequence[int], caps: Sequence[int], widths: Sequence[int]
-) -> list[list[int]]:
-    """Experts per layer and host, for layers of ``sizes`` experts that are all equally large.
+def _place(
+    copies: Sequence[Sequence[int]], weights: Sequence[int], caps: Sequence[int], widths: Sequence[int]
+) -> Sequence[Sequence[tuple[int, ...]]] | None:
+    """Per layer and host the experts that it holds, all equally large; None if there is no room for them.
 
-    ``widths`` gives the number of hosts on each node, if no node should hold an expert twice; where the other
-    nodes are too small for that, it is given up.
+    ``copies[layer][expert]`` are wanted; ``widths`` gives the number of hosts on each node, those of a node
+    side by side.
     """
-    units = sum(sizes)
-    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
-    parts = [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
-    node_caps = [min(units, sum(caps[part])) for part in parts]
-    if not widths or sum(node_caps) < copies * units:
-        return spread_rounds(sizes, apportion(copies * units, weights, caps))
-    totals = apportion(copies * units, [sum(weights[part]) for part in parts], node_caps)
-    per_node = spread_rounds(sizes, totals)
-    table: list[list[int]] = [[] for _ in sizes]
-    for index, (part, total) in enumerate(zip(parts, totals, strict=True)):
-        inside = spread_rounds([row[index] for row in per_node], apportion(total, weights[part], caps[part]))
-        for row, share in zip(table, inside, strict=True):
-            row.extend(share)
-    return table
+    numbers = {copy for row in copies for copy in row}
+    if len(numbers) == 1:
+        even = even_copies(list(map(len, copies)), numbers.pop(), weights, caps, widths)
+        # Several nodes, but too few or too small ones for each to hold an expert once.
+        if even is not None or len(widths) == 1:
+            return even
+    holders = spread_copies(copies, weights, caps, widths)
+    return holders and [
+        [tuple(expert for expert, chosen in enumerate(row) if host in chosen) for host in range(len(caps))]
+        for row in holders
+    ]
 
 
-def _experts(num_experts: int, counts: Sequence[int]) -> list[tuple[int, ...]]:
-    """Which experts each host holds: consecutive ones, wrapping round (McNaughton's rule).
-
-    Copies of an expert are ``num_experts`` positions apart, so neither a host, nor the hosts of a node side
-    by side, hold one twice as long as together they hold at most ``num_experts``.
-    """
-    held, start = [], 0
-    for count in counts:
-        held.append(tuple(sorted((start + i) % num_experts for i in range(count))))
-        start += count
-    return held
+def _range(copies: Mapping[int, Sequence[int]]) -> tuple[int, int]:
+    numbers = {copy for row in copies.values() for copy in row} or {1}
+    return min(numbers), max(numbers)
 
 
 def _too_small(
-    hosts: Sequence[HostSlot], speeds: Sequence[int], copies: int, one_copy: int, short: int
+    hosts: Sequence[HostSlot],
+    speeds: Sequence[int],
+    copies: tuple[int, int],
+    one_copy: int,
+    total: int,
+    short: int,
 ) -> PlacementError:
-    shares = apportion(copies * one_copy, speeds, [one_copy] * len(hosts))
+    shares = apportion(total, speeds, [one_copy] * len(hosts))
     lines = [
         f"{slot.host_id} may hold {_gib(slot.memory_bytes)}, its share is {_gib(share)}: "
         f"{_gib(share - slot.memory_bytes)} short"
         for slot, share in zip(hosts, shares, strict=True)
         if share > slot.memory_bytes
     ]
-    each = f" ({copies} copies of {_gib(one_copy)})" if copies > 1 else ""
+    least, most = copies
+    numbers = f"{least} to {most}" if least < most else f"{most}"
+    each = f" ({numbers} copies of {_gib(one_copy)})" if most > 1 else ""
     return PlacementError(
-        f"the experts take {_gib(copies * one_copy)}{each}, the hosts have room for all but {_gib(short)}"
+        f"the experts take {_gib(total)}{each}, the hosts have room for all but {_gib(short)}"
         + "".join(f"\n  {line}" for line in lines),
         "raise the memory of the host groups, add hosts or nodes"
-        + (", or lower placement.replicas" if copies > 1 else ", or serve in a smaller dtype"),
+        + (", or lower placement.replicas" if most > 1 else ", or serve in a smaller dtype"),
     )
 
 

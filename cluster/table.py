@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from cluster.errors import PlacementError, ProtocolError
 from cluster.messages import HostAddress, MoeLayer
 from cluster.placement import Plan
+from cluster.turns import first_asked
 
 _VERSION: Final = 1
 
@@ -34,19 +35,20 @@ class PlacementTable:
     def from_plan(cls, plan: Plan, manifest: str, epoch: int = 0) -> PlacementTable:
         """The table of a plan whose hosts aren't running yet.
 
-        An expert's hosts take turns in being asked first, or those with the low numbers would do all the work
-        and the copies none. The plan gives each host a run of consecutive experts, so that turns by expert
-        number share the work of every layer within one or two experts.
+        An expert's hosts take turns in being asked first, or those in front would do all the work and the
+        copies none: of every layer, each is asked first for a share that is in proportion to all it holds.
         """
+        names = list(plan.assignments)
+        weights = list(plan.experts_by_host.values())
         experts = {}
         for layer in plan.layers:
-            holders: list[list[str]] = [[] for _ in range(layer.num_experts)]
-            for host_id, held in plan.assignments.items():
+            holders: list[list[int]] = [[] for _ in range(layer.num_experts)]
+            for position, held in enumerate(plan.assignments.values()):
                 for expert in held.get(layer.index, ()):
-                    holders[expert].append(host_id)
-            turns = [expert % plan.replicas for expert in range(layer.num_experts)]
-            rows = zip(holders, turns, strict=True)
-            experts[layer.index] = tuple((*hosts[turn:], *hosts[:turn]) for hosts, turn in rows)
+                    holders[expert].append(position)
+            turns = map(list.index, holders, first_asked(holders, weights))
+            rows = [(*hosts[turn:], *hosts[:turn]) for hosts, turn in zip(holders, turns, strict=True)]
+            experts[layer.index] = tuple(tuple(names[position] for position in row) for row in rows)
         return cls(manifest, epoch, dict.fromkeys(plan.assignments), experts)
 
     def next_epoch(

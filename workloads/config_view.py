@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
@@ -54,11 +55,18 @@ def plan_table(plan: Plan, slots: Sequence[HostSlot], nodes: Sequence[NodeInfo])
         )
     total = sum(sizes.values())
     limit = sum(slot.memory_bytes for slot in slots)
-    copies = f"{plan.replicas} copies" if plan.replicas > 1 else ""
     used_share = f"{total / limit:.0%}" if limit else ""
     table.add_section()
     table.add_row(
-        "all", "", "", copies, "", str(sum(totals.values())), show_size(total), show_size(limit), used_share
+        "all",
+        "",
+        "",
+        _copies(plan),
+        "",
+        str(sum(totals.values())),
+        show_size(total),
+        show_size(limit),
+        used_share,
     )
     return table
 
@@ -97,10 +105,26 @@ def show_duration(seconds: float) -> str:
 
 
 def _ranges(plan: Plan, host_id: str) -> str:
-    runs = plan.layer_ranges(host_id)
-    return ", ".join(
-        f"{count} in {first}-{last}" if last > first else f"{count} in {first}" for first, last, count in runs
-    )
+    return ", ".join(f"{count} in {_span(first, last)}" for first, last, count in plan.layer_ranges(host_id))
+
+
+def _copies(plan: Plan) -> str:
+    """``2 copies``, or where experts differ ``2 copies of 6, 3 of 2 in 0-2; ...``; nothing for one of each."""
+    least, most = plan.copies_range
+    if least == most:
+        return f"{most} copies" if most > 1 else ""
+    runs: list[tuple[int, int, str]] = []
+    for layer in plan.layers:
+        (fewest, first), *more = sorted(Counter(plan.copies[layer.index]).items())
+        shown = f"{fewest} {'copy' if fewest == 1 else 'copies'} of {first}"
+        shown += "".join(f", {copies} of {experts}" for copies, experts in more)
+        start = runs.pop()[0] if runs and runs[-1][2] == shown else layer.index
+        runs.append((start, layer.index, shown))
+    return "; ".join(f"{shown} in {_span(first, last)}" for first, last, shown in runs)
+
+
+def _span(first: int, last: int) -> str:
+    return f"{first}-{last}" if last > first else f"{first}"
 
 
 def _plain(text: str) -> str:

@@ -1,4 +1,7 @@
-"""From a configuration and a checkpoint to what the hosts and the router are told to be. Pure functions."""
+"""From a configuration and a checkpoint to what the hosts and the router are told to be.
+
+Pure functions, but that a configuration may name a file of routing counts.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from cluster.frame import ITEM_BYTES
 from cluster.inventory import slots
 from cluster.messages import EngineSettings, HostSlot, HostSpec, NodeInfo, RouterSpec
 from cluster.placement import Plan, plan
+from cluster.replication import read_counts
 from cluster.table import PlacementTable
 from workloads.config_view import show_size
 from workloads.models.unsupported import UNSUPPORTED
@@ -50,13 +54,16 @@ def blueprint(
 ) -> Blueprint:
     """Place the experts and describe every host; `here` is the id of the node that asks.
 
-    Raises CheckpointError or PlacementError.
+    Raises CheckpointError, ConfigError or PlacementError.
     """
     check_supported(checkpoint)
+    counts = read_counts(config.placement.rules)
     engine, reserved = engine_node(nodes, here), engine_memory(config, checkpoint, dtype)
     try:
         chosen = slots(config.hosts, nodes, reserved_memory={engine.node_id: reserved})
-        placed = plan(checkpoint.moe_layers, chosen, config.placement, item_bytes=ITEM_BYTES[dtype])
+        placed = plan(
+            checkpoint.moe_layers, chosen, config.placement, item_bytes=ITEM_BYTES[dtype], counts=counts
+        )
     except PlacementError as error:
         if not reserved:
             raise
@@ -165,6 +172,8 @@ def router_spec_for(config: Config, checkpoint: Checkpoint, dtype: str, name: st
         dtype=dtype,
         max_rows=max_rows,
         deadline_s=config.data_plane.deadline,
+        min_deadline_s=config.data_plane.min_deadline,
+        no_replica=config.placement.no_replica,
         connect_timeout_s=config.data_plane.connect_timeout,
     )
     arguments = {

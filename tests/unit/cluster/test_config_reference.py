@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel
 
 from cluster.config import Config, HostGroup, load_config
+from cluster.config_placement import HottestExperts, ReplicaRules
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -50,10 +51,17 @@ def test_the_reference_names_every_key_with_its_default_and_no_other() -> None:
         assert getattr(model.model_validate({name: written}), name) == default, key
 
 
+def test_the_reference_names_every_replication_rule() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+    section = text.partition("### How many copies\n")[2].partition("\n## ")[0]
+    for schema in (ReplicaRules, HottestExperts):
+        assert all(f"`{key}`" in section or f" {key}:" in section for key in schema.model_fields)
+
+
 def test_the_references_examples_load(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
     blocks = [block.partition("```")[0] for block in text.split("```yaml\n")[1:]]
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         file = tmp_path / "block.yaml"
         file.write_text(block)

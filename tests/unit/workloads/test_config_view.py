@@ -24,6 +24,7 @@ def test_every_value_is_shown_with_its_origin(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     (tmp_path / "expertmesh.yaml").write_text(
         "engine:\n  kv_cache: 1536MiB\nserver: {api_keys: [hush, hush2]}\n"
+        "placement: {replicas: {hottest: {share: 0.25, replicas: 1, counts: c.json}}}\n"
     )
     environ = {"EXPERTMESH__ENGINE__OPTIONS__HF_TOKEN": "hush", "EXPERTMESH__ENGINE__OPTIONS__SEED": "7"}
     rows = lines(config_table(load_config(None, {"data_plane.deadline": "500ms"}, environ)))
@@ -38,6 +39,7 @@ def test_every_value_is_shown_with_its_origin(tmp_path: Path, monkeypatch: pytes
         "data_plane.deadline 500ms flag --deadline",
         "data_plane.connect_timeout 60s default",
         "ray.token_path null default",
+        "placement.replicas.hottest.share 0.25 file expertmesh.yaml:4",
     ):
         assert expected in rows
     assert "hush" not in str(rows)
@@ -55,6 +57,24 @@ def test_the_plan_shows_hosts_nodes_experts_and_memory() -> None:
         "h1 node1-lo cpu 4 in 0-2, 2 in 3 4 14 448 MiB 1 GiB 44%",
         "all 28 896 MiB 2 GiB 44%",
     ]
+
+
+def test_the_plan_shows_the_numbers_of_copies() -> None:
+    slots = [HostSlot(f"h{i}", "g", "cpu", "n", 2**30, 4) for i in range(3)]
+    layers = [MoeLayer(i, 4, 1) for i in range(4)]
+
+    def shown(replicas: object) -> str:
+        settings = PlacementConfig.model_validate({"replicas": replicas})
+        counts = {layer.index: [0, 0, layer.index % 2, 1] for layer in layers}
+        return lines(plan_table(plan(layers, slots, settings, item_bytes=2, counts=counts), slots, []))[-1]
+
+    assert shown(1).startswith("all 16 ")
+    assert shown(2).startswith("all 2 copies 32 ")
+    assert shown({"layers": {2: 2}}).startswith(
+        "all 1 copy of 4 in 0-1; 2 copies of 4 in 2; 1 copy of 4 in 3"
+    )
+    hottest = {"share": 0.25, "replicas": 3, "counts": "-"}
+    assert shown({"default": 2, "hottest": hottest}).startswith("all 2 copies of 3, 3 of 1 in 0-3 36 ")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from cluster.checkpoint import Checkpoint
 from cluster.config import Config
-from cluster.errors import CheckpointError, PlacementError
+from cluster.errors import CheckpointError, ConfigError, PlacementError
 from cluster.messages import NodeInfo
 from cluster.table import PlacementTable
 from tests.tiny_models import make_tiny
@@ -110,6 +111,18 @@ def test_a_host_that_the_plan_gives_nothing_is_not_started(checkpoint: Checkpoin
     assert len(made.slots) == experts + 1
     assert len(made.deployment.hosts) == experts
     assert all(any(spec.experts.values()) for spec in made.deployment.hosts)
+
+
+def test_the_hottest_experts_are_held_more_often(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    file = tmp_path / "counts.json"
+    hottest = {"share": 0.25, "replicas": 3, "counts": str(file)}
+    settings = config(hosts=[{"count": 3}], placement={"replicas": {"default": 2, "hottest": hottest}})
+    with pytest.raises(ConfigError, match=r"counts\.json cannot be read: No such file"):
+        planned(settings, checkpoint)
+    file.write_text(json.dumps({"0": [9, 1, 1, 1, 1, 1, 1, 9], "1": [1, 1, 1, 9, 9, 1, 1, 1]}))
+    table = PlacementTable.from_json(planned(settings, checkpoint).deployment.table)
+    thrice = {layer: [e for e in range(8) if len(table.replicas(layer, e)) == 3] for layer in (0, 1)}
+    assert thrice == {0: [0, 7], 1: [3, 4]}
 
 
 def test_experts_that_do_not_fit_are_refused_with_the_number(checkpoint: Checkpoint) -> None:
