@@ -235,17 +235,18 @@ class Controller:
             state, actions = repair.step(self._wanted(), self._repair, seen, self._clock())
             if state is self._repair and not actions:
                 return
-            deployment = self._deployment
+            deployment, known = self._deployment, self._repair.hosts
             for action in actions:
                 if isinstance(action, Publish):
                     table = PlacementTable.from_json(deployment.table).next_epoch(hosts=action.hosts)
                     assert table.epoch == action.epoch
                     deployment = replace(deployment, table=table.to_json())
-            if actions or replace(state, nodes=None) != replace(self._repair, nodes=None):
+            if replace(state, nodes=None) != replace(self._repair, nodes=None):
                 self._save(deployment, state)
             self._repair = state
             for host_id, host in state.hosts.items():
-                if host.phase not in RUNNING:
+                if host.phase not in RUNNING or host.generation != known[host_id].generation:
+                    # What is at hand is of a launch that is over.
                     self._running.pop(host_id, None)
             for action in actions:
                 if isinstance(action, Launch):
