@@ -13,7 +13,7 @@ Shape suffixes: T = tokens of the step, K = top-k, H = hidden size, E = experts 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import monotonic, perf_counter_ns
 
 import numpy as np
@@ -55,6 +55,8 @@ class Dispatcher:
     `layout.max_rows` bounds one message; longer batches go in several rounds. `deadline_s` is the longest wait
     for an answer that nobody else can give, `min_deadline_s` the shortest after which a late host's rows are sent
     to another replica. `on_outage` is told of rows that nobody could answer for; the default raises HostError.
+    `keep_off` is told who owns what whenever that changes, and says whether the router now keeps off experts that
+    have no owner: rows count as degraded meanwhile.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Dispatcher:
         min_deadline_s: float = 0.01,
         drop: bool = False,
         on_outage: Callable[[Outage], None] = _raise_outage,
+        keep_off: Callable[[Mapping[int, Owners]], bool] | None = None,
     ) -> None:
         self.layout = layout
         self._max_rows = layout.max_rows
@@ -82,6 +85,8 @@ class Dispatcher:
         self._links: dict[str, HostLink] = {}
         self._latency: dict[str, Latency] = {}
         self._redialled: dict[str, float] = {}
+        self._on_outage, self._keep_off = on_outage, keep_off
+        self._keeps_off = False
         self._rescue = Rescue(self, drop=drop, on_outage=on_outage)
         self.set_route(route)
 
@@ -231,6 +236,8 @@ class Dispatcher:
             if all(only in hosts for experts in self.route.replicas.values() for hosts in experts):
                 self._only = self._ordered[only]
                 self._only.set_deadline(self.deadline_s)
+        if self._keep_off is not None:
+            self._keeps_off = self._keep_off({layer: self.owners(layer) for layer in self.route.replicas})
         self.stats.ejected = len(self.route.hosts) - len(self._asked) - len(self._suspected)
 
     def _catch_up(self) -> None:
@@ -354,6 +361,10 @@ class Dispatcher:
                 refusing = self.asked if isinstance(error, HostError) else frozenset()
                 self._rescue(operands, [], [], refusing, error)
         stats = self.stats
+        if self._keeps_off:
+            stats.degraded_rows += rows
+            reason = "some experts have no living host; the router chose among the others"
+            self._on_outage(Outage(layer, tuple(range(first_row, first_row + rows)), reason, degraded=True))
         stats.dispatches += 1
         stats.rows += rows
         stats.nanoseconds += perf_counter_ns() - started

@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Generator, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from actors import openmp
 from actors.buffers import Layout
 from actors.dispatch import Dispatcher
 from actors.outages import Outages
+from actors.reroute import install, keep_off
 from actors.rescue import Outage
 from actors.route import route_from_table
 from cluster.checkpoint import Checkpoint
@@ -48,7 +50,7 @@ from cluster.table import PlacementTable
 log = structlog.get_logger()
 
 LOAD_FORMAT = "expertmesh"
-ENABLED = {"expertmesh": True}
+ENABLED: dict[str, Any] = {"expertmesh": True}
 """vLLM's `additional_config` for a mesh engine. vLLM hashes it into the key of its compilation cache, so
 nothing that differs from start to start may stand in it; that travels in the environment."""
 SETTINGS_VARIABLE = "EXPERTMESH_ENGINE_SETTINGS"
@@ -202,8 +204,9 @@ class MeshModelLoader(DefaultModelLoader):
         settings, key = _read_environment()
         model = super().load_model(vllm_config, model_config, prefix)
         _check_coverage(model, settings)
+        masks = install(model) if settings.no_replica == "reroute" else {}
         if settings.table:
-            _connect(settings, key)
+            _connect(settings, key, masks)
         return model
 
 
@@ -228,7 +231,7 @@ def _check_coverage(model: nn.Module, settings: EngineSettings) -> None:
         )
 
 
-def _connect(settings: EngineSettings, key: bytes) -> None:
+def _connect(settings: EngineSettings, key: bytes, masks: dict[int, torch.Tensor]) -> None:
     global _dispatcher
     table = PlacementTable.from_json(settings.table)
     _dispatcher = Dispatcher(
@@ -239,8 +242,10 @@ def _connect(settings: EngineSettings, key: bytes) -> None:
         key=key,
         deadline_s=settings.deadline_s,
         min_deadline_s=settings.min_deadline_s,
-        drop=settings.no_replica == "drop",
+        # A row whose expert is lost while the router has chosen it already can only be computed without.
+        drop=settings.no_replica != "fail",
         on_outage=outages.note,
+        keep_off=partial(keep_off, masks) if masks else None,
     )
     _dispatcher.connect(settings.connect_timeout_s)
 

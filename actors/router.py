@@ -250,7 +250,8 @@ def engine_arguments(spec: RouterSpec) -> dict[str, Any]:
         "load_format": LOAD_FORMAT,
         "worker_extension_cls": "actors.engine_plugin.WorkerExtension",
         "scheduler_cls": "actors.engine_scheduler.MeshScheduler",
-        "additional_config": ENABLED,
+        # The policy is part of the compiled model where it masks the router, so it must be part of its key.
+        "additional_config": {**ENABLED, "no_replica": spec.settings.no_replica},
         **spec.engine,
     }
 

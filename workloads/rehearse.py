@@ -90,6 +90,7 @@ def _key(spec: RouterSpec) -> str:
         sys.version,
         flags,
         spec.settings.model,
+        spec.settings.no_replica,
         sorted(spec.engine.items()),
     ]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:32]
