@@ -177,6 +177,7 @@ def _bring_up(
         application = serve_application(
             router_spec(config, print_),
             partial(ray_controller.published_table, namespace, _START_TIMEOUT_S),
+            partial(ray_controller.next_table, namespace),
             replicas=config.engine.replicas,
             options=replica_options(config, print_.engine_node.node_id),
         )
