@@ -128,7 +128,7 @@ class Controller:
             with self._change:
                 for host_id, known in self._repair.hosts.items():
                     if known.phase in RUNNING and host_id not in self._running:
-                        self._find(host_id, known.generation, "it died while the controller was away")
+                        self._find(host_id, known.generation, "no process of it was found")
                 running = dict(self._running)
             for host_id, (host, answer) in self._rounds.ask(running).items():
                 with self._change:

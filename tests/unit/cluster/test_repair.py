@@ -124,6 +124,14 @@ def test_a_launch_that_died_does_not_become_ready_by_a_late_message(mesh: Mesh) 
     assert mesh.state.table["a"] is None
 
 
+def test_a_death_that_is_told_twice_is_one_crash(mesh: Mesh) -> None:
+    mesh.dead("a")
+    mesh.dead("a")
+    before = mesh.state
+    assert mesh.dead("a", after_s=0.5) == ()
+    assert mesh.state is before and mesh.state.hosts["a"].crashes == 2
+
+
 def test_pauses_double_up_to_the_longest(mesh: Mesh) -> None:
     mesh.dead("a")
     for crashes, pause in enumerate((1, 2, 4, 8, 10, 10), 2):
