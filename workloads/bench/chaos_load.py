@@ -158,6 +158,8 @@ async def ask(client: httpx.AsyncClient, url: str, model: str, prompt: Prompt, l
             outcome, reason = await _listen(request, heard, prompt.wanted)
     except TimeoutError:
         outcome, reason = "timeout", f"no end within {load.request_timeout:g} s"
+    except ValueError as error:
+        outcome, reason = "event", f"not JSON: {error}"
     except httpx.ConnectError as error:
         outcome, reason = "unreachable", str(error)
     except httpx.HTTPError as error:
@@ -181,22 +183,24 @@ async def _listen(
         if response.status_code != 200:
             text = (await response.aread()).decode(errors="replace")
             return ("refused" if response.status_code == 503 else "status"), f"{response.status_code} {text}"
-        async for line in response.aiter_lines():
-            hear(line, time.monotonic_ns(), heard)
+        rest = b""
+        # Not by httpx's lines, which end at every character that Unicode takes for a line's end: tokens may be one.
+        async for data in response.aiter_bytes():
+            now_ns = time.monotonic_ns()
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                hear(line.rstrip(b"\r"), now_ns, heard)
     return judge(heard, wanted)
 
 
-def hear(line: str, now_ns: int, heard: _Heard) -> None:
-    """Take one line of a stream of events."""
-    if line == "data: [DONE]":
+def hear(line: bytes, now_ns: int, heard: _Heard) -> None:
+    """Take one line of a stream of events; ValueError if it is an event that is no JSON."""
+    if line == b"data: [DONE]":
         heard.done = True
         return
-    if not line.startswith("data: {"):
+    if not line.startswith(b"data: {"):
         return
-    try:
-        event = json.loads(line[len("data: ") :])
-    except ValueError:
-        return  # cut off by the end of the connection, which is judged by itself
+    event = json.loads(line[len(b"data: ") :])
     if "error" in event:
         error = event["error"]
         heard.error = error if isinstance(error, dict) else {"message": str(error)}

@@ -211,8 +211,8 @@ def _summary(
     restored: int | None,
     counted: tuple[Mapping[str, Any], Mapping[str, Any]],
 ) -> Run:
-    times = [fault.at_ns for fault in struck]
-    first, last = times[0], times[-1]
+    times = [fault.at_ns for fault in struck if fault.event.hurts]
+    first, last = struck[0].at_ns, struck[-1].at_ns
     window = scenario.checks.window
     gaps = statistics.gaps(answers)
     hurt = statistics.in_window(gaps, first, None if window is None else last + int(window * 1e9))
@@ -227,9 +227,9 @@ def _summary(
         begin_ns=begin_ns,
         faults=tuple(struck),
         outcomes=statistics.outcomes(answers),
-        reasons=statistics.reasons(answers),
+        reasons=[*statistics.reasons(answers), *([] if restored else [f"not whole: {_state(watcher)}"])],
         changed_tokens=statistics.changed_tokens(answers, expected),
-        streams_hit=min(statistics.under_way(answers, at_ns) for at_ns in times),
+        streams_hit=min((statistics.under_way(answers, at_ns) for at_ns in times), default=0),
         longest_gap_ms=longest,
         added_gap_ms=None if longest is None else max(0.0, longest - expected.gap_p99_ms),
         itl_p99_ratio=_ratio(hurt, expected),
@@ -250,6 +250,14 @@ def _summary(
         plotted=statistics.plotted_gaps(gaps, begin_ns),
         unstable_prompts=expected.unstable_prompts,
     )
+
+
+def _state(watcher: Watcher) -> str:
+    """What the mesh said last of its hosts and its engine."""
+    hosts, stats = watcher.hosts[-1].value if watcher.hosts else None, watcher.stats[-1].value
+    down = "the controller does not answer" if hosts is None else [h for h, pid in hosts.items() if not pid]
+    ejected = "the engine does not answer" if stats is None else f"{stats.get('ejected')} ejected"
+    return f"hosts not ready: {down or 'none'}; {ejected}"
 
 
 def _ratio(hurt: Sequence[Gap], expected: Reference) -> float | None:

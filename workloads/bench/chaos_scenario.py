@@ -143,6 +143,11 @@ class Planned:
     value: float | None
 
     @property
+    def hurts(self) -> bool:
+        """Whether it is a fault, not the end of one."""
+        return self.action != "continue" and not (self.name == "slow" and self.value == 1)
+
+    @property
     def target(self) -> str:
         """Whom it befalls, for people."""
         return self.host or self.process or ""

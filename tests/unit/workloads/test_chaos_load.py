@@ -73,8 +73,12 @@ def asked(url: str, load: Load = LOAD) -> Answer:
 
 
 GOOD = [event(7), event(8, 9), DONE]
+# Characters at which str.splitlines splits, in an event and at the border of two chunks.
+ODD = 'data: {"choices": [{"token_ids": [8, 9], "text": "\u2028\x85"}]}\n\n'.encode()
 CASES = {
     "good": (200, GOOD, True, "ok", (7, 8, 9)),
+    "odd characters": (200, [event(7), ODD[:50], ODD[50:], DONE], True, "ok", (7, 8, 9)),
+    "no JSON": (200, [event(7), b"data: {oops\n\n", DONE], True, "event", (7,)),
     "done too early": (200, [event(7), DONE], True, "short", (7,)),
     "too many": (200, [event(7, 8, 9, 10), DONE], True, "short", (7, 8, 9, 10)),
     "cut off": (200, [event(7)], False, "broken", (7,)),

@@ -63,6 +63,12 @@ def test_a_seed_decides_times_and_targets(seed: int) -> None:
     assert (controller.at_s, controller.target, controller.host) == (8, "controller", None)
 
 
+def test_the_end_of_a_fault_is_none() -> None:
+    found = {name: [event.hurts for event in plan(load_scenario(name), HOSTS, 0)] for name in shipped()}
+    assert found["freeze-host"] == found["slow-host"] == [True, False]
+    assert found["kill-two-hosts"] == [True, True]
+
+
 def test_seeds_differ_and_hit_every_host() -> None:
     planned = [plan(scenario(), HOSTS, seed)[0] for seed in range(40)]
     assert {event.host for event in planned} == set(HOSTS)
