@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from cluster.config import LoadedConfig, load_config
 from cluster.errors import ExpertmeshError
@@ -243,9 +244,9 @@ def main() -> None:
     try:
         app()
     except ExpertmeshError as error:
-        err.print(f"[bold red]error:[/] {error.message}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
         if error.hint:
-            err.print(f"  {error.hint}", highlight=False, soft_wrap=True)
+            err.print(f"  {escape(error.hint)}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         err.print("interrupted")

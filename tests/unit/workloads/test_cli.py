@@ -142,6 +142,17 @@ def test_a_mistake_is_one_message_and_exit_code_1(
     assert ended.out == ""
 
 
+def test_a_message_in_square_brackets_is_shown_whole(tmp_path: Path) -> None:
+    """Brackets are markup to the library that prints; a key path or a folder may have them."""
+    missing = tmp_path / "[bold]here"
+    command = Path(sys.executable).parent / "expertmesh"
+    ended = subprocess.run(
+        [command, "model", "inspect", missing], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 1
+    assert "[bold]here" in ended.stderr
+
+
 def test_the_installed_command_ends_with_the_same_message(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "workloads.cli", "config", "show", "--config", "absent.yaml"],
