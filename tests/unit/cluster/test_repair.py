@@ -149,6 +149,8 @@ def test_crashes_are_forgotten_after_a_quiet_time(mesh: Mesh) -> None:
     mesh.see(Tick(), 1)
     mesh.ready("a")
     mesh.see(Tick(), 59)
+    # That it is ready is told all the time.
+    assert mesh.ready("a") == ()
     assert mesh.state.hosts["a"].crashes == 2
     mesh.see(Tick(), 1)
     assert (mesh.state.hosts["a"].crashes, mesh.state.hosts["a"].reason) == (0, "")
