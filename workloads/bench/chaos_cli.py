@@ -81,7 +81,7 @@ def run(
     from workloads.bench.chaos_mesh import own_cluster
     from workloads.bench.chaos_report import missed, report, show
     from workloads.bench.chaos_run import Model, measure
-    from workloads.bench.chaos_server import terminable
+    from workloads.bench.chaos_server import steadfast
     from workloads.bench.report import now, write
     from workloads.logs import configure
     from workloads.progress import stages
@@ -102,7 +102,7 @@ def run(
     )
     served = Model(name, int(checkpoint.text_config["vocab_size"]))
     numbers = range(seed_base, seed_base + seeds)
-    with terminable():
+    with steadfast():
         runs, fault_free = measure(
             scenarios,
             numbers,

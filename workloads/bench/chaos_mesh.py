@@ -77,6 +77,7 @@ class Mesh:
     def pids(self, planned: tuple[Planned, ...]) -> dict[str, int]:
         """The pid of every target, looked up before the first fault. ExpertmeshError if one isn't there."""
         hosts, found = self.hosts() or {}, {}
+        self._child.family()  # so that what they leave is known to be theirs
         for event in planned:
             pid = hosts.get(event.host) if event.host else self._pid(event.process or "")
             if pid is None:

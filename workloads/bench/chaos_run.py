@@ -55,8 +55,11 @@ class Run:
     changed_tokens: int
     streams_hit: int
     """How many streams were under way at each fault, at the least."""
+    gap_before_ms: float | None
+    """The longest gap of the same run before the first fault: what the machine does by itself."""
     longest_gap_ms: float | None
     added_gap_ms: float | None
+    longest_first_token_ms: float | None
     itl_p99_ratio: float | None
     detect_ms: float | None
     reroute_ms: float | None
@@ -230,8 +233,10 @@ def _summary(
         reasons=[*statistics.reasons(answers), *([] if restored else [f"not whole: {_state(watcher)}"])],
         changed_tokens=statistics.changed_tokens(answers, expected),
         streams_hit=min((statistics.under_way(answers, at_ns) for at_ns in times), default=0),
+        gap_before_ms=max((gap.ms for gap in gaps if gap.to_ns <= first), default=None),
         longest_gap_ms=longest,
         added_gap_ms=None if longest is None else max(0.0, longest - expected.gap_p99_ms),
+        longest_first_token_ms=statistics.longest_first_token_ms(answers, first),
         itl_p99_ratio=_ratio(hurt, expected),
         detect_ms=statistics.first_after([s.get("last_detect_monotonic_ns") for s in samples], times),
         reroute_ms=statistics.first_after([s.get("last_reroute_monotonic_ns") for s in samples], times),

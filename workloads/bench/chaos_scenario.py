@@ -88,6 +88,7 @@ class Checks(_Section):
     """Streams that ended like good ones with too few tokens."""
     changed_tokens: Limit | None = 0
     added_gap_p99_ms: Limit | None = None
+    longest_first_token_ms: Limit | None = None
     itl_p99_ratio: Limit | None = None
     """p99 of the gaps from the first fault on, over that of the fault-free run."""
     first_refusal_ms: Limit | None = None

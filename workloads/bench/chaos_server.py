@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,12 @@ _END_S = 90.0
 # Ray's processes see their parent's end within a few seconds; on busy cores later.
 _LINGER_S = 30.0
 _POLL_S = 0.1
+# 1 is PR_SET_PDEATHSIG: a harness that is killed can't end its server, which then ends by itself.
+_SERVE = (
+    f"import ctypes; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); "
+    "from workloads.cli import main; main()"
+)
+_OPENMP = "__KMP_REGISTERED_LIB_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,7 @@ class ServerChild:
         self._mark = uuid.uuid4().hex
         self._shared_memory = shared_memory()
         self._stopped: set[int] = set()
+        self._known: set[int] = set()
         self._left: Left | None = None
         self._log = folder / "serve.log"
         file = folder / "mesh.yaml"
@@ -60,7 +67,7 @@ class ServerChild:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("EXPERTMESH__")}
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "workloads.cli", "serve", "--config", str(file)],
+                [sys.executable, "-c", _SERVE, "serve", "--config", str(file)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -75,6 +82,7 @@ class ServerChild:
         while True:
             for run in run_file.running():
                 if run.pid == self.process.pid:
+                    self.family()
                     return run
             if self.process.poll() is not None:
                 raise HostError(
@@ -86,7 +94,9 @@ class ServerChild:
 
     def family(self) -> list[psutil.Process]:
         """Every process of it that lives."""
-        return [process for process in psutil.process_iter() if _carries(process, self._mark)]
+        found = [process for process in psutil.process_iter() if _carries(process, self._mark)]
+        self._known.update(process.pid for process in found)
+        return found
 
     def titled(self, title: str) -> int | None:
         """The pid of the process of the family that calls itself so (Ray's actors: `ray::Class`)."""
@@ -125,6 +135,7 @@ class ServerChild:
         for pid in list(self._stopped):
             with contextlib.suppress(ExpertmeshError):
                 self.signal(pid, signal.SIGCONT)
+        self.family()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -138,7 +149,10 @@ class ServerChild:
                 names.append(" ".join(process.cmdline())[:80] or process.name())
                 process.kill()
         self.process.wait(_END_S)
-        self._left = Left(tuple(names), tuple(sorted(shared_memory() - self._shared_memory)))
+        fresh = shared_memory() - self._shared_memory
+        self._left = Left(
+            tuple(names), tuple(sorted(name for name in fresh if not foreign(name, self._known)))
+        )
         return self._left
 
 
@@ -155,17 +169,24 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """Let SIGTERM interrupt the block as Ctrl-C does."""
+def steadfast() -> Iterator[None]:
+    """Let SIGTERM interrupt the block as Ctrl-C does, and no broken connection end the program.
+
+    The command line lets SIGPIPE end it, which a server that was killed would cause here.
+    """
 
     def handle(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, handle)
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, handle),
+        signal.SIGPIPE: signal.signal(signal.SIGPIPE, signal.SIG_IGN),
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def last_words(log: str) -> str:
@@ -175,6 +196,15 @@ def last_words(log: str) -> str:
     if errors:
         return "\n".join([lines[errors[-1]].removeprefix("error:").strip(), *lines[errors[-1] + 1 :]])
     return "\n  ".join(lines[-6:]) or "it said nothing"
+
+
+def foreign(name: str, known: Container[int]) -> bool:
+    """Whether an entry of /dev/shm tells that a process made it that is none of `known`.
+
+    Intel's OpenMP runtime keeps one for each process on the machine that uses it.
+    """
+    parts = name.removeprefix(_OPENMP).split("_")
+    return name.startswith(_OPENMP) and parts[0].isdecimal() and int(parts[0]) not in known
 
 
 def shared_memory() -> set[str]:

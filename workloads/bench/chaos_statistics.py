@@ -70,6 +70,12 @@ def in_window(found: Iterable[Gap], from_ns: int, to_ns: int | None) -> list[Gap
     return [gap for gap in found if gap.to_ns > from_ns and (to_ns is None or gap.from_ns < to_ns)]
 
 
+def longest_first_token_ms(answers: Iterable[Answer], fault_ns: int) -> float | None:
+    """The longest wait for an answer's first token that ended after the fault; None if there is none."""
+    waits = [a.times_ns[0] - a.sent_ns for a in answers if a.times_ns and a.times_ns[0] > fault_ns]
+    return max(waits) / 1e6 if waits else None
+
+
 def under_way(answers: Iterable[Answer], fault_ns: int) -> int:
     """Streams that had begun and not ended at that time: where there is none, no gap can be seen."""
     return sum(bool(a.times_ns) and a.times_ns[0] <= fault_ns < a.ended_ns for a in answers)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from cluster.errors import ConfigError, ExpertmeshError
 from workloads.bench import chaos_server
-from workloads.bench.chaos_server import MARK, ServerChild, last_words, terminable
+from workloads.bench.chaos_server import MARK, ServerChild, foreign, last_words, steadfast
 from workloads.cli import app
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -54,7 +54,7 @@ def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerChild]:
     """A server child whose process only sleeps."""
     monkeypatch.setattr(chaos_server, "_LINGER_S", 0.5)
     found = ServerChild.__new__(ServerChild)
-    found._mark, found._stopped, found._left = os.urandom(8).hex(), set(), None
+    found._mark, found._stopped, found._known, found._left = os.urandom(8).hex(), set(), set(), None
     found._shared_memory = chaos_server.shared_memory()
     found.process = subprocess.Popen(SLEEP, env={**os.environ, MARK: found._mark})
     yield found
@@ -93,14 +93,21 @@ def test_strangers_and_the_dead_are_not_signalled(child: ServerChild) -> None:
         child.signal(stranger.pid, signal.SIGKILL)
 
 
-def test_a_termination_interrupts() -> None:
-    with pytest.raises(KeyboardInterrupt), terminable():
+def test_a_termination_interrupts_and_a_broken_pipe_does_not_end_the_program() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGPIPE)}
+    with pytest.raises(KeyboardInterrupt), steadfast():
+        assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN
         os.kill(os.getpid(), signal.SIGTERM)
         signal.sigtimedwait([], 5)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert before == {number: signal.getsignal(number) for number in before}
 
 
 def test_the_last_words_are_the_error() -> None:
     assert last_words("a\nloading\nerror: no room\n  more hosts\n") == "no room\n  more hosts"
     assert last_words("a\nb") == "a\n  b"
     assert last_words("") == "it said nothing"
+
+
+def test_entries_of_other_programs_processes_are_not_ours() -> None:
+    assert foreign("__KMP_REGISTERED_LIB_12_0", {13}) and not foreign("__KMP_REGISTERED_LIB_13_0", {13})
+    assert not foreign("psm_12", {13}) and not foreign("__KMP_REGISTERED_LIB_x", {13})

@@ -37,6 +37,12 @@ def test_a_gap_counts_whole_if_it_overlaps_the_window() -> None:
     assert statistics.in_window(gaps, 10, 20) == [Gap(10, 20)]
 
 
+def test_the_longest_wait_for_a_first_token() -> None:
+    answers = [answer([50, 60]), answer([90, 99]), answer([])]  # all sent at 0
+    longest = statistics.longest_first_token_ms
+    assert [longest(answers, at * MS) for at in (0, 60, 95)] == [90, 90, None]
+
+
 def test_streams_under_way() -> None:
     answers = [answer([1, 2], ended_ms=3), answer([6, 7], ended_ms=8), answer([], ended_ms=9)]
     assert [statistics.under_way(answers, at * MS) for at in (0, 2, 3, 7)] == [0, 1, 0, 1]
