@@ -154,8 +154,18 @@ def test_crashes_are_forgotten_after_a_quiet_time(mesh: Mesh) -> None:
     assert mesh.state.hosts["a"].crashes == 2
     mesh.see(Tick(), 1)
     assert (mesh.state.hosts["a"].crashes, mesh.state.hosts["a"].reason) == (0, "")
-    mesh.dead("b", after_s=100)
-    assert mesh.state.hosts["b"].crashes == 1
+
+
+def test_a_quiet_time_counts_though_nobody_looked_meanwhile(mesh: Mesh) -> None:
+    mesh.dead("a")
+    mesh.ready("a")
+    (publish,) = mesh.dead("a", after_s=59)
+    assert isinstance(publish, Publish) and publish.hosts["a"] is None
+    assert (mesh.state.hosts["a"].phase, mesh.state.hosts["a"].crashes) == (Phase.BACKING_OFF, 2)
+    mesh.see(Tick(), 1)
+    mesh.ready("a")
+    mesh.dead("a", after_s=60)
+    assert (mesh.state.hosts["a"].phase, mesh.state.hosts["a"].crashes) == (Phase.STARTING, 1)
 
 
 def test_starting_for_long_is_not_quiet(mesh: Mesh) -> None:
