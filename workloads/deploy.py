@@ -20,6 +20,7 @@ from cluster.frame import ITEM_BYTES
 from cluster.inventory import slots
 from cluster.messages import EngineSettings, HostSlot, HostSpec, NodeInfo, RouterSpec
 from cluster.placement import Plan, plan
+from cluster.rehome import Limits
 from cluster.replication import read_counts
 from cluster.table import PlacementTable
 from workloads.config_view import show_size
@@ -72,8 +73,12 @@ def blueprint(
             f"{error.hint}; a smaller engine.kv_cache leaves more to the hosts",
         ) from None
     table = PlacementTable.from_plan(placed, manifest=checkpoint.digest, epoch=0)
+    selectors = {group.name: group.selector for group in config.hosts}
     deployment = Deployment(
-        served_name, host_specs(config, checkpoint, dtype, chosen, placed, nodes), table.to_json()
+        served_name,
+        host_specs(config, checkpoint, dtype, chosen, placed, nodes),
+        table.to_json(),
+        Limits({slot.host_id: selectors[slot.group] for slot in chosen}, {engine.node_id: reserved}),
     )
     return Blueprint(checkpoint, dtype, served_name, engine, chosen, placed, deployment)
 

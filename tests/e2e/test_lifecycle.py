@@ -43,7 +43,7 @@ def test_a_host_dies_then_the_server(tiny_model: Path, tmp_path: Path) -> None:
         after = wait_for(lambda: _hosts(program, tmp_path / "after"), 60, "both hosts to be ready")
         assert after["local-1"]["pid"] != victim and after["local-0"]["pid"] == before["local-0"]["pid"]
         stats = httpx.get(f"{program.url}/expertmesh/stats", timeout=60).json()
-        assert stats["lost"] >= 1 and stats["failovers"] >= 1
+        assert stats["lost"] >= 1
         assert httpx.get(f"{program.url}/ready", timeout=60).status_code == 200
 
         os.kill(program.process.pid, signal.SIGKILL)

@@ -281,3 +281,17 @@ def test_the_engine_s_waiting_threads_do_not_hold_their_cores() -> None:
     assert "OMP_WAIT_POLICY" not in environment
     assert environment["VLLM_USE_AOT_COMPILE"] == "0"
     assert all(isinstance(value, str) for value in environment.values())
+
+
+def test_a_moved_host_keeps_to_its_groups_nodes_and_off_the_engines_memory(checkpoint: Checkpoint) -> None:
+    settings = config(hosts=[{"name": "a"}, {"name": "b", "selector": {"zone": "!x"}}])
+    made = planned(settings, checkpoint, 2)
+    limits = made.deployment.limits
+    assert limits.selectors == {"a-0": {}, "b-0": {"zone": "!x"}}
+    assert limits.reserved_bytes == {made.engine_node.node_id: engine_memory(settings, checkpoint, "float32")}
+
+
+def test_the_engine_is_told_what_to_do_without_a_replica(checkpoint: Checkpoint) -> None:
+    settings = config(placement={"no_replica": "drop"}, data_plane={"min_deadline": "20ms"})
+    told = router_spec(settings, planned(settings, checkpoint)).settings
+    assert (told.no_replica, told.min_deadline_s) == ("drop", 0.02)
