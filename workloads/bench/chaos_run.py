@@ -169,7 +169,7 @@ def run_once(mesh: Mesh, watcher: Watcher, scenario: Scenario, seed: int, expect
             struck.append(Struck(event, at_ns))
 
     answers = asyncio.run(under_faults(mesh.url, mesh.name, load, streams, faults))
-    dead = frozenset(pids[event.target] for event in planned if event.action == "kill")
+    dead = frozenset(pids[event.target] for event in planned if event.kills)
     restored = _wait_whole(mesh, watcher, struck[-1].at_ns, dead, scenario.recovery)
     after = mesh.stats() or {}
     if restored is not None:
@@ -246,7 +246,8 @@ def _summary(
         whole=restored is not None,
         engine_restarts=None if None in both else int(both[0] != both[1]),
         counters={
-            key: after[key] - before.get(key, 0)
+            # Another engine began to count anew.
+            key: after[key] - (before.get(key, 0) if both[0] == both[1] else 0)
             for key in ("reconnects", "failovers", "hedges", "late_answers")
             if key in after
         },
