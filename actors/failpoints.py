@@ -1,4 +1,4 @@
-"""Faults that a test may switch on in a host: now, computing slowly.
+"""Faults that a test may switch on in a host: computing slowly, and taking memory.
 
 Only with EXPERTMESH_FAILPOINTS=1 in the host's environment; nothing of this is in a host's way otherwise,
 since a layer's `compute` is replaced only while a failpoint is on.
@@ -13,7 +13,7 @@ from typing import Protocol
 from cluster.errors import HostError
 
 VARIABLE = "EXPERTMESH_FAILPOINTS"
-NAMES = ("slow", "slow_floor_ms")
+NAMES = ("slow", "slow_floor_ms", "hoard_mib")
 
 
 class Layer(Protocol):
@@ -31,7 +31,7 @@ class Failpoints:
     """The failpoints of one host.
 
     `slow` is a factor: each compute takes that many times its time, at least `slow_floor_ms` milliseconds;
-    `slow` = 1 turns both off.
+    `slow` = 1 turns both off. `hoard_mib` is memory that the host takes and keeps, until it is set to 0.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Failpoints:
         self._enabled = enabled(environ)
         self._clock, self._sleep = clock, sleep
         self._floor_s = 0.0
+        self._hoard = b""
         self._own: dict[int, tuple[Layer, Callable[..., None]]] = {}
 
     def set(self, layers: Iterable[Layer], name: str, value: float) -> None:
@@ -55,6 +56,10 @@ class Failpoints:
             if value < 0:
                 raise HostError(f"failpoint slow_floor_ms = {value:g}: below zero")
             self._floor_s = value / 1e3
+            return
+        if name == "hoard_mib":
+            # Not zeros, which the kernel would not give memory for.
+            self._hoard = b"x" * (int(value) << 20)
             return
         if value < 1:
             raise HostError(f"failpoint slow = {value:g}: a host can't be made faster", "1 turns it off")

@@ -11,10 +11,11 @@ from typing import Any, Final
 
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ActorUnschedulableError, RayTaskError
+from ray.experimental import internal_kv
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors import failpoints, openmp
+from actors import failpoints, memory_guard, openmp
 from cluster.auth import data_plane_key
 from cluster.compute_environment import compute_environment
 from cluster.messages import HostProgress, HostReport, HostSpec, NodeInfo
@@ -23,6 +24,7 @@ from cluster.repair_state import HostDead, HostFailed, HostReady
 
 _PREFIX = "host:"
 # How Ray tells that a process was killed or crashed: its connection ended.
+_LAST_WORDS: Final = b"expertmesh:last-words:"
 _NO_WORD: Final = "connection error code 2. End of file"
 
 
@@ -35,6 +37,8 @@ class HostActor:
     """Ray's view of an ExpertHost. Loading starts at once; `progress` tells when it is done."""
 
     def __init__(self, spec: HostSpec) -> None:
+        if spec.memory_limit_bytes:
+            memory_guard.guard(spec.memory_limit_bytes, _die)
         openmp.load()
         # Only the host itself needs torch; the controller and the command line use this module too.
         from actors.expert_host import ExpertHost
@@ -80,7 +84,8 @@ class RayHost:
                 report = self.report(timeout_s)
                 self._ready = HostReady(self.host_id, self.generation, report.address, report.weight_bytes)
         except (ActorDiedError, ActorUnschedulableError) as error:
-            return HostDead(self.host_id, self.generation, cause_of_death(str(error)))
+            reason = _last_words(self.host_id, self.generation) or cause_of_death(str(error))
+            return HostDead(self.host_id, self.generation, reason)
         except (ActorUnavailableError, TimeoutError, RayTaskError):
             return None
         return self._ready
@@ -145,6 +150,19 @@ def cause_of_death(told: str) -> str:
         return f"its process {pid} was killed or crashed"
     # Behind this come guesses at the cause.
     return lines[-1].rpartition("Worker exit detail: ")[2].partition(" Some common causes")[0]
+
+
+def _die(reason: str) -> None:
+    """End this process at once, as a kill would, but leave the reason for the controller to find."""
+    name = ray.get_runtime_context().get_actor_name() or ""
+    internal_kv._internal_kv_put(_LAST_WORDS + name.encode(), reason.encode(), overwrite=True)
+    os._exit(1)
+
+
+def _last_words(host_id: str, generation: int) -> str:
+    """Why a launch ended itself; nothing if it left no word."""
+    words = internal_kv._internal_kv_get(_LAST_WORDS + _name(host_id, generation).encode())
+    return words.decode() if words else ""
 
 
 def _first_line(text: str) -> str:

@@ -67,6 +67,7 @@ class HostGroup(_Section):
     count: Count = 1
     device: Literal["cpu", "cuda"] = "cpu"
     memory: AutoSize = "auto"
+    memory_limit: Size | None = None
     threads: AutoCount = "auto"
     selector: dict[str, str] = {}
     kernel: Literal["auto", "vllm-cpu", "grouped-mm", "module", "noop"] = "auto"

@@ -116,6 +116,8 @@ class HostSpec:
     tcp_ip: str
     """Address to listen on for engines of other nodes; empty for none."""
     tcp_port: int
+    memory_limit_bytes: int = 0
+    """Most that the process may take; 0 for no limit."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,6 +130,7 @@ def host_specs(
     """One specification per host that has experts."""
     ip = {node.node_id: node.ip for node in nodes}
     kernel = {group.name: group.kernel for group in config.hosts}
+    limit = {group.name: group.memory_limit for group in config.hosts}
     tcp = config.data_plane.tcp == "always" or (
         config.data_plane.tcp == "auto" and len({node.node_id for node in nodes}) > 1
     )
@@ -150,6 +151,7 @@ def host_specs(
             unix=f"expertmesh-{run}-{slot.host_id}",
             tcp_ip=ip[slot.node_id] if tcp else "",
             tcp_port=0,
+            memory_limit_bytes=limit[slot.group] or 0,
         )
         for slot in chosen
         if placed.assignments.get(slot.host_id)

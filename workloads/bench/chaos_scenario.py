@@ -58,7 +58,7 @@ class Event(_Section):
     process: Process | None = None
     at: Window | None = None
     after: Duration | None = None
-    name: Literal["slow", "slow_floor_ms"] | None = None
+    name: Literal["slow", "slow_floor_ms", "hoard_mib"] | None = None
     value: Limit | None = None
 
     @model_validator(mode="after")
@@ -147,6 +147,11 @@ class Planned:
     def hurts(self) -> bool:
         """Whether it is a fault, not the end of one."""
         return self.action != "continue" and not (self.name == "slow" and self.value == 1)
+
+    @property
+    def kills(self) -> bool:
+        """Whether its target is a process that will not live on."""
+        return self.action == "kill" or self.name == "hoard_mib"
 
     @property
     def target(self) -> str:
