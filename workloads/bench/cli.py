@@ -1,4 +1,4 @@
-"""`expertmesh bench dispatch | serve`."""
+"""`expertmesh bench dispatch | serve | replicas`."""
 
 from __future__ import annotations
 
@@ -79,5 +79,60 @@ def serve(
     if json_:
         write(report, json_)
     show(report, err if json_ == "-" else Console())
+    if check and any(bar["met"] is False for bar in report["bars"].values()):
+        raise typer.Exit(1)
+
+
+@bench_app.command()
+def replicas(
+    json_: JsonFile = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of both servers at each concurrency.")] = 10,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens per answer.")] = 48,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Checkpoint folder, or 'default'.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65534, help="Port of the first server; the other has the next (default: free ones)."
+        ),
+    ] = None,
+    seed: Seed = 0,
+    check: Check = False,
+) -> None:
+    """What a second replica of every expert costs while nothing fails: one and two of them, asked in turn."""
+    from cluster.config import load_config
+    from cluster.errors import ConfigError
+
+    flags = {"model.path": model, "model.dtype": dtype}
+    loaded = load_config(config, flags, os.environ, {"model.path": "--model", "model.dtype": "--dtype"})
+    # Told now, not after minutes of measuring.
+    if json_ not in (None, "-") and not Path(json_ or "").parent.is_dir():
+        raise ConfigError(f"--json {json_} can't be written: no such folder", "name a folder that exists")
+
+    from workloads.bench.chaos_server import steadfast
+    from workloads.bench.replicas import Settings, check_comparable, measure, opened, show
+    from workloads.bench.report import write
+    from workloads.console import console
+    from workloads.logs import configure
+    from workloads.progress import stages
+
+    check_comparable(loaded.config)
+    configure("warning")
+    err = Console(stderr=True)
+    with stages(err) as progress:
+        served = opened(loaded.config, progress)
+    # Plain lines: a spinner's thread would wake up in the middle of what is measured.
+    with steadfast():
+        report = measure(
+            served,
+            Settings(rounds, tokens, seed, port),
+            lambda text: err.print(text, highlight=False, markup=False),
+        )
+    if json_:
+        write(report, json_)
+    show(report, err if json_ == "-" else console())
     if check and any(bar["met"] is False for bar in report["bars"].values()):
         raise typer.Exit(1)

@@ -6,28 +6,24 @@ whose speed drifts slows both alike; an idle server takes no core. Requests go o
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import itertools
 import os
-import random
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 from rich.console import Console
-from rich.table import Table
 
 from cluster.config import Config
 from cluster.errors import ExpertmeshError
-from workloads.bench.report import Bar, envelope, now, quantiles
+from workloads.bench.load import AllSeries, ask_in_turn, itl_ratio, named, rows, table, throughput_ratio
+from workloads.bench.report import Bar, envelope, now
 from workloads.deploy import attention_arguments, engine_environment
 from workloads.serve import Server, open_model, serving
 
@@ -36,48 +32,25 @@ _START_TIMEOUT_S = 900.0
 _MIB = 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What one block sends: `concurrency` prompts at once of random tokens, as many rounds of it as asked."""
-
-    concurrency: int
-    prompt_tokens: int
-    output_tokens: int
-
-
-@dataclass
-class Series:
-    """What one server did at one concurrency: tokens per second per block, milliseconds between tokens."""
-
-    tokens_per_s: list[float] = field(default_factory=list)
-    itl_ms: list[float] = field(default_factory=list)
-    ttft_ms: list[float] = field(default_factory=list)
-
-
 def measure(config: Config, rounds: int, seed: int, output_tokens: int, progress: Progress) -> dict[str, Any]:
     """Start both servers, ask them in turn, return the report."""
     started_at = now()
     checkpoint, dtype, name = open_model(config, progress)
-    loads = [Load(1, 32, output_tokens), Load(16, 32, output_tokens)]
     with contextlib.ExitStack() as stack:
         mesh = stack.enter_context(serving(config, progress))
         progress("starting stock vLLM", 0.5)
         arguments = {"dtype": dtype, **attention_arguments(checkpoint, dtype)}
         stock_url, stock_pid = stack.enter_context(_stock(config, checkpoint.path, name, arguments))
         urls = {"mesh": mesh.url, "stock": stock_url}
-        series = {(who, load.concurrency): Series() for who in urls for load in loads}
-        generator = random.Random(seed)
-        vocabulary = int(checkpoint.text_config["vocab_size"])
-        for number in range(-1, rounds):
-            for load in loads:
-                prompts = _prompts(generator, load, vocabulary)
-                # Turns begin with one and the other, so that neither always runs on the warmer machine.
-                order = ["mesh", "stock"] if number % 2 else ["stock", "mesh"]
-                for who in order:
-                    block = asyncio.run(_block(urls[who], name, prompts, load))
-                    if number >= 0:  # the first turn warms up
-                        _add(series[who, load.concurrency], block, load)
-            progress("asking in turn", (number + 2) / (rounds + 1))
+        series = ask_in_turn(
+            urls,
+            name,
+            int(checkpoint.text_config["vocab_size"]),
+            rounds=rounds,
+            seed=seed,
+            output_tokens=output_tokens,
+            on_round=lambda over: progress("asking in turn", over / (rounds + 1)),
+        )
         memory = _memory(mesh)
         memory["stock_rss_mb"] = _tree_rss(stock_pid)
     return _report(series, memory, mesh, started_at, seed, rounds)
@@ -85,19 +58,7 @@ def measure(config: Config, rounds: int, seed: int, output_tokens: int, progress
 
 def show(report: dict[str, Any], console: Console) -> None:
     """The report for people."""
-    table = Table(
-        "server", "concurrency", "tokens/s p50", "between tokens ms p50", "p99", "first token ms p50"
-    )
-    for row in report["results"]:
-        table.add_row(
-            row["server"],
-            str(row["concurrency"]),
-            f"{row['tokens_per_s_p50']:.1f}",
-            f"{row['itl_ms_p50']:.1f}",
-            f"{row['itl_ms_p99']:.1f}",
-            f"{row['ttft_ms_p50']:.0f}",
-        )
-    console.print(table)
+    console.print(table(report["results"]))
     for key, bar in report["bars"].items():
         console.print(f"{'met' if bar['met'] else 'missed'}  {key} {bar['value']:.3f} (bar {bar['limit']:g})")
     console.print(
@@ -156,76 +117,20 @@ def _stock(config: Config, path: Path, name: str, arguments: dict[str, str]) -> 
         process.wait()
 
 
-async def _block(
-    url: str, name: str, prompts: list[list[int]], load: Load
-) -> tuple[float, list[list[float]]]:
-    """One turn: all prompts at once. Returns its seconds and per request the times of its tokens."""
-
-    async def request(client: httpx.AsyncClient, prompt: list[int]) -> list[float]:
-        body = {
-            "model": name,
-            "prompt": prompt,
-            "max_tokens": load.output_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-        }
-        times = [time.perf_counter()]
-        async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
-            response.raise_for_status()
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    times.append(time.perf_counter())
-        return times
-
-    async with httpx.AsyncClient(timeout=600) as client:
-        begin = time.perf_counter()
-        times = await asyncio.gather(*(request(client, prompt) for prompt in prompts))
-        return time.perf_counter() - begin, list(times)
-
-
-def _add(series: Series, block: tuple[float, list[list[float]]], load: Load) -> None:
-    seconds, times = block
-    series.tokens_per_s.append(load.concurrency * load.output_tokens / seconds)
-    for request in times:
-        series.ttft_ms.append((request[1] - request[0]) * 1e3)
-        series.itl_ms.extend((b - a) * 1e3 for a, b in itertools.pairwise(request[1:]))
-
-
 def _report(
-    series: dict[tuple[str, int], Series],
+    series: AllSeries,
     memory: dict[str, float],
     mesh: Server,
     started_at: str,
     seed: int,
     rounds: int,
 ) -> dict[str, Any]:
-    # Ratios are taken turn by turn, their median reported: turns beside each other saw the same machine.
-    pairs = zip(series["mesh", 16].tokens_per_s, series["stock", 16].tokens_per_s, strict=True)
-    throughput = quantiles([ours / stock for ours, stock in pairs]).p50
-    itl = quantiles(series["mesh", 1].itl_ms).p50 / quantiles(series["stock", 1].itl_ms).p50
-    rows = []
-    for (who, concurrency), one in series.items():
-        itl_ms = quantiles(one.itl_ms)
-        rows.append(
-            {
-                "server": who,
-                "concurrency": concurrency,
-                "tokens_per_s_p50": quantiles(one.tokens_per_s).p50,
-                "itl_ms_p50": itl_ms.p50,
-                "itl_ms_p99": itl_ms.p99,
-                "ttft_ms_p50": quantiles(one.ttft_ms).p50,
-            }
-        )
-    named = {}
-    for (who, concurrency), one in series.items():
-        for key in ("tokens_per_s", "itl_ms", "ttft_ms"):
-            named[f"{who}_{concurrency}_{key}"] = getattr(one, key)
+    throughput, itl = throughput_ratio(series, "mesh", "stock"), itl_ratio(series, "mesh", "stock")
     return envelope(
         "bench serve",
         seed=seed,
         started_at=started_at,
-        series=named,
+        series=named(series),
         bars=[
             Bar("throughput_ratio", throughput, 0.95, at_most=False),
             Bar("itl_ratio", itl, 1.15, at_most=True),
@@ -240,7 +145,7 @@ def _report(
         model=mesh.served_name,
         hosts=len(mesh.blueprint.deployment.hosts),
         expert_weights_mb=sum(mesh.blueprint.plan.bytes_by_host.values()) / _MIB,
-        results=rows,
+        results=rows(series),
         **memory,
     )
 
@@ -264,13 +169,6 @@ def _tree_rss(pid: int) -> float:
     """Resident MiB of the largest process under `pid`: stock vLLM's engine, which holds the experts."""
     root = psutil.Process(pid)
     return max(process.memory_info().rss for process in [root, *root.children(recursive=True)]) / _MIB
-
-
-def _prompts(generator: random.Random, load: Load, vocabulary: int) -> list[list[int]]:
-    low, high = min(100, vocabulary // 2), vocabulary - 1
-    return [
-        [generator.randint(low, high) for _ in range(load.prompt_tokens)] for _ in range(load.concurrency)
-    ]
 
 
 def _free_port() -> int:
