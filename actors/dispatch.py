@@ -367,7 +367,10 @@ class Dispatcher:
             self._on_outage(Outage(layer, tuple(range(first_row, first_row + rows)), reason, degraded=True))
         stats.dispatches += 1
         stats.rows += rows
-        stats.nanoseconds += perf_counter_ns() - started
+        elapsed = perf_counter_ns() - started
+        stats.nanoseconds += elapsed
+        if elapsed > stats.slowest_ns:
+            stats.slowest_ns = elapsed
 
     def _spread(
         self,
@@ -464,6 +467,8 @@ class DispatchStats:
         self.dispatches = 0
         self.rows = 0
         self.nanoseconds = 0
+        self.slowest_ns = 0
+        """The longest dispatch of all."""
         self.lost = 0
         """Connections to hosts that ended."""
         self.late = 0

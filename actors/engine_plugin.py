@@ -283,6 +283,7 @@ class WorkerExtension:
             "dispatches": stats.dispatches,
             "rows": stats.rows,
             "seconds": stats.nanoseconds / 1e9,
+            "slowest_seconds": stats.slowest_ns / 1e9,
             "lost": stats.lost,
             "late": stats.late,
             "hedges": stats.hedges,

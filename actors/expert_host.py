@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -29,8 +30,10 @@ log = structlog.get_logger()
 class ExpertHost:
     """Holds the experts that `spec` names, on one device, and serves them on the data plane."""
 
-    def __init__(self, spec: HostSpec, key: bytes) -> None:
+    def __init__(self, spec: HostSpec, key: bytes, loaded: Callable[[], None] = lambda: None) -> None:
+        """`loaded` is called in the loading thread before anybody is told that the host is ready."""
         self.spec = spec
+        self._loaded = loaded
         self._key = key
         self._server: HostServer | None = None
         self._address: HostAddress | None = None
@@ -101,6 +104,7 @@ class ExpertHost:
                 f"host {self.spec.host_id} could not load: {type(error).__name__}: {error}"
             )
         self._load_seconds = time.perf_counter() - started
+        self._loaded()
         self._done.set()
 
     def _load(self) -> None:

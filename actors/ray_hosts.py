@@ -15,12 +15,12 @@ from ray.experimental import internal_kv
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors import failpoints, memory_guard, openmp
+from actors import failpoints, gentle_start, memory_guard, openmp
 from cluster.auth import data_plane_key
 from cluster.compute_environment import compute_environment
 from cluster.messages import HostProgress, HostReport, HostSpec, NodeInfo
 from cluster.ray_cluster import nodes
-from cluster.repair_state import HostDead, HostFailed, HostReady
+from cluster.repair_state import FIRST_LAUNCH, HostDead, HostFailed, HostReady
 
 _PREFIX = "host:"
 # How Ray tells that a process was killed or crashed: its connection ended.
@@ -36,14 +36,15 @@ _actor: Any = ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=4, 
 class HostActor:
     """Ray's view of an ExpertHost. Loading starts at once; `progress` tells when it is done."""
 
-    def __init__(self, spec: HostSpec) -> None:
+    def __init__(self, spec: HostSpec, gentle: bool) -> None:
+        lowered = gentle and gentle_start.lower()
         if spec.memory_limit_bytes:
             memory_guard.guard(spec.memory_limit_bytes, _die)
         openmp.load()
         # Only the host itself needs torch; the controller and the command line use this module too.
         from actors.expert_host import ExpertHost
 
-        self._host = ExpertHost(spec, data_plane_key())
+        self._host = ExpertHost(spec, data_plane_key(), gentle_start.restore if lowered else lambda: None)
         self._host.start()
 
     def progress(self) -> HostProgress:
@@ -104,7 +105,10 @@ class RayHosts:
         self._namespace = namespace
 
     def launch(self, spec: HostSpec, generation: int) -> RayHost:
-        """Start the host on its node. ValueError if this launch was made already."""
+        """Start the host on its node. ValueError if this launch was made already.
+
+        One that takes the place of another leaves the cores to those that serve, until it does.
+        """
         allowed_faults = {failpoints.VARIABLE: "1"} if failpoints.enabled(os.environ) else {}
         options = {
             "name": _name(spec.host_id, generation),
@@ -115,7 +119,9 @@ class RayHosts:
             "runtime_env": {"env_vars": {**compute_environment(spec.threads), **allowed_faults}},
         }
         actor: Any = HostActor
-        return RayHost(actor.options(**options).remote(spec), spec.host_id, generation)
+        return RayHost(
+            actor.options(**options).remote(spec, generation > FIRST_LAUNCH), spec.host_id, generation
+        )
 
     def find(self, host_id: str, generation: int | None = None) -> RayHost | None:
         """The launch of that number if it lives, without a number the newest that lives; None if there is none."""

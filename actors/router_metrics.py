@@ -10,6 +10,7 @@ _SERIES = {
     "dispatches": "Dispatches to the expert hosts since start (one per MoE layer and step)",
     "rows": "Activation rows dispatched since start",
     "seconds": "Seconds spent between dispatch and combine since start",
+    "slowest_seconds": "The longest time between dispatch and combine since start",
     "lost": "Connections to expert hosts that ended since start",
     "late": "Answers of expert hosts that were late since start",
     "hedges": "Dispatches whose late rows were sent to another replica since start",

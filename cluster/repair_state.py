@@ -53,6 +53,10 @@ class Wanted:
     backoff: Backoff = field(default_factory=Backoff)
 
 
+FIRST_LAUNCH = 1
+"""The number of a host's first launch."""
+
+
 @dataclass(frozen=True, slots=True)
 class HostState:
     """What is known of one host."""

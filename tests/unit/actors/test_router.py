@@ -24,6 +24,7 @@ STATS = {
     "dispatches": 5,
     "rows": 9,
     "seconds": 0.5,
+    "slowest_seconds": 0.1,
     "lost": 1,
     "late": 0,
     "hedges": 0,
