@@ -155,6 +155,18 @@ class Dispatcher:
                 )
         return times
 
+    def standing(self) -> dict[str, dict[str, str]]:
+        """Per host its state, and why it is out. A host that passed its probes is let back, traffic or not."""
+        self._catch_up()
+        return {
+            address.host_id: {
+                "state": self.members.state(address.host_id).value,
+                "reason": self.members.reason(address.host_id),
+                "probes": self._prober.progress(address.host_id),
+            }
+            for address in self.route.hosts
+        }
+
     def close(self) -> None:
         """Drop every connection."""
         self._prober.close()

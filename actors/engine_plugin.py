@@ -273,12 +273,13 @@ class WorkerExtension:
         """Names of the parameters that this process holds: none of a routed expert."""
         return [name for name, _ in self.model_runner.model.named_parameters()]  # type: ignore[attr-defined]
 
-    def expertmesh_stats(self) -> dict[str, float]:
-        """Counters since start, and the process's resident bytes."""
+    def expertmesh_stats(self) -> dict[str, Any]:
+        """Counters since start, the process's resident bytes, and under `hosts` how each host stands."""
         import psutil
 
         assert _dispatcher is not None
-        stats = _dispatcher.stats
+        # First: it may change the counters.
+        standing, stats = _dispatcher.standing(), _dispatcher.stats
         return {
             "dispatches": stats.dispatches,
             "rows": stats.rows,
@@ -297,4 +298,5 @@ class WorkerExtension:
             "epoch": _dispatcher.route.epoch,
             "rss_bytes": psutil.Process().memory_info().rss,
             "pid": os.getpid(),
+            "hosts": standing,
         }

@@ -42,6 +42,7 @@ class Target:
     link: HostLink | None = None
     good: int = 0
     last_error: str = ""
+    last_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,15 @@ class Prober:
         """Probe a host no more."""
         with self._change:
             self._targets.pop(host_id, None)
+
+    def progress(self, host_id: str) -> str:
+        """How far a host is with being let back, for people."""
+        target = self._targets.get(host_id)
+        if target is None:
+            return ""
+        if target.link is None:
+            return f"not reached: {target.last_error or 'not tried yet'}"
+        return f"{target.good} of {target.streak} good probes in a row, the last took {target.last_s * 1e3:.1f} ms"
 
     def learn(self, host_id: str, link: HostLink, held: tuple[int, int]) -> None:
         """Measure what a healthy, connected host can do; called before it serves, in the caller's thread."""
@@ -117,7 +127,7 @@ class Prober:
                 link.connect(_TIMEOUT_S)
                 link.set_deadline(_TIMEOUT_S)
                 target.link, target.good = link, 0
-            took = probe(target.link, target.held)
+            took = target.last_s = probe(target.link, target.held)
         except (OSError, ExpertmeshError) as error:
             if str(error) != target.last_error:
                 log.info("expert host not back yet", host=host_id, reason=str(error))

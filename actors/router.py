@@ -125,8 +125,8 @@ class Router:
             pass
         return {"ready": True, "host_round_trip_us": {k: round(v * 1e6, 1) for k, v in round_trips.items()}}
 
-    async def stats(self) -> dict[str, float]:
-        """The engine process's counters."""
+    async def stats(self) -> dict[str, Any]:
+        """The engine process's counters, and how its hosts stand."""
         return (await self.engine.collective_rpc("expertmesh_stats"))[0]
 
     async def set_table(self, table: str) -> int:
@@ -290,7 +290,7 @@ def serve_application(
         async def set_table(self, table: str) -> int:
             return await self._router.set_table(table)
 
-        async def stats(self) -> dict[str, float]:
+        async def stats(self) -> dict[str, Any]:
             return await self._router.stats()
 
         async def drain(self, grace_s: float) -> None:

@@ -11,14 +11,22 @@ import pytest
 import yaml
 
 from tests.e2e.programs import Program, free_port, settings, wait_for
+from workloads.bench.chaos_scenario import load_scenario, shipped
 
 pytestmark = pytest.mark.slow
 
-# Switched on once engines fail over and the controller repairs.
-WAITS_FOR_FAILOVER = pytest.mark.skip(
-    reason="waits for failover in the dispatcher and repair in the controller"
-)
-RUN_S = 550.0
+RUN_S = 900.0
+NEVER = {
+    "errors",
+    "refused",
+    "short_answers",
+    "changed_tokens",
+    "engine_restarts",
+    "not_whole",
+    "leaked_processes",
+    "leaked_shared_memory",
+}
+"""Bars that hold on any machine."""
 
 CANNOT_HOLD = """
 description: Freezes a host whose experts nobody else holds, and asks that no client sees it
@@ -28,16 +36,6 @@ events:
   - {action: stop, host: any, at: 2s}
   - {action: continue, host: same, after: 3s}
 checks: {added_gap_p99_ms: 500}
-"""
-SLOW = """
-description: Makes one of two hosts so slow that it shows, with nobody else to ask
-deployment: {placement: {replicas: 1}}
-load: {streams: 4, duration: 8s, prompts: 2}
-events:
-  - {action: failpoint, host: local-0, name: slow_floor_ms, value: 60, at: 1s}
-  - {action: failpoint, host: same, name: slow, value: 10, after: 100ms}
-  - {action: failpoint, host: same, name: slow, value: 1, after: 4s}
-checks: {itl_p99_ratio: 2, errors: null, refused: null}
 """
 
 
@@ -63,29 +61,41 @@ def missed(report: dict[str, Any]) -> set[str]:
     return {key for key, bar in report["bars"].items() if bar["met"] is not True}
 
 
-@WAITS_FOR_FAILOVER
-@pytest.mark.parametrize("name", ["kill-host", "freeze-host", "kill-unreplicated"])
-def test_the_bars_of_a_host_that_is_lost(tiny_model: Path, tmp_path: Path, name: str) -> None:
-    code, report = measured(tmp_path, tiny_model, name, "--seeds", "2")
-    assert (code, missed(report)) == (0, set()), report["bars"]
-    assert [run["seed"] for run in report["runs"]] == [0, 1]
-    for run in report["runs"]:
-        assert run["requests"] > 16 and run["streams_hit"] > 0 and sum(run["tokens_per_s"]) > 0
-        assert run["outcomes"]["ok"] > 0 and run["faults"]
-        if name == "kill-host":
-            assert run["detect_ms"] is not None and run["detect_ms"] < 1000
-        if name == "kill-unreplicated":
-            assert run["refused"] > 0
+def test_every_scenario_hurts_nobody(tiny_model: Path, tmp_path: Path) -> None:
+    """All that is shipped, one seed each, on fewer servers and for a shorter time than it is measured with.
 
-
-@WAITS_FOR_FAILOVER
-def test_two_of_three_hosts_and_the_processes_beside_them(tiny_model: Path, tmp_path: Path) -> None:
-    names = ("kill-two-hosts", "kill-controller", "kill-router")
-    code, report = measured(tmp_path, tiny_model, *names, "--seeds", "1")
-    assert (code, missed(report)) == (0, set()), report["bars"]
-    router = next(run for run in report["runs"] if run["scenario"] == "kill-router")
+    What a client must never see is judged; how long gaps are is for `chaos run` on a quiet machine.
+    """
+    names = [write_short(tmp_path, name) for name in shipped()]
+    _, report = measured(tmp_path, tiny_model, *names, "--seeds", "1")
+    assert {run["scenario"] for run in report["runs"]} == set(shipped())
+    assert missed(report) & {key for key in report["bars"] if key.rpartition(".")[2] in NEVER} == set()
+    runs = {run["scenario"]: run for run in report["runs"]}
+    for name, run in runs.items():
+        assert run["requests"] > 8 and run["outcomes"]["ok"] > 0 and run["faults"], name
+        assert run["whole"] and run["changed_tokens"] == 0, (name, run["reasons"])
+    assert runs["kill-host"]["detect_ms"] is not None and runs["freeze-host"]["counters"]["hedges"] > 0
+    assert runs["kill-unreplicated"]["refused"] > 0
     # Streams were broken, and none of them passed for whole.
-    assert router["outcomes"]["broken"] > 0 and router["outcomes"]["short"] == 0
+    assert runs["kill-router"]["outcomes"]["broken"] > 0 and runs["kill-router"]["outcomes"]["short"] == 0
+
+
+def write_short(folder: Path, name: str) -> str:
+    """A shipped scenario, shorter; two replicas on two hosts are one deployment for all that have them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scenario = load_scenario(name).model_dump(mode="json", exclude_unset=True, exclude={"name"})
+    scenario["load"] = {"streams": 8, "prompts": 2, "duration": 7}
+    for event in scenario["events"]:
+        if "at" in event:
+            event["at"] = [1.5, 2.5]
+        elif event["after"] > 3:
+            event["after"] = 3
+    placement, hosts = scenario["deployment"]["placement"], scenario["deployment"]["hosts"]
+    if (placement["replicas"], hosts[0]["count"]) == (2, 2):
+        hosts[0]["memory_limit"] = "4GiB"
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(scenario))
+    return str(path)
 
 
 def test_a_check_that_cannot_hold_is_missed(tiny_model: Path, tmp_path: Path) -> None:
@@ -97,16 +107,6 @@ def test_a_check_that_cannot_hold_is_missed(tiny_model: Path, tmp_path: Path) ->
     run = report["runs"][0]
     assert [fault["action"] for fault in run["faults"]] == ["stop", "continue"]
     assert run["leaked_processes"] == 0 and run["whole"] and run["changed_tokens"] == 0
-
-
-def test_a_slow_host_is_slow(tiny_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "slow.yaml").write_text(SLOW)
-    code, report = measured(tmp_path, tiny_model, "slow.yaml", "--seeds", "1")
-    assert code == 1 and "slow.itl_p99_ratio" in missed(report)
-    run = report["runs"][0]
-    assert run["whole"] and run["changed_tokens"] == 0
-    # 60 ms for each of two layers while it is slow; quick again after the last event.
-    assert run["longest_gap_ms"] > 60 or run["refused"]
 
 
 def test_ctrl_c_ends_all_and_continues_what_is_stopped(tiny_model: Path, tmp_path: Path) -> None:

@@ -135,6 +135,20 @@ def test_a_host_that_comes_back_is_asked_again(make_mesh, transport: str) -> Non
     assert dispatcher.stats.ejected == 0
 
 
+def test_a_host_comes_back_without_traffic(make_mesh) -> None:
+    mesh = make_mesh(TWICE)
+    dispatcher = mesh.dispatcher()
+    mesh.servers[0].close()
+    check(dispatcher)
+    assert dispatcher.standing()["h0"]["state"] == "out"
+    mesh.restart(0)
+    deadline = time.monotonic() + 10
+    while dispatcher.standing()["h0"]["state"] != "asked":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert dispatcher.stats.ejected == 0
+
+
 def test_a_frozen_host_costs_one_deadline_and_comes_back(make_mesh, transport: str) -> None:
     mesh = make_mesh(TWICE, "float32", transport)
     gate = mesh.experts[0].before = Gate()
