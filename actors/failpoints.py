@@ -43,7 +43,7 @@ class Failpoints:
         self._enabled = enabled(environ)
         self._clock, self._sleep = clock, sleep
         self._floor_s = 0.0
-        self._hoard = b""
+        self._hoard: list[bytes] = []
         self._own: dict[int, tuple[Layer, Callable[..., None]]] = {}
 
     def set(self, layers: Iterable[Layer], name: str, value: float) -> None:
@@ -58,8 +58,10 @@ class Failpoints:
             self._floor_s = value / 1e3
             return
         if name == "hoard_mib":
-            # Not zeros, which the kernel would not give memory for.
-            self._hoard = b"x" * (int(value) << 20)
+            self._hoard.clear()
+            for _ in range(int(value)):
+                # Not zeros, which the kernel would not give memory for; piece by piece, for other threads to run.
+                self._hoard.append(b"x" * (1 << 20))
             return
         if value < 1:
             raise HostError(f"failpoint slow = {value:g}: a host can't be made faster", "1 turns it off")

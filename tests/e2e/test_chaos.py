@@ -86,13 +86,15 @@ def write_short(folder: Path, name: str) -> str:
     scenario = load_scenario(name).model_dump(mode="json", exclude_unset=True, exclude={"name"})
     scenario["load"] = {"streams": 8, "prompts": 2, "duration": 7}
     for event in scenario["events"]:
+        if event.get("name") == "hoard_mib":
+            event["value"] = 1200
         if "at" in event:
             event["at"] = [1.5, 2.5]
         elif event["after"] > 3:
             event["after"] = 3
     placement, hosts = scenario["deployment"]["placement"], scenario["deployment"]["hosts"]
     if (placement["replicas"], hosts[0]["count"]) == (2, 2):
-        hosts[0]["memory_limit"] = "4GiB"
+        hosts[0]["memory_limit"] = "1GiB"
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(scenario))
     return str(path)
