@@ -29,7 +29,7 @@ serve: setup
 test: setup lint unit integration
 
 unit: setup
-	$(VENV)/bin/python -m pytest tests/unit $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto tests/unit $(ARGS)
 
 # Same tokens as stock vLLM, several Ray nodes, the controller on Ray, the default model, the API of a running
 # server, bad input, deaths.
