@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from typing import Any
 
 import httpx
@@ -184,3 +186,31 @@ def test_metrics_of_engine_and_mesh(client: openai.OpenAI, server: ServerProgram
 def _tokenize(server: ServerProgram, text: str) -> list[int]:
     answer = httpx.post(f"{server.url}/tokenize", json={"model": "tiny", "prompt": text}, timeout=60)
     return answer.json()["tokens"]
+
+
+def test_a_client_that_leaves_ends_its_work(server: ServerProgram) -> None:
+    """Its requests leave the engine, and their key-value blocks are free, within a second."""
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 480, "temperature": 0, "stream": True}
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                answer = stack.enter_context(
+                    http.stream("POST", "/v1/completions", json={**body, "ignore_eos": True})
+                )
+                assert answer.status_code == 200
+                next(answer.iter_lines())
+            assert _engine_load(http) != (0.0, 0.0)
+        left = time.monotonic()
+        while _engine_load(http) != (0.0, 0.0):
+            assert time.monotonic() - left < 1.0
+            # The engine tells its load when it has computed something.
+            http.post("/v1/completions", json={**body, "max_tokens": 1, "stream": False})
+
+
+def _engine_load(http: httpx.Client) -> tuple[float, ...]:
+    """Requests that run, and the share of key-value blocks in use."""
+    lines = http.get("/metrics").text.splitlines()
+    return tuple(
+        float(next(line for line in lines if line.startswith(f"vllm:{name}{{")).split()[-1])
+        for name in ("num_requests_running", "kv_cache_usage_perc")
+    )
