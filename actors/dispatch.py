@@ -37,8 +37,8 @@ log = structlog.get_logger()
 
 # Pause between attempts to reach a host that is starting; short against its load time.
 _RECONNECT_PAUSE_S = 0.1
-# A connection that broke may have been all that broke: one attempt to make it anew within a step, where nobody
-# else holds the experts, and not again for a while if it fails.
+# How long a step waits for a connection. One that broke may have been all that broke: it is made anew within the
+# step where nobody else holds the experts, but not again for a while.
 _REDIAL_S, _REDIAL_PAUSE_S = 0.25, 1.0
 _PING_S = 0.25
 # What says that a host can't answer; LateError is handled before them.
@@ -95,7 +95,8 @@ class Dispatcher:
     def set_route(self, route: Route) -> None:
         """Use another placement table from the next call on. Called between two steps.
 
-        A host that is new in it is asked as soon as it has been reached, in the background.
+        A host that is new in it, or has another address, is asked from now on if it can be reached at once, which
+        one that was published as ready can; else as soon as the prober has reached it.
         """
         names = [address.host_id for address in route.hosts]
         known = {name: link.address for name, link in self._links.items()}
@@ -113,6 +114,9 @@ class Dispatcher:
                     self.members.lost(name, "restarted")
                 self._links[name] = self._make_link(address)
                 self._latency[name] = Latency(self._min_deadline_s, self.deadline_s)
+                if known and self._answers(self._links[name]):
+                    self._prober.forget(name)
+                    self.members.let_in(name, monotonic())
             self._links[name].set_epoch(manifest, route.epoch)
             if known and self.members.state(name) is State.OUT:
                 self._watch(position, address)
@@ -224,12 +228,19 @@ class Dispatcher:
         self._redialled[name] = now
         link = self._make_link(address)
         link.set_epoch(manifest_id(self.route.manifest), self.route.epoch)
-        try:
-            link.connect(_REDIAL_S)
-        except (OSError, ProtocolError):
+        if not self._answers(link):
             return False
         self._prober.forget(name)
         self._adopt(name, link)
+        return True
+
+    def _answers(self, link: HostLink) -> bool:
+        """Connect, with little patience; whether the host could be reached."""
+        try:
+            link.connect(_REDIAL_S)
+            link.set_deadline(self.deadline_s)
+        except (OSError, ProtocolError):
+            return False
         return True
 
     def _refresh(self) -> None:

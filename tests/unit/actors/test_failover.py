@@ -343,8 +343,8 @@ def test_a_new_table_brings_hosts_and_takes_others_away(make_mesh, transport: st
     dispatcher = mesh.dispatcher(route=mesh.route(1, [0, 1]))
     check(dispatcher)
     dispatcher.set_route(mesh.route(2, [1, 2]))
-    check(dispatcher)  # the new one is not connected yet
-    until(lambda: dispatcher.members.state("h2") is State.ASKED, dispatcher)
+    assert dispatcher.members.named(State.ASKED) == ["h1", "h2"]
+    check(dispatcher)
     served = mesh.servers[0].rows_served
     for _ in range(3):
         check(dispatcher)
@@ -352,6 +352,28 @@ def test_a_new_table_brings_hosts_and_takes_others_away(make_mesh, transport: st
     deadline = time.monotonic() + 5
     while mesh.servers[0].connections:
         assert time.monotonic() < deadline
+
+
+def test_tables_may_change_as_often_as_they_like(make_mesh, transport: str) -> None:
+    """Hosts that nobody stands in for move from table to table: no row is lost on the way."""
+    mesh = make_mesh([ALL, ALL, ALL], "float32", transport)
+    dispatcher = mesh.dispatcher(route=mesh.route(1, [0]))
+    for epoch, host in enumerate([1, 0, 2, 1, 2, 0, 1], start=2):
+        check(dispatcher)
+        dispatcher.set_route(mesh.route(epoch, [host]))
+    check(dispatcher)
+    assert dispatcher.stats.unanswered_rows == 0
+
+
+def test_a_host_in_a_new_table_that_is_not_there_yet_is_probed(make_mesh) -> None:
+    mesh = make_mesh([ALL, ALL])
+    dispatcher = mesh.dispatcher(route=mesh.route(1, [0]))
+    mesh.servers[1].close()
+    dispatcher.set_route(mesh.route(2, [0, 1]))
+    check(dispatcher)
+    assert dispatcher.members.state("h1") is State.OUT
+    mesh.restart(1)
+    until(lambda: dispatcher.members.state("h1") is State.ASKED, dispatcher)
 
 
 def test_random_faults_never_give_a_wrong_sum(make_mesh, transport: str) -> None:
