@@ -13,8 +13,10 @@ experts and scaling stay vLLM's.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 from collections.abc import Generator, Iterable
 from dataclasses import asdict
 from functools import partial
@@ -59,6 +61,7 @@ SETTINGS_VARIABLE = "EXPERTMESH_ENGINE_SETTINGS"
 _dispatcher: Dispatcher | None = None
 # And its scheduler, which runs in the same process, finds here which requests a step could not compute.
 outages = Outages()
+_PR_SET_PDEATHSIG = 1
 _library = torch.library.Library("expertmesh", "FRAGMENT")
 
 
@@ -202,12 +205,18 @@ class MeshModelLoader(DefaultModelLoader):
                 f"load format {LOAD_FORMAT!r} is expertmesh's own", "use `expertmesh serve`"
             )
         settings, key = _read_environment()
+        _end_with_parent()
         model = super().load_model(vllm_config, model_config, prefix)
         _check_coverage(model, settings)
         masks = install(model) if settings.no_replica == "reroute" else {}
         if settings.table:
             _connect(settings, key, masks)
         return model
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when the router's does: killed, that one can't tell it to."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _check_coverage(model: nn.Module, settings: EngineSettings) -> None:

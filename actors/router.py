@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import structlog
@@ -205,12 +207,9 @@ class Router:
 
     async def _watch_table(self, next_table: Callable[[int, float], str]) -> None:
         """Follow the controller's table. Without a controller the last one stays in use."""
-        # Threads of its own: one always waits, which must not take one from the loop's few.
-        waiting = ThreadPoolExecutor(1, "expertmesh-table")
-        loop = asyncio.get_running_loop()
         while True:
             try:
-                table = await loop.run_in_executor(waiting, next_table, self._epoch, _TABLE_WAIT_S)
+                table = await _in_daemon_thread(partial(next_table, self._epoch, _TABLE_WAIT_S))
                 # An older one may come from a controller that was restarted and has not caught up.
                 if table and PlacementTable.from_json(table).epoch > self._epoch:
                     epoch = await self.set_table(table)
@@ -226,6 +225,34 @@ class Router:
             except Exception as error:
                 log.warning("engine stats unavailable", reason=str(error))
             await asyncio.sleep(_STATS_PERIOD_S)
+
+
+async def _in_daemon_thread(call: Callable[[], str]) -> str:
+    """The result of a call that may block for long. An executor's threads are waited for when the process ends,
+    which would keep a replica alive for as long as the call takes after everything else is gone."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[str] = loop.create_future()
+
+    def settle(value: str, error: Exception | None) -> None:
+        if result.done():
+            return
+        if error is None:
+            result.set_result(value)
+        else:
+            result.set_exception(error)
+
+    def run() -> None:
+        value, failure = "", None
+        try:
+            value = call()
+        except Exception as error:
+            failure = error
+        # The loop may have ended meanwhile.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle, value, failure)
+
+    threading.Thread(target=run, name="expertmesh-table", daemon=True).start()
+    return await result
 
 
 def end_resource_tracker() -> None:

@@ -48,7 +48,7 @@ def test_a_host_dies_then_the_server(tiny_model: Path, tmp_path: Path) -> None:
 
         os.kill(program.process.pid, signal.SIGKILL)
         program.process.wait(30)
-        program.assert_gone(60.0)
+        program.assert_gone(90.0)
         again = run(tmp_path / "status", "status", "--url", program.url)
         assert again.process.returncode == 1 and "expertmesh serve" in again.err
     finally:
