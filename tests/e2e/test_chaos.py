@@ -111,8 +111,6 @@ def test_a_check_that_cannot_hold_is_missed(tiny_model: Path, tmp_path: Path) ->
     assert run["leaked_processes"] == 0 and run["whole"] and run["changed_tokens"] == 0
 
 
-# Once, on a machine that was busy with other tests, the interrupt was lost and the run went on to its end.
-@pytest.mark.xfail(strict=False, reason="the interrupt was lost once under load; not found yet why")
 def test_ctrl_c_ends_all_and_continues_what_is_stopped(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "cannot-hold.yaml").write_text(CANNOT_HOLD.replace("after: 3s", "after: 60s"))
     program = start(tmp_path, tiny_model, "cannot-hold.yaml", "--seeds", "1")

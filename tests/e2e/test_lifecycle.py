@@ -44,11 +44,13 @@ def test_a_host_dies_then_the_server(tiny_model: Path, tmp_path: Path) -> None:
         assert after["local-1"]["pid"] != victim and after["local-0"]["pid"] == before["local-0"]["pid"]
         stats = httpx.get(f"{program.url}/expertmesh/stats", timeout=60).json()
         assert stats["lost"] >= 1
+        # A killed process frees its memory before it closes its sockets: it may be found late before it is lost.
+        assert stats["failovers"] + stats["hedges"] >= 1
         assert httpx.get(f"{program.url}/ready", timeout=60).status_code == 200
 
         os.kill(program.process.pid, signal.SIGKILL)
         program.process.wait(30)
-        program.assert_gone(90.0)
+        program.assert_gone(60.0)
         again = run(tmp_path / "status", "status", "--url", program.url)
         assert again.process.returncode == 1 and "expertmesh serve" in again.err
     finally:

@@ -172,13 +172,16 @@ def uninterrupted() -> Iterator[None]:
 def steadfast() -> Iterator[None]:
     """Let SIGTERM interrupt the block as Ctrl-C does, and no broken connection end the program.
 
-    The command line lets SIGPIPE end it, which a server that was killed would cause here.
+    A shell script's background jobs ignore SIGINT until they say otherwise. The command line lets SIGPIPE end
+    the program, which a server that was killed would cause here.
     """
 
     def handle(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     before = {
+        # Python's own, which asyncio knows and turns into a cancellation.
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
         signal.SIGTERM: signal.signal(signal.SIGTERM, handle),
         signal.SIGPIPE: signal.signal(signal.SIGPIPE, signal.SIG_IGN),
     }

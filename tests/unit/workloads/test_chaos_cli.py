@@ -102,6 +102,18 @@ def test_a_termination_interrupts_and_a_broken_pipe_does_not_end_the_program() -
     assert before == {number: signal.getsignal(number) for number in before}
 
 
+def test_an_interrupt_is_taken_where_a_shell_had_it_ignored() -> None:
+    """A shell script starts its background jobs so; `serve` is interrupted all the same."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), steadfast():
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.sigtimedwait([], 5)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_the_last_words_are_the_error() -> None:
     assert last_words("a\nloading\nerror: no room\n  more hosts\n") == "no room\n  more hosts"
     assert last_words("a\nb") == "a\n  b"
