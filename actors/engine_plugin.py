@@ -256,7 +256,7 @@ def _connect(settings: EngineSettings, key: bytes, masks: dict[int, torch.Tensor
         on_outage=outages.note,
         keep_off=partial(keep_off, masks) if masks else None,
     )
-    _dispatcher.connect(settings.connect_timeout_s)
+    _dispatcher.peers.connect(settings.connect_timeout_s)
 
 
 class WorkerExtension:
@@ -266,7 +266,7 @@ class WorkerExtension:
         """Route by another placement table from the next step on; returns its epoch."""
         assert _dispatcher is not None
         route = route_from_table(PlacementTable.from_json(table))
-        _dispatcher.set_route(route)
+        _dispatcher.peers.set_route(route)
         return route.epoch
 
     def expertmesh_attach(self) -> None:
@@ -276,7 +276,7 @@ class WorkerExtension:
     def expertmesh_reachable(self) -> dict[str, float]:
         """Round-trip seconds per expert host that is asked; raises if an expert has no living replica."""
         assert _dispatcher is not None
-        return _dispatcher.reachable()
+        return _dispatcher.peers.reachable()
 
     def expertmesh_parameter_names(self) -> list[str]:
         """Names of the parameters that this process holds: none of a routed expert."""
@@ -288,7 +288,7 @@ class WorkerExtension:
 
         assert _dispatcher is not None
         # First: it may change the counters.
-        standing, stats = _dispatcher.standing(), _dispatcher.stats
+        standing, stats = _dispatcher.peers.standing(), _dispatcher.stats
         return {
             "dispatches": stats.dispatches,
             "rows": stats.rows,
@@ -304,7 +304,7 @@ class WorkerExtension:
             "degraded_rows": stats.degraded_rows,
             "last_detect_monotonic_ns": stats.last_detect_ns,
             "last_reroute_monotonic_ns": stats.last_reroute_ns,
-            "epoch": _dispatcher.route.epoch,
+            "epoch": _dispatcher.peers.route.epoch,
             "rss_bytes": psutil.Process().memory_info().rss,
             "pid": os.getpid(),
             "hosts": standing,

@@ -43,6 +43,10 @@ Exchange = Callable[[int, int, int, int], None]
 _SAME_WAIT = 0.25
 
 
+FAILURES = (OSError, ProtocolError, HostError)
+"""What a link raises if its host can't answer; of these, a LateError and a HostError leave the connection whole."""
+
+
 class LateError(TimeoutError):
     """The host has not begun to answer in time. The connection is in order, and the answer may still come."""
 

@@ -80,7 +80,9 @@ class Rescue:
         unanswered = np.zeros_like(owed)
         while owed.any():
             of_layer = owners(
-                dispatcher.route.replicas[layer], dispatcher.asked - refusing - originals.keys(), ()
+                dispatcher.peers.route.replicas[layer],
+                dispatcher.peers.asked - refusing - originals.keys(),
+                (),
             )
             gaps = owed & (of_layer.array.take(np.where(owed, ids, NOBODY)) == NOBODY)
             if gaps.any():
@@ -96,7 +98,7 @@ class Rescue:
                 continue
             wanted = torch.from_numpy(np.where(owed, ids, NOBODY).astype(np.int32))
             parts: list[Share] = []
-            for part in shares(of_layer, dispatcher.links, x_TH, weights_TK, wanted):
+            for part in shares(of_layer, dispatcher.peers.links, x_TH, weights_TK, wanted):
                 failed = dispatcher.send(layer, part)
                 if failed is None:
                     parts.append(part)
@@ -141,7 +143,7 @@ class Rescue:
             waiting[part.link.fileno()] = part
             poll.register(part.link.fileno(), select.POLLIN)
         ready: set[int] = set()
-        end = time.monotonic() + dispatcher.deadline_s
+        end = time.monotonic() + dispatcher.peers.deadline_s
         while True:
             for side in (racing, parts):
                 if side and all(part.position in ready for part in side):
@@ -150,7 +152,7 @@ class Rescue:
             if not events:
                 for part in waiting.values():
                     name = part.link.address.host_id
-                    dispatcher.lost(name, LateError(f"expert host {name} did not answer in time"))
+                    dispatcher.peers.lost(name, LateError(f"expert host {name} did not answer in time"))
                 return [part for part in parts if part.position in ready]
             for descriptor, _ in events:
                 part = waiting[descriptor]
@@ -161,9 +163,9 @@ class Rescue:
 
     def _redial(self, layer: int, experts: np.ndarray, refusing: set[int]) -> bool:
         """Whether a host of one of these experts could be reached again."""
-        replicas = self._dispatcher.route.replicas[layer]
+        replicas = self._dispatcher.peers.route.replicas[layer]
         holders = {host for expert in set(experts.tolist()) for host in replicas[expert]}
-        return any([self._dispatcher.redial(host) for host in sorted(holders - refusing)])
+        return any([self._dispatcher.peers.redial(host) for host in sorted(holders - refusing)])
 
     def _finish(
         self, operands: Operands, total_TH: torch.Tensor, unanswered: np.ndarray, error: Exception | None

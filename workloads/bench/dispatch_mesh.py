@@ -97,7 +97,7 @@ def mesh_path(
         deadline_s=_DEADLINE_S,
     )
     try:
-        dispatcher.connect(_DEADLINE_S)
+        dispatcher.peers.connect(_DEADLINE_S)
 
         def call() -> None:
             dispatcher(LAYER, x, weights, ids, out)
@@ -106,4 +106,4 @@ def mesh_path(
         if dispatcher.stats.lost:
             raise AssertionError("a host was lost during the measurement")
     finally:
-        dispatcher.close()
+        dispatcher.peers.close()

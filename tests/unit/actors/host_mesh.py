@@ -88,13 +88,13 @@ class Mesh:
         }
         layout = changes.pop("layout", Layout(16, HIDDEN, TOP_K, self.dtype))
         dispatcher = Dispatcher(route, layout, **{**options, **changes})  # type: ignore[arg-type]
-        dispatcher.connect(5.0)
+        dispatcher.peers.connect(5.0)
         self.dispatchers.append(dispatcher)
         return dispatcher
 
     def close(self) -> None:
         for dispatcher in self.dispatchers:
-            dispatcher.close()
+            dispatcher.peers.close()
         for server in self.servers:
             server.close()
 

@@ -6,7 +6,6 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -18,26 +17,7 @@ from actors.host_server import HostServer
 from actors.link import HostLink
 from actors.route import fixed_route
 from cluster.errors import HostError, ProtocolError
-from tests.unit.actors.host_mesh import EXPERTS, HIDDEN, KEY, LAYER, MANIFEST, TOP_K, Mesh, batch
-
-
-@pytest.fixture(params=["unix", "tcp"])
-def transport(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def make_mesh() -> Iterator[Callable[..., Mesh]]:
-    made: list[Mesh] = []
-
-    def make(owned: list[tuple[int, ...]], dtype: str = "float32", transport: str = "unix") -> Mesh:
-        made.append(Mesh(owned, dtype, transport))
-        return made[-1]
-
-    yield make
-    for mesh in made:
-        mesh.close()
-
+from tests.unit.actors.host_mesh import EXPERTS, HIDDEN, KEY, LAYER, MANIFEST, TOP_K, batch
 
 ONE, TWO, THREE = [(0, 1, 2, 3, 4, 5)], [(0, 2, 4), (1, 3, 5)], [(5, 0), (1, 2), (4, 3)]
 
@@ -154,7 +134,7 @@ def test_an_expert_that_lives_elsewhere_is_refused_by_number(make_mesh) -> None:
     route = fixed_route(MANIFEST, 1, mesh.addresses, {LAYER: [0] * EXPERTS})
     layout = Layout(16, HIDDEN, TOP_K, "float32")
     dispatcher = Dispatcher(route, layout, node_id="here", model="model", key=KEY, deadline_s=5)
-    dispatcher.connect(5)
+    dispatcher.peers.connect(5)
     ids = torch.tensor([[1, 4]], dtype=torch.int32)
     with pytest.raises(HostError, match=r"does not hold experts \[4\]"):
         dispatcher(LAYER, torch.ones(1, HIDDEN), torch.ones(1, TOP_K), ids, torch.empty(1, HIDDEN))
@@ -165,7 +145,7 @@ def test_another_manifest_is_refused(make_mesh) -> None:
     route = fixed_route("cd" * 32, 1, mesh.addresses, {LAYER: [0] * EXPERTS})
     layout = Layout(16, HIDDEN, TOP_K, "float32")
     dispatcher = Dispatcher(route, layout, node_id="here", model="model", key=KEY, deadline_s=5)
-    dispatcher.connect(5)
+    dispatcher.peers.connect(5)
     x, weights, ids, _ = batch(2, "float32")
     with pytest.raises(HostError, match="manifest"):
         dispatcher(LAYER, x, weights, ids, torch.empty_like(x))
@@ -241,7 +221,7 @@ def test_a_frame_that_does_not_fit_the_connection_ends_it(make_mesh) -> None:
 
 def test_ping_measures_every_host(make_mesh, transport: str) -> None:
     dispatcher = make_mesh(THREE, "float32", transport).dispatcher()
-    times = dispatcher.reachable()
+    times = dispatcher.peers.reachable()
     assert set(times) == {"h0", "h1", "h2"}
     assert all(0 < seconds < 5 for seconds in times.values())
 

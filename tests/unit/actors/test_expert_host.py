@@ -73,10 +73,10 @@ def dispatcher(
     layout = Layout(16, checkpoint.hidden_size, checkpoint.top_k, "float32")
     made = Dispatcher(route, layout, node_id=node_id, model=checkpoint.digest, key=KEY, deadline_s=20)
     try:
-        made.connect(20)
+        made.peers.connect(20)
         yield made
     finally:
-        made.close()
+        made.peers.close()
 
 
 def batch(checkpoint: Checkpoint, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

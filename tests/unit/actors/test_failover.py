@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,29 +13,11 @@ from actors.dispatch import Dispatcher
 from actors.membership import State
 from actors.rescue import Outage
 from cluster.errors import HostError
-from tests.unit.actors.host_mesh import EXPERTS, LAYER, Mesh, batch
+from tests.unit.actors.host_mesh import EXPERTS, LAYER, batch
 
 ALL = tuple(range(EXPERTS))
 TWICE = [(0, 2, 4, 1), (1, 3, 5, 0), (4, 5, 2, 3)]
 """Every expert on two of three hosts."""
-
-
-@pytest.fixture(params=["unix", "tcp"])
-def transport(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def make_mesh() -> Iterator[Callable[..., Mesh]]:
-    made: list[Mesh] = []
-
-    def make(owned: list[tuple[int, ...]], dtype: str = "float32", transport: str = "unix") -> Mesh:
-        made.append(Mesh(owned, dtype, transport))
-        return made[-1]
-
-    yield make
-    for mesh in made:
-        mesh.close()
 
 
 def check(dispatcher: Dispatcher, rows: int = 9) -> float:
@@ -84,7 +66,7 @@ def test_replicas_answer_for_a_host_that_died(make_mesh, transport: str, dead: i
     for _ in range(5):
         check(dispatcher, rows)
     if rows > 1:  # one row may not have needed the dead one
-        assert dispatcher.members.state(f"h{dead}") is State.OUT
+        assert dispatcher.peers.members.state(f"h{dead}") is State.OUT
         assert dispatcher.stats.ejected == 1
         assert dispatcher.stats.last_reroute_ns >= dispatcher.stats.last_detect_ns > 0
 
@@ -108,7 +90,7 @@ def test_two_of_three_die_one_after_the_other(make_mesh, transport: str) -> None
         mesh.servers[dead].close()
         for _ in range(3):
             check(dispatcher)
-    assert dispatcher.members.named(State.ASKED) == ["h1"]
+    assert dispatcher.peers.members.named(State.ASKED) == ["h1"]
 
 
 def test_a_host_that_dies_while_it_computes(make_mesh, transport: str) -> None:
@@ -125,9 +107,9 @@ def test_a_host_that_comes_back_is_asked_again(make_mesh, transport: str) -> Non
     dispatcher = mesh.dispatcher()
     mesh.servers[0].close()
     check(dispatcher)
-    assert dispatcher.members.state("h0") is State.OUT
+    assert dispatcher.peers.members.state("h0") is State.OUT
     mesh.restart(0)
-    until(lambda: dispatcher.members.state("h0") is State.ASKED, dispatcher)
+    until(lambda: dispatcher.peers.members.state("h0") is State.ASKED, dispatcher)
     served = mesh.servers[0].rows_served
     check(dispatcher)
     assert mesh.servers[0].rows_served > served
@@ -140,10 +122,10 @@ def test_a_host_comes_back_without_traffic(make_mesh) -> None:
     dispatcher = mesh.dispatcher()
     mesh.servers[0].close()
     check(dispatcher)
-    assert dispatcher.standing()["h0"]["state"] == "out"
+    assert dispatcher.peers.standing()["h0"]["state"] == "out"
     mesh.restart(0)
     deadline = time.monotonic() + 10
-    while dispatcher.standing()["h0"]["state"] != "asked":
+    while dispatcher.peers.standing()["h0"]["state"] != "asked":
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert dispatcher.stats.ejected == 0
@@ -159,13 +141,13 @@ def test_a_frozen_host_costs_one_deadline_and_comes_back(make_mesh, transport: s
     try:
         # Generous for a busy machine; the deadline itself is some 10 ms.
         assert check(dispatcher) < 2.0
-        assert dispatcher.members.state("h0") is not State.ASKED
+        assert dispatcher.peers.members.state("h0") is not State.ASKED
         assert dispatcher.stats.hedges == 1
-        until(lambda: dispatcher.members.state("h0") is State.OUT, dispatcher)
+        until(lambda: dispatcher.peers.members.state("h0") is State.OUT, dispatcher)
         assert dispatcher.stats.hedges == 1
     finally:
         gate.open()
-    until(lambda: dispatcher.members.state("h0") is State.ASKED, dispatcher)
+    until(lambda: dispatcher.peers.members.state("h0") is State.ASKED, dispatcher)
     check(dispatcher)
 
 
@@ -177,9 +159,9 @@ def test_a_late_answer_is_dropped_by_its_number(make_mesh, transport: str) -> No
     check(dispatcher, 16)
     gate.close()
     check(dispatcher, 16)
-    assert dispatcher.members.state("h0") is State.SUSPECTED
+    assert dispatcher.peers.members.state("h0") is State.SUSPECTED
     gate.open()
-    until(lambda: dispatcher.members.state("h0") is State.ASKED, dispatcher)
+    until(lambda: dispatcher.peers.members.state("h0") is State.ASKED, dispatcher)
     assert dispatcher.stats.let_back == 0, "it was not even ejected"
     for rows in (1, 16, 5, 9):
         check(dispatcher, rows)
@@ -215,12 +197,12 @@ def test_a_slow_host_is_ejected_and_let_back_when_it_is_fast_again(make_mesh) ->
     for _ in range(20):
         check(dispatcher)
     mesh.experts[2].before = lambda: time.sleep(0.1)
-    until(lambda: dispatcher.members.state("h2") is State.OUT, dispatcher)
-    assert "late" in dispatcher.members.reason("h2")
+    until(lambda: dispatcher.peers.members.state("h2") is State.OUT, dispatcher)
+    assert "late" in dispatcher.peers.members.reason("h2")
     for _ in range(3):
         assert check(dispatcher) < 0.09
     mesh.experts[2].before = lambda: None
-    until(lambda: dispatcher.members.state("h2") is State.ASKED, dispatcher)
+    until(lambda: dispatcher.peers.members.state("h2") is State.ASKED, dispatcher)
 
 
 def test_the_only_holder_is_waited_for(make_mesh, transport: str) -> None:
@@ -232,7 +214,7 @@ def test_the_only_holder_is_waited_for(make_mesh, transport: str) -> None:
     mesh.experts[1].before = lambda: time.sleep(0.15)
     for _ in range(4):
         check(dispatcher)
-    assert dispatcher.members.named(State.ASKED) == ["h0", "h1"]
+    assert dispatcher.peers.members.named(State.ASKED) == ["h0", "h1"]
     assert dispatcher.stats.hedges == 0
 
 
@@ -255,7 +237,7 @@ def test_a_frozen_only_holder_is_given_up_at_the_deadline(make_mesh, transport: 
 
 def until_back(dispatcher: Dispatcher, name: str) -> None:
     deadline = time.monotonic() + 10
-    while dispatcher.members.state(name) is not State.ASKED:
+    while dispatcher.peers.members.state(name) is not State.ASKED:
         assert time.monotonic() < deadline
         try:
             check(dispatcher)
@@ -318,7 +300,7 @@ def test_a_refusal_is_answered_by_the_replica_and_costs_no_connection(make_mesh,
 
     mesh.experts[0].before = refuse
     check(dispatcher)
-    assert dispatcher.members.state("h0") is State.ASKED
+    assert dispatcher.peers.members.state("h0") is State.ASKED
     mesh.experts[1].before = refuse
     x, weights, ids, _ = batch(9)
     with pytest.raises(HostError, match="out of memory"):
@@ -330,20 +312,20 @@ def test_a_refusal_is_answered_by_the_replica_and_costs_no_connection(make_mesh,
 def test_reachable_does_not_wait_for_a_frozen_host_with_replicas(make_mesh) -> None:
     mesh = make_mesh(TWICE)
     dispatcher = mesh.dispatcher()
-    assert set(dispatcher.reachable()) == {"h0", "h1", "h2"}
+    assert set(dispatcher.peers.reachable()) == {"h0", "h1", "h2"}
     mesh.servers[1].close()
-    assert set(dispatcher.reachable()) == {"h0", "h2"}
+    assert set(dispatcher.peers.reachable()) == {"h0", "h2"}
     mesh.servers[2].close()
     with pytest.raises(HostError, match=r"no living host holds expert [35] of layer 3"):
-        dispatcher.reachable()
+        dispatcher.peers.reachable()
 
 
 def test_a_new_table_brings_hosts_and_takes_others_away(make_mesh, transport: str) -> None:
     mesh = make_mesh([ALL, ALL, ALL], "float32", transport)
     dispatcher = mesh.dispatcher(route=mesh.route(1, [0, 1]))
     check(dispatcher)
-    dispatcher.set_route(mesh.route(2, [1, 2]))
-    assert dispatcher.members.named(State.ASKED) == ["h1", "h2"]
+    dispatcher.peers.set_route(mesh.route(2, [1, 2]))
+    assert dispatcher.peers.members.named(State.ASKED) == ["h1", "h2"]
     check(dispatcher)
     served = mesh.servers[0].rows_served
     for _ in range(3):
@@ -360,7 +342,7 @@ def test_tables_may_change_as_often_as_they_like(make_mesh, transport: str) -> N
     dispatcher = mesh.dispatcher(route=mesh.route(1, [0]))
     for epoch, host in enumerate([1, 0, 2, 1, 2, 0, 1], start=2):
         check(dispatcher)
-        dispatcher.set_route(mesh.route(epoch, [host]))
+        dispatcher.peers.set_route(mesh.route(epoch, [host]))
     check(dispatcher)
     assert dispatcher.stats.unanswered_rows == 0
 
@@ -369,11 +351,11 @@ def test_a_host_in_a_new_table_that_is_not_there_yet_is_probed(make_mesh) -> Non
     mesh = make_mesh([ALL, ALL])
     dispatcher = mesh.dispatcher(route=mesh.route(1, [0]))
     mesh.servers[1].close()
-    dispatcher.set_route(mesh.route(2, [0, 1]))
+    dispatcher.peers.set_route(mesh.route(2, [0, 1]))
     check(dispatcher)
-    assert dispatcher.members.state("h1") is State.OUT
+    assert dispatcher.peers.members.state("h1") is State.OUT
     mesh.restart(1)
-    until(lambda: dispatcher.members.state("h1") is State.ASKED, dispatcher)
+    until(lambda: dispatcher.peers.members.state("h1") is State.ASKED, dispatcher)
 
 
 def test_random_faults_never_give_a_wrong_sum(make_mesh, transport: str) -> None:
