@@ -1,7 +1,8 @@
 """What an expert host runs per layer and step: several implementations of one call, :class:`LayerExperts`.
 
 ``vllm-cpu-amx`` and ``vllm-cpu-vec`` run vLLM's own CPU kernel over weights packed once at load, so they
-give the bits that stock vLLM gives. ``grouped-mm`` runs any expert that transformers can describe. ``noop``
+give the bits that stock vLLM gives. ``bf16-weights`` (`actors.bf16_kernel`) multiplies float32 rows by bfloat16
+weights. ``grouped-mm`` runs any expert that transformers can describe. ``noop``
 measures the way there and back. All add a row's local shares in float32 and write into the caller's buffer.
 
 Letters: N rows, K slots a row (top-k), P = local (row, slot) pairs, E local experts, H hidden,

@@ -10,6 +10,7 @@ from typing import Final
 
 import torch
 
+from actors import bf16_kernel
 from actors.expert_kernels import GroupedLayer, LayerExperts, ModuleLayer, NoopLayer, VllmCpuLayer
 from actors.expert_maths import ExpertMaths, layer_maths
 from actors.expert_reader import ReadExpert, open_layer
@@ -17,7 +18,16 @@ from actors.vllm_cpu_kernel import padded_intermediate, vllm_cpu_isa, vllm_cpu_o
 from cluster.checkpoint import Checkpoint
 from cluster.errors import HostError
 
-KERNELS: Final = ("auto", "vllm-cpu", "vllm-cpu-amx", "vllm-cpu-vec", "grouped-mm", "module", "noop")
+KERNELS: Final = (
+    "auto",
+    "bf16-weights",
+    "vllm-cpu",
+    "vllm-cpu-amx",
+    "vllm-cpu-vec",
+    "grouped-mm",
+    "module",
+    "noop",
+)
 
 
 def build_layer(
@@ -30,9 +40,10 @@ def build_layer(
 ) -> LayerExperts:
     """Load ``experts`` of ``layer``; slot i of the result's ``compute`` is ``experts[i]``.
 
-    ``kernel``: ``auto`` takes vLLM's kernel where stock vLLM would run it and else ``grouped-mm``; on a GPU
-    it takes ``module``. ``noop`` loads nothing. Raises CheckpointError for unreadable or unsupported weights
-    and HostError for a kernel that cannot run this layer.
+    ``kernel``: ``auto`` takes ``bf16-weights`` for float32 rows over bfloat16 files where it can, else vLLM's
+    kernel where stock vLLM would run it, else ``grouped-mm``; on a GPU it takes ``module``. ``noop`` loads
+    nothing. Raises CheckpointError for unreadable or unsupported weights and HostError for a kernel that
+    cannot run this layer.
     """
     if kernel == "noop":
         return NoopLayer()
@@ -55,6 +66,10 @@ def pack_layer(
         return _build_module(checkpoint, layer, maths, experts, dtype, device)
     if device != "cpu":
         raise HostError(f"the kernel {kernel!r} runs on CPU only, not on {device!r}", "use kernel auto")
+    if kernel in ("auto", "bf16-weights") and bf16_kernel.can_run(
+        maths, dtype, checkpoint.stored_dtypes(layer)
+    ):
+        return _build_bf16(checkpoint, layer, maths, experts)
     isa = None if kernel == "grouped-mm" else vllm_cpu_isa(maths, dtype)
     if isa is not None and kernel in ("auto", "vllm-cpu", f"vllm-cpu-{isa}"):
         return _build_vllm_cpu(checkpoint, layer, maths, experts, dtype, isa)
@@ -64,6 +79,19 @@ def pack_layer(
         f"the kernel {kernel!r} cannot run layer {layer} of {checkpoint.path} in {dtype} here",
         f"vLLM's choice here is {isa or 'none'}; use kernel auto",
     )
+
+
+def _build_bf16(
+    checkpoint: Checkpoint, layer: int, maths: ExpertMaths, experts: Sequence[int]
+) -> bf16_kernel.Bf16WeightsLayer:
+    built = bf16_kernel.Bf16WeightsLayer(len(experts), maths.hidden, maths.intermediate)
+    with open_layer(checkpoint, layer, maths) as read:
+        for slot, expert in enumerate(experts):
+            matrices = read(expert)
+            assert matrices.gate_IH is not None
+            built.put(slot, matrices.gate_IH, matrices.up_IH, matrices.down_HI)
+            del matrices
+    return built
 
 
 def _build_vllm_cpu(

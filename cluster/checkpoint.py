@@ -114,6 +114,12 @@ class Checkpoint:
         layout = next(iter(self.layouts.values()))
         return DTYPE_NAMES[self.tensors[layout.tensor_name("down", 0)].dtype]
 
+    def stored_dtypes(self, layer: int) -> frozenset[str]:
+        """Dtypes in which the experts of ``layer`` lie on disk."""
+        return frozenset(
+            DTYPE_NAMES[self.tensors[names[0]].dtype] for names in self.layout(layer).parts.values()
+        )
+
     @cached_property
     def moe_layers(self) -> tuple[MoeLayer, ...]:
         """The layers with routed experts, in order."""

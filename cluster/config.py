@@ -70,7 +70,7 @@ class HostGroup(_Section):
     memory_limit: Size | None = None
     threads: AutoCount = "auto"
     selector: dict[str, str] = {}
-    kernel: Literal["auto", "vllm-cpu", "grouped-mm", "module", "noop"] = "auto"
+    kernel: Literal["auto", "bf16-weights", "vllm-cpu", "grouped-mm", "module", "noop"] = "auto"
 
 
 class ServerConfig(_Section):

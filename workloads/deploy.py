@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.cache_folder import cache_folder
 from cluster.checkpoint import Checkpoint
 from cluster.compute_environment import compute_environment
 from cluster.config import Config
@@ -242,7 +243,6 @@ def engine_threads(config: Config) -> int:
 
 def engine_environment(config: Config) -> dict[str, str]:
     """Environment of the engine's processes: the same for rehearsal and serving, or each would compile."""
-    from workloads.models.default_model import cache_root
 
     return {
         **compute_environment(engine_threads(config)),
@@ -252,7 +252,7 @@ def engine_environment(config: Config) -> dict[str, str]:
         # On CPUs vLLM 0.32 can't load what its ahead-of-time compilation saved, so every start would compile
         # again; without it Inductor's own cache serves every start but the first.
         "VLLM_USE_AOT_COMPILE": "0",
-        "TORCHINDUCTOR_CACHE_DIR": str(cache_root().parent / "inductor"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache_folder() / "inductor"),
         "HF_HUB_OFFLINE": "1",
         # OpenAI's own limit of n; vLLM's is 16384, with which one request keeps an engine busy for minutes.
         "VLLM_MAX_N_SEQUENCES": "128",

@@ -20,12 +20,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from actors import openmp
+from cluster.cache_folder import cache_folder
 from cluster.checkpoint import Checkpoint
 from cluster.config import Config
 from cluster.errors import ExpertmeshError
 from cluster.messages import RouterSpec
 from workloads.deploy import engine_environment, router_spec_for
-from workloads.models.default_model import cache_root
 
 _TIMEOUT_S = 1200.0
 
@@ -40,7 +40,7 @@ def rehearse(
     if config.engine.enforce_eager or config.engine.device == "cuda":
         return
     spec = router_spec_for(config, checkpoint, dtype, name)
-    marker = cache_root().parent / "compiled" / _key(spec)
+    marker = cache_folder() / "compiled" / _key(spec)
     if marker.exists():
         return
     environment = {**os.environ, **engine_environment(config), "VLLM_LOGGING_LEVEL": "ERROR"}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Final
 
+from cluster.cache_folder import cache_folder
 from cluster.errors import CheckpointError
 from workloads.models import package_gguf
 from workloads.models.atomic_folder import locked, new_folder
@@ -42,12 +42,7 @@ random router was added that runs {top_k} of them per token. No weight was train
 
 def cache_root(cache_dir: Path | None = None) -> Path:
     """Where made models lie: ``cache_dir``, else ``$XDG_CACHE_HOME/expertmesh/models``, else ~/.cache/..."""
-    if cache_dir is not None:
-        return cache_dir
-    xdg = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification has relative paths ignored.
-    base = Path(xdg) if xdg and Path(xdg).is_absolute() else Path.home() / ".cache"
-    return base / "expertmesh" / "models"
+    return cache_folder() / "models" if cache_dir is None else cache_dir
 
 
 def default_model(cache_dir: Path | None = None, *, progress: Progress = silent) -> Path:

@@ -1,0 +1,147 @@
+"""Experts whose bfloat16 weights stay bfloat16 while rows and sums are float32: `bf16_weights.cpp`, and its layer.
+
+vLLM's kernel wants weights in the rows' dtype, twice the bytes of most checkpoints for a model that is served in
+float32. Decoding waits for those bytes. The kernel is compiled at its first use on a machine, in half a second.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import structlog
+import torch
+
+from actors.expert_maths import ExpertMaths
+from cluster.cache_folder import cache_folder
+
+log = structlog.get_logger()
+
+_SOURCE: Final = Path(__file__).with_name("bf16_weights.cpp")
+_FLAGS: Final = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+_LANES: Final = 16
+_COMPILE_S: Final = 120.0
+
+
+def can_run(maths: ExpertMaths, dtype: torch.dtype, stored: frozenset[str]) -> bool:
+    """Whether the kernel computes these experts: float32 over bfloat16 files, a plain silu gate, no bias."""
+    return (
+        dtype == torch.float32
+        and stored == {"bfloat16"}
+        and maths.activation == "silu"
+        and not maths.has_bias
+        and maths.hidden % (2 * _LANES) == 0
+        and maths.intermediate % _LANES == 0
+        and kernel() is not None
+    )
+
+
+@cache
+def kernel() -> Callable[..., None] | None:
+    """The compiled function, made first if need be; None, with a warning, where it can't be compiled."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or ""]
+    try:
+        function = ctypes.CDLL(str(_compiled(compiler))).expertmesh_bf16_experts
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        log.warning("no C++ compiler for the bfloat16 kernel: weights are widened in memory", reason=said)
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    function.argtypes = [pointer] * 2 + [number] * 3 + [pointer] * 4 + [number] * 3
+    function.restype = None
+    return function
+
+
+def _compiled(compiler: list[str]) -> Path:
+    """The library for this processor and compiler, from the cache or fresh."""
+    version = subprocess.run(
+        [*compiler, "--version"], capture_output=True, check=True, timeout=_COMPILE_S
+    ).stdout
+    identity = [_SOURCE.read_bytes(), version, " ".join(_FLAGS).encode(), _processor().encode()]
+    folder = cache_folder() / "kernels"
+    library = folder / f"bf16-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:16]}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        # Several hosts may compile at once: each its own file, and the last rename wins.
+        with tempfile.TemporaryDirectory(dir=folder) as fresh:
+            made = Path(fresh) / library.name
+            command = [*compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
+            subprocess.run(command, capture_output=True, check=True, text=True, timeout=_COMPILE_S)
+            made.replace(library)
+    return library
+
+
+def _processor() -> str:
+    """What -march=native looks at: a home folder may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [
+        line for line in lines if line.startswith(("model\t", "cpu family", "flags", "Features", "CPU part"))
+    ]
+    return " ".join([platform.machine(), *sorted(set(named))])
+
+
+def pack(matrix_NI: torch.Tensor, out: torch.Tensor) -> None:
+    """Write [outputs, inputs] into panels [outputs / 16, inputs / 2, 16, 2], without changing a bit."""
+    outputs, inputs = matrix_NI.shape
+    out.copy_(matrix_NI.reshape(outputs // _LANES, _LANES, inputs // 2, 2).permute(0, 2, 1, 3))
+
+
+class Bf16WeightsLayer:
+    """Some experts of one layer, see `actors.expert_kernels.LayerExperts`; rows are float32."""
+
+    kernel = "bf16-weights"
+
+    def __init__(self, num_experts: int, hidden: int, intermediate: int) -> None:
+        run = kernel()
+        assert run is not None
+        panels = intermediate // _LANES
+        # Gate and up of the same 16 outputs lie side by side: they are multiplied together.
+        self._up = torch.empty(num_experts, panels, 2, hidden // 2, _LANES, 2, dtype=torch.bfloat16)
+        self._down = torch.empty(
+            num_experts, hidden // _LANES, intermediate // 2, _LANES, 2, dtype=torch.bfloat16
+        )
+        self.weight_bytes = self._up.nbytes + self._down.nbytes
+        self._run = run
+        self._weights = (
+            self._up.data_ptr(),
+            self._down.data_ptr(),
+            num_experts,
+            hidden,
+            intermediate,
+        )
+        self._threads = torch.get_num_threads()
+
+    def put(self, slot: int, gate_IH: torch.Tensor, up_IH: torch.Tensor, down_HI: torch.Tensor) -> None:
+        """Load one expert's bfloat16 matrices."""
+        for matrix in (gate_IH, up_IH, down_HI):
+            assert matrix.dtype == torch.bfloat16
+        pack(gate_IH, self._up[slot, :, 0])
+        pack(up_IH, self._up[slot, :, 1])
+        pack(down_HI, self._down[slot])
+
+    def compute(
+        self, x_NH: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor, out_NH: torch.Tensor
+    ) -> None:
+        """See `actors.expert_kernels.LayerExperts`."""
+        self._run(
+            *self._weights,
+            x_NH.data_ptr(),
+            slots_NK.data_ptr(),
+            weights_NK.data_ptr(),
+            out_NH.data_ptr(),
+            *slots_NK.shape,
+            self._threads,
+        )
