@@ -72,6 +72,7 @@ def checks(config: Config) -> Iterator[Check]:
     yield check_files(resource.getrlimit(resource.RLIMIT_NOFILE))
     yield _token(config)
     yield _port(config)
+    yield _compiler()
     yield _kernel(config)
     yield _model(config)
 
@@ -179,6 +180,13 @@ def _port(config: Config) -> Check:
     except ExpertmeshError as error:
         return Check("port", False, error.message, error.hint)
     return Check("port", True, f"{where} is free")
+
+
+def _compiler() -> Check:
+    from actors.bf16_kernel import kernel
+
+    found = "it compiles" if kernel() is not None else "no C++ compiler that works"
+    return Check("compiler", kernel() is not None, found, "apt-get install g++, or set CXX to one")
 
 
 def _kernel(config: Config) -> Check:
