@@ -2,7 +2,7 @@
 
 A host with the model's folder gives any expert of the model, held by it or not: files are read as they are, in
 pieces, without torch, so that nothing of it waits for a kernel, and no kernel for it. A host that copied its own
-experts gives those that its kernel keeps as matrices; what is packed for vLLM's kernel is refused.
+experts gives those that its kernel keeps as plain matrices; what is packed, or on a GPU, is refused.
 """
 
 from __future__ import annotations
@@ -101,13 +101,13 @@ class HeldBlobs:
         self._layers = layers
 
     def blob(self, layer: int, expert: int) -> Blob:
-        """The expert's matrices in the host's own dtype. HostError if it has them packed, or not at all."""
+        """The expert's matrices in the host's own dtype. HostError if it keeps them otherwise, or not at all."""
         hosted = self._layers.get(layer)
         slot = hosted.slot_by_id.get(expert) if hosted and expert >= 0 else None
         if hosted is None or slot is None:
             raise HostError(f"neither has the model's folder nor holds expert {expert} of layer {layer}")
         if not isinstance(hosted.experts, GroupedLayer):
-            raise HostError("has no folder of the model, and its experts are packed for its kernel")
+            raise HostError("has no folder of the model, and its kernel keeps no plain matrices")
         return Blob([_held(*part) for part in hosted.experts.parts(slot).items()], fused=False)
 
 

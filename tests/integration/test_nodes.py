@@ -198,6 +198,28 @@ def test_hosts_on_two_nodes(nodes: Nodes, tiny_model: Path, tmp_path: Path) -> N
         program.kill()
 
 
+def test_where_no_host_s_node_has_the_folder_the_start_ends_with_the_reason(
+    nodes: Nodes, tiny_model: Path, tmp_path: Path
+) -> None:
+    if not can_hide(tiny_model):
+        pytest.skip("this machine lets us have no mount namespace")
+    config = settings(
+        tiny_model,
+        free_port(),
+        hosts=[{"name": "east", "threads": 1, "selector": {"zone": "b"}}],
+        ray={"address": nodes.address, "token_path": str(nodes.token)},
+    )
+    program = ServerProgram(tmp_path / "server", config, nodes.environment)
+    try:
+        assert program.wait(120) == 1
+        told = " ".join(program.err.split())
+        assert f"{tiny_model}/config.json is missing" in told
+        assert "no other host is ready to give its experts" in told
+        assert "put the model's folder there" in told and "Traceback" not in told
+    finally:
+        program.kill()
+
+
 def test_a_wrong_token_is_refused(nodes: Nodes, tiny_model: Path, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text(secrets.token_hex(32))

@@ -117,6 +117,7 @@ def test_a_copied_host_answers_bit_for_bit_as_one_with_the_folder(
         assert same(outputs(checkpoint, new, (6, 1, 4)), expected)
         assert host.report().copied_from == ("old",)
         assert read.report().copied_from == ()
+        assert "expertmesh-blob" not in Path("/proc/self/maps").read_text()
     assert temporary_folders() <= before
 
 
@@ -152,7 +153,8 @@ def test_packed_experts_are_refused_and_the_next_host_is_asked(checkpoint: Check
         with (
             copying(without_folder(checkpoint), ready(second)) as host,
             pytest.raises(
-                CheckpointError, match="packed: has no folder of the model, and its experts are packed"
+                CheckpointError,
+                match="packed: has no folder of the model, and its kernel keeps no plain matrices",
             ),
         ):
             host.wait_ready(LOAD_TIMEOUT_S)
