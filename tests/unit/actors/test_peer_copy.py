@@ -92,17 +92,14 @@ def same(ones: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(ones, others, strict=True))
 
 
-def temporary_folders() -> set[Path]:
-    return set(Path(tempfile.gettempdir()).glob("expertmesh-*"))
-
-
 @pytest.mark.parametrize("node_id", ["there", "elsewhere"], ids=["unix", "tcp"])
 @pytest.mark.parametrize("kernel", ["auto", "grouped-mm"])
 @pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe"])
 def test_a_copied_host_answers_bit_for_bit_as_one_with_the_folder(
-    arch: str, kernel: str, node_id: str, tiny: Path
+    arch: str, kernel: str, node_id: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint, before = checkpoint_of(arch, tiny), temporary_folders()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    checkpoint = checkpoint_of(arch, tiny)
     # Of the same experts in the same order, which is that of the sums.
     twin = spec(checkpoint, (6, 1, 4), host_id="twin", kernel=kernel)
     wanted = without_folder(checkpoint, (6, 1, 4), kernel=kernel, node_id=node_id)
@@ -118,7 +115,7 @@ def test_a_copied_host_answers_bit_for_bit_as_one_with_the_folder(
         assert host.report().copied_from == ("old",)
         assert read.report().copied_from == ()
         assert "expertmesh-blob" not in Path("/proc/self/maps").read_text()
-    assert temporary_folders() <= before
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_copied_host_gives_what_it_holds_to_the_next(checkpoint: Checkpoint) -> None:
