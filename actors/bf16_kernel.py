@@ -99,6 +99,12 @@ def pack(matrix_NI: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(matrix_NI.reshape(outputs // _LANES, _LANES, inputs // 2, 2).permute(0, 2, 1, 3))
 
 
+def unpack(panels: torch.Tensor) -> torch.Tensor:
+    """[outputs, inputs] out of panels."""
+    count, pairs = panels.shape[:2]
+    return panels.permute(0, 2, 1, 3).reshape(count * _LANES, 2 * pairs)
+
+
 class Bf16WeightsLayer:
     """Some experts of one layer, see `actors.expert_kernels.LayerExperts`; rows are float32."""
 
@@ -125,12 +131,15 @@ class Bf16WeightsLayer:
         self._threads = torch.get_num_threads()
 
     def put(self, slot: int, gate_IH: torch.Tensor, up_IH: torch.Tensor, down_HI: torch.Tensor) -> None:
-        """Load one expert's bfloat16 matrices."""
-        for matrix in (gate_IH, up_IH, down_HI):
-            assert matrix.dtype == torch.bfloat16
+        """Load one expert's matrices: bfloat16, or widened by a host that gave them on, which loses nothing."""
         pack(gate_IH, self._up[slot, :, 0])
         pack(up_IH, self._up[slot, :, 1])
         pack(down_HI, self._down[slot])
+
+    def parts(self, slot: int) -> dict[str, torch.Tensor]:
+        """See `actors.expert_kernels.Plain`."""
+        up = self._up[slot]
+        return {"gate": unpack(up[:, 0]), "up": unpack(up[:, 1]), "down": unpack(self._down[slot])}
 
     def compute(
         self, x_NH: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor, out_NH: torch.Tensor

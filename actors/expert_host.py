@@ -1,5 +1,8 @@
 """An expert host: loads its experts, then computes for whichever engines connect.
 
+Experts are read from the model's folder; on a node that lacks it, or has another model there, they are copied
+from other hosts (`actors.peer_copy`).
+
 A plain class; `actors.ray_hosts` wraps it in a Ray actor. Loading runs in a thread, so that the actor
 answers `progress` meanwhile.
 """
@@ -7,22 +10,27 @@ answers `progress` meanwhile.
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import structlog
 import torch
 
+from actors.blob_server import Blobs
+from actors.blob_source import FolderBlobs, HeldBlobs
 from actors.expert_weights import build_layer
 from actors.failpoints import Failpoints
 from actors.host_server import HostedLayer, HostServer
+from actors.peer_copy import NoSourceError, Patience, PeerCopy, copied_checkpoint
 from cluster.checkpoint import Checkpoint
 from cluster.errors import CheckpointError, ExpertmeshError, HostError
 from cluster.frame import manifest_id
-from cluster.messages import HostAddress, HostProgress, HostReport, HostSpec
+from cluster.messages import HostAddress, HostProgress, HostReport, HostSpec, Sources
 
 log = structlog.get_logger()
 
@@ -30,9 +38,22 @@ log = structlog.get_logger()
 class ExpertHost:
     """Holds the experts that `spec` names, on one device, and serves them on the data plane."""
 
-    def __init__(self, spec: HostSpec, key: bytes, loaded: Callable[[], None] = lambda: None) -> None:
-        """`loaded` is called in the loading thread before anybody is told that the host is ready."""
+    def __init__(
+        self,
+        spec: HostSpec,
+        key: bytes,
+        loaded: Callable[[], None] = lambda: None,
+        sources: Callable[[], Sources] | None = None,
+        patience: Patience | None = None,
+    ) -> None:
+        """`loaded` is called in the loading thread before anybody is told that the host is ready.
+
+        `sources` says where to copy experts from; without it the folder must be there.
+        """
         self.spec = spec
+        self._sources, self._patience = sources, patience
+        self._blobs: Blobs | None = None
+        self._copied_from: tuple[str, ...] = ()
         self._loaded = loaded
         self._key = key
         self._server: HostServer | None = None
@@ -80,6 +101,7 @@ class ExpertHost:
             dispatches=server.dispatches_served,
             rows=server.rows_served,
             compute_seconds=server.compute_ns / 1e9,
+            copied_from=self._copied_from,
         )
 
     def failpoint(self, name: str, value: float) -> None:
@@ -110,21 +132,46 @@ class ExpertHost:
     def _load(self) -> None:
         spec = self.spec
         torch.set_num_threads(spec.threads)
-        checkpoint = Checkpoint.open(Path(spec.model_path))
-        if checkpoint.digest != spec.model:
-            raise CheckpointError(
-                f"host {spec.host_id}: {spec.model_path} is not the engine's checkpoint",
-                "put the same folder on every node",
-            )
-        sizes = {layer.index: layer.num_experts for layer in checkpoint.moe_layers}
-        for layer, experts in spec.experts.items():
-            built = build_layer(
-                checkpoint, layer, experts, getattr(torch, spec.dtype), spec.device, kernel=spec.kernel
-            )
-            self._layers[layer] = HostedLayer(built, tuple(experts), sizes[layer])
-            self._weight_bytes += built.weight_bytes
-            self._kernels.add(built.kernel)
-        self._hidden = checkpoint.hidden_size
+        with self._opened() as checkpoint:
+            sizes = {layer.index: layer.num_experts for layer in checkpoint.moe_layers}
+            for layer, experts in spec.experts.items():
+                built = build_layer(
+                    checkpoint, layer, experts, getattr(torch, spec.dtype), spec.device, kernel=spec.kernel
+                )
+                self._layers[layer] = HostedLayer(built, tuple(experts), sizes[layer])
+                self._weight_bytes += built.weight_bytes
+                self._kernels.add(built.kernel)
+            self._hidden = checkpoint.hidden_size
+
+    @contextmanager
+    def _opened(self) -> Iterator[Checkpoint]:
+        """The model in this node's folder, or as other hosts give it."""
+        spec = self.spec
+        try:
+            checkpoint = Checkpoint.open(Path(spec.model_path))
+            if checkpoint.digest != spec.model:
+                raise CheckpointError(
+                    f"host {spec.host_id}: {spec.model_path} is not the engine's checkpoint",
+                    "put the same folder on every node, or none",
+                )
+            self._blobs = FolderBlobs(checkpoint)
+        except CheckpointError as lack:
+            if self._sources is None:
+                raise
+            log.warning("experts are copied from other hosts", host=spec.host_id, reason=lack.message)
+            copy = PeerCopy(spec, self._key, self._sources, self._patience)
+            try:
+                with copied_checkpoint(copy, spec) as (copied, outline):
+                    self._blobs = HeldBlobs(outline, self._layers)
+                    yield copied
+            except NoSourceError as error:
+                raise CheckpointError(
+                    f"host {spec.host_id} on {socket.gethostname()}: {lack.message}, and {error.message}",
+                    "put the model's folder there, or start a host on a node that has it",
+                ) from error
+            self._copied_from = tuple(copy.copied_from)
+        else:
+            yield checkpoint
 
     def _listen(self) -> None:
         spec = self.spec
@@ -136,6 +183,7 @@ class ExpertHost:
             dtype=spec.dtype,
             hidden=self._hidden,
             key=self._key,
+            blobs=self._blobs,
         )
         server.listen_unix(spec.unix)
         tcp = server.listen_tcp(spec.tcp_ip, spec.tcp_port) if spec.tcp_ip else ""

@@ -12,7 +12,7 @@ I intermediate, U = 2·I with a gate and I without.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -38,6 +38,14 @@ class LayerExperts(Protocol):
         shared memory; ``out_NH`` must not overlap ``x_NH``.
         """
         ...
+
+
+@runtime_checkable
+class Plain(Protocol):
+    """A layer whose kernel keeps matrices that other hosts can copy."""
+
+    def parts(self, slot: int) -> dict[str, torch.Tensor]:
+        """One expert's tensors as [out, in], named as in `actors.stored_expert`."""
 
 
 class PairBuffers:
@@ -144,6 +152,7 @@ class GroupedLayer:
         tensors = (up_EUH, down_EHI, up_bias_EU, down_bias_EH)
         self.weight_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
         self._activate = maths.activate
+        self._first = "gate_up" if maths.has_gate else "up"
         # Views made once: a view per expert and step would cost more than the product of a small batch.
         self._up = [matrix.t() for matrix in up_EUH]
         self._down = [matrix.t() for matrix in down_EHI]
@@ -151,6 +160,13 @@ class GroupedLayer:
         self._down_bias = None if down_bias_EH is None else list(down_bias_EH)
         hidden, up_rows = maths.hidden, maths.up_rows
         self._buffers = PairBuffers(up_EUH.dtype, (hidden, up_rows, hidden))
+
+    def parts(self, slot: int) -> dict[str, torch.Tensor]:
+        """See :class:`Plain`."""
+        parts = {self._first: self._up[slot].t(), "down": self._down[slot].t()}
+        if self._up_bias is not None and self._down_bias is not None:
+            parts |= {f"{self._first}.bias": self._up_bias[slot], "down.bias": self._down_bias[slot]}
+        return parts
 
     def compute(
         self, x_NH: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor, out_NH: torch.Tensor

@@ -9,26 +9,25 @@ they happen once a connection, and an error in them can be read by a person.
                                        <-     {protocol, nonce, proof} | {error, hint}
     {proof, model, dtype, sizes} (+fd) ->
                                        <-     {host_id} | {error, hint}
+
+Another host that wants to copy experts sends {proof, model, copy} in the engine's place, and asks on as
+`actors.blob_server` says.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import json
+import os
 import secrets
 import socket
-import struct
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from actors import json_stream
 from actors.buffers import Layout
 from cluster.errors import ProtocolError
 from cluster.frame import PROTOCOL_VERSION
-
-_LENGTH = struct.Struct("<I")
-# A handshake message is a few hundred bytes; a longer one is not a handshake.
-_MAX_MESSAGE = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,31 +43,33 @@ class Identity:
 
 def dial(sock: socket.socket, key: bytes, identity: Identity, fd: int) -> str:
     """Engine's side. Returns the host's id; ProtocolError with the host's own words if it refuses."""
-    mine = secrets.token_hex(16)
-    _send(sock, {"protocol": PROTOCOL_VERSION, "nonce": mine})
-    hello = _receive(sock)[0]
-    theirs = _text(hello, "nonce")
-    if not hmac.compare_digest(_text(hello, "proof"), _proof(key, "host", mine, theirs)):
-        raise ProtocolError("the expert host could not prove the data-plane token", _TOKEN_HINT)
     message = {
-        "proof": _proof(key, "engine", mine, theirs),
+        "proof": _introduce(sock, key, "engine"),
         "model": identity.model,
         "shared": identity.shared,
         **asdict(identity.layout),
     }
-    _send(sock, message, fd if identity.shared else -1)
-    return _text(_receive(sock)[0], "host_id")
+    json_stream.send(sock, message, fd if identity.shared else -1)
+    return _text(json_stream.receive(sock)[0], "host_id")
+
+
+def dial_to_copy(sock: socket.socket, key: bytes, model: str) -> str:
+    """The same for a host that wants to copy experts of `model`: no rows will come."""
+    json_stream.send(sock, {"proof": _introduce(sock, key, "copier"), "model": model, "copy": True})
+    return _text(json_stream.receive(sock)[0], "host_id")
 
 
 def greet(
     sock: socket.socket, key: bytes, host_id: str, model: str, dtype: str, hidden: int
-) -> tuple[Identity, int]:
-    """Host's side. Returns what the engine asked for and the descriptor of its memory (or -1).
+) -> tuple[Identity | None, int]:
+    """Host's side. Returns what the engine asked for (None: another host wants to copy) and the descriptor
+    of the engine's memory (or -1).
 
-    A refusal is sent to the engine and raised here as ProtocolError.
+    A refusal is sent to the other side and raised here as ProtocolError.
     """
+    fd = -1
     try:
-        hello = _receive(sock)[0]
+        hello = json_stream.receive(sock)[0]
         if hello.get("protocol") != PROTOCOL_VERSION:
             raise ProtocolError(
                 f"host {host_id} speaks data-plane protocol {PROTOCOL_VERSION}, "
@@ -76,34 +77,57 @@ def greet(
                 "run the same expertmesh version on every node",
             )
         theirs, mine = _text(hello, "nonce"), secrets.token_hex(16)
-        _send(sock, {"protocol": PROTOCOL_VERSION, "nonce": mine, "proof": _proof(key, "host", theirs, mine)})
-        request, fd = _receive(sock)
-        if not hmac.compare_digest(_text(request, "proof"), _proof(key, "engine", theirs, mine)):
-            raise ProtocolError("the engine could not prove the data-plane token", _TOKEN_HINT)
+        proof = _proof(key, "host", theirs, mine)
+        json_stream.send(sock, {"protocol": PROTOCOL_VERSION, "nonce": mine, "proof": proof})
+        request, fd = json_stream.receive(sock)
+        role = "copier" if request.get("copy") is True else "engine"
+        if not hmac.compare_digest(_text(request, "proof"), _proof(key, role, theirs, mine)):
+            raise ProtocolError(f"the {role} could not prove the data-plane token", _TOKEN_HINT)
         if request.get("model") != model:
             raise ProtocolError(
-                f"host {host_id} holds model {model[:12]}, the engine runs {str(request.get('model'))[:12]}",
+                f"host {host_id} holds model {model[:12]}, the {role} runs {str(request.get('model'))[:12]}",
                 "start both from the same checkpoint folder",
             )
-        if request.get("dtype") != dtype or request.get("hidden") != hidden:
-            raise ProtocolError(
-                f"host {host_id} computes {dtype} rows of {hidden}, the engine sends "
-                f"{request.get('dtype')} rows of {request.get('hidden')}",
-                "set the same model.dtype for engine and hosts",
-            )
-        layout = Layout(int(request["max_rows"]), hidden, int(request["top_k"]), dtype)
-        if not (0 < layout.max_rows <= 1 << 20 and 0 < layout.top_k <= 255):
-            raise ProtocolError(f"sizes out of range: {layout.max_rows} rows, top-{layout.top_k}")
-        if bool(request.get("shared")) != (fd >= 0):
-            raise ProtocolError("shared memory announced without a descriptor, or the reverse")
-        _send(sock, {"host_id": host_id})
-    except ProtocolError as error:
-        _send(sock, {"error": error.message, "hint": error.hint})
+        identity = _identity(request, fd, host_id, model, dtype, hidden) if role == "engine" else None
+        json_stream.send(sock, {"host_id": host_id})
+    except (ProtocolError, KeyError, TypeError, ValueError) as error:
+        if fd >= 0:
+            os.close(fd)
+        if not isinstance(error, ProtocolError):
+            json_stream.send(sock, {"error": f"malformed handshake: {error}"})
+            raise ProtocolError(f"malformed handshake: {error}") from error
+        json_stream.send(sock, {"error": error.message, "hint": error.hint})
         raise
-    except (KeyError, TypeError, ValueError) as error:
-        _send(sock, {"error": f"malformed handshake: {error}"})
-        raise ProtocolError(f"malformed handshake: {error}") from error
-    return Identity(model, layout, fd >= 0), fd
+    return identity, fd
+
+
+def _identity(
+    request: dict[str, Any], fd: int, host_id: str, model: str, dtype: str, hidden: int
+) -> Identity:
+    """What an engine asks for; ProtocolError if this host can't give it."""
+    if request.get("dtype") != dtype or request.get("hidden") != hidden:
+        raise ProtocolError(
+            f"host {host_id} computes {dtype} rows of {hidden}, the engine sends "
+            f"{request.get('dtype')} rows of {request.get('hidden')}",
+            "set the same model.dtype for engine and hosts",
+        )
+    layout = Layout(int(request["max_rows"]), hidden, int(request["top_k"]), dtype)
+    if not (0 < layout.max_rows <= 1 << 20 and 0 < layout.top_k <= 255):
+        raise ProtocolError(f"sizes out of range: {layout.max_rows} rows, top-{layout.top_k}")
+    if bool(request.get("shared")) != (fd >= 0):
+        raise ProtocolError("shared memory announced without a descriptor, or the reverse")
+    return Identity(model, layout, fd >= 0)
+
+
+def _introduce(sock: socket.socket, key: bytes, role: str) -> str:
+    """The first two messages, from this side; this side's proof, once the host's own was good."""
+    mine = secrets.token_hex(16)
+    json_stream.send(sock, {"protocol": PROTOCOL_VERSION, "nonce": mine})
+    hello = json_stream.receive(sock)[0]
+    theirs = _text(hello, "nonce")
+    if not hmac.compare_digest(_text(hello, "proof"), _proof(key, "host", mine, theirs)):
+        raise ProtocolError("the expert host could not prove the data-plane token", _TOKEN_HINT)
+    return _proof(key, role, mine, theirs)
 
 
 _TOKEN_HINT = "use the same cluster token on every node (ray.token_path)"
@@ -118,40 +142,3 @@ def _text(message: dict[str, Any], field: str) -> str:
     if not isinstance(value, str):
         raise ProtocolError(f"handshake message lacks {field!r}")
     return value
-
-
-def _send(sock: socket.socket, message: dict[str, Any], fd: int = -1) -> None:
-    data = json.dumps(message).encode()
-    framed = _LENGTH.pack(len(data)) + data
-    if fd >= 0:
-        socket.send_fds(sock, [framed], [fd])
-    else:
-        sock.sendall(framed)
-
-
-def _receive(sock: socket.socket) -> tuple[dict[str, Any], int]:
-    """One message and the descriptor that came with it (or -1); an {error} message is raised."""
-    fd = -1
-    if sock.family == socket.AF_UNIX:
-        # A descriptor rides on the first byte of its message, so the length is read with it.
-        head, fds, _, _ = socket.recv_fds(sock, _LENGTH.size, 1, socket.MSG_WAITALL)
-        fd = fds[0] if fds else -1
-    else:
-        head = sock.recv(_LENGTH.size, socket.MSG_WAITALL)
-    if len(head) < _LENGTH.size:
-        raise ConnectionError("closed during the handshake")
-    (size,) = _LENGTH.unpack(head)
-    if size > _MAX_MESSAGE:
-        raise ProtocolError(f"handshake message of {size} bytes", "something else speaks on this port")
-    data = sock.recv(size, socket.MSG_WAITALL)
-    if len(data) < size:
-        raise ConnectionError("closed during the handshake")
-    try:
-        message = json.loads(data)
-    except ValueError as error:
-        raise ProtocolError("handshake message is not JSON", "something else speaks on this port") from error
-    if not isinstance(message, dict):
-        raise ProtocolError("handshake message is not an object")
-    if "error" in message:
-        raise ProtocolError(str(message["error"]), str(message.get("hint", "")))
-    return message, fd

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import structlog
 
+from actors.blob_server import Blobs, serve_copies
 from actors.buffers import Buffers, Views
 from actors.handshake import greet
 from actors.header_parts import DISPATCH_LEAD, MAX_KEPT, PARTS, REPLY_LEAD, rest
@@ -67,8 +68,10 @@ class HostServer:
         dtype: str,
         hidden: int,
         key: bytes,
+        blobs: Blobs | None = None,
         kernel_lock: threading.Lock = _KERNEL_LOCK,
     ) -> None:
+        """`blobs`: where experts are taken from that other hosts ask for, if this one can give any."""
         self.host_id = host_id
         self.layers = layers
         self.rows_served = 0
@@ -77,14 +80,16 @@ class HostServer:
         self.manifest, self._model, self._dtype, self._hidden = manifest, model, dtype, hidden
         self.dtype_code = DTYPE_CODES[dtype]
         self._key = key
+        self._blobs = blobs
         self.kernel_lock = kernel_lock
         self._listeners: list[tuple[socket.socket, threading.Thread]] = []
         self._connections: set[socket.socket] = set()
+        self._copiers: set[socket.socket] = set()
 
     @property
     def connections(self) -> int:
         """Engines connected now."""
-        return len(self._connections)
+        return len(self._connections - self._copiers)
 
     def listen_unix(self, name: str) -> None:
         """Listen on `name` in the abstract namespace, which leaves no file behind."""
@@ -133,6 +138,11 @@ class HostServer:
         try:
             sock.settimeout(_GREETING_TIMEOUT_S)
             identity, fd = greet(sock, self._key, self.host_id, self._model, self._dtype, self._hidden)
+            if identity is None:
+                self._copiers.add(sock)
+                if self._blobs is not None:
+                    serve_copies(sock, self._blobs)
+                return
             if fd >= 0:
                 try:
                     buffers = Buffers.attached(identity.layout, fd)
@@ -149,6 +159,7 @@ class HostServer:
             log.warning("data-plane connection dropped", host=self.host_id, reason=str(error))
         finally:
             self._connections.discard(sock)
+            self._copiers.discard(sock)
             sock.close()
 
 

@@ -18,7 +18,7 @@ from actors.buffers import Buffers, Layout, Views
 from actors.handshake import Identity, dial
 from actors.header_parts import DISPATCH_LEAD, MAX_KEPT, PARTS, REPLY_LEAD, rest
 from actors.raw_memory import RawMemory
-from actors.streams import read_exactly, send_all
+from actors.streams import open_stream, read_exactly, send_all
 from cluster.errors import HostError, ProtocolError
 from cluster.frame import (
     DISPATCH,
@@ -117,7 +117,7 @@ class HostLink:
     def connect(self, timeout_s: float) -> None:
         """Connect and shake hands; OSError if nobody listens, ProtocolError if the host refuses."""
         self.close()
-        sock = _open(self.address, self.local, timeout_s)
+        sock = open_stream(self.address, self.local, timeout_s)
         buffers = Buffers.shared(self.layout) if self.local else Buffers.private(self.layout)
         try:
             sock.settimeout(timeout_s)
@@ -385,20 +385,3 @@ class HostLink:
     def _forget(self) -> None:
         self._messages.clear()
         self.exchanges.clear()
-
-
-def _open(address: HostAddress, local: bool, timeout_s: float) -> socket.socket:
-    if local:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.settimeout(timeout_s)
-        try:
-            sock.connect("\0" + address.unix)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-    ip, _, port = address.tcp.rpartition(":")
-    sock = socket.create_connection((ip, int(port)), timeout_s)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    return sock

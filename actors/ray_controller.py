@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import ray
@@ -11,13 +12,15 @@ from ray.experimental import internal_kv
 
 from actors.ray_hosts import RayHosts, RayNodes
 from cluster.controller import Controller, Deployment
-from cluster.messages import HostProgress, HostReport
+from cluster.messages import HostProgress, HostReport, Sources
 from cluster.repair_state import HostStatus
 
 NAME = "controller"
 # How often nodes and hosts are looked at: a round takes a few ms, and the engines don't wait for it to do without
 # a host that fails.
 _PERIOD_S = 0.5
+# A controller that is being replaced answers after some seconds, or is asked again.
+_CALL_S = 15.0
 
 
 # Ray's types know neither max_concurrency nor groups. Threads, so that status answers while a publish waits;
@@ -50,7 +53,7 @@ class ControllerActor:
 
     def __init__(self, namespace: str) -> None:
         store = KvStore(f"expertmesh:{namespace}:deployment")
-        self._controller = Controller(RayHosts(namespace), store, RayNodes())
+        self._controller = Controller(RayHosts(namespace, partial(sources, namespace)), store, RayNodes())
         self._controller.supervise(_PERIOD_S)
 
     def deploy(self, deployment: Deployment) -> None:
@@ -76,6 +79,9 @@ class ControllerActor:
     def reports(self) -> Mapping[str, HostReport | str]:
         return self._controller.reports()
 
+    def sources(self, host_id: str) -> Sources:
+        return self._controller.sources(host_id)
+
     def deployment(self) -> Deployment | None:
         return self._controller.deployment()
 
@@ -99,6 +105,13 @@ def next_table(namespace: str, after_epoch: int, timeout_s: float) -> str:
     answer: Any = controller.next_table.remote(after_epoch, timeout_s)
     # The controller may be gone for good: a new one has the same name, and is found by the next call.
     return str(ray.get(answer, timeout=timeout_s + 10))
+
+
+def sources(namespace: str, host_id: str) -> Sources:
+    """Where a host may copy its experts from; called in the host's process."""
+    controller: Any = ray.get_actor(NAME, namespace=namespace)
+    answer: Any = ray.get(controller.sources.remote(host_id), timeout=_CALL_S)
+    return answer
 
 
 def get_or_start(namespace: str) -> Any:

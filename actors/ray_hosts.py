@@ -7,6 +7,8 @@ finds them again. Ray restarts none of them: `cluster.repair` decides when, wher
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import ray
@@ -18,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors import failpoints, gentle_start, memory_guard, openmp
 from cluster.auth import data_plane_key
 from cluster.compute_environment import compute_environment
-from cluster.messages import HostProgress, HostReport, HostSpec, NodeInfo
+from cluster.messages import HostProgress, HostReport, HostSpec, NodeInfo, Sources
 from cluster.ray_cluster import nodes
 from cluster.repair_state import FIRST_LAUNCH, HostDead, HostFailed, HostReady
 
@@ -36,7 +38,7 @@ _actor: Any = ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=4, 
 class HostActor:
     """Ray's view of an ExpertHost. Loading starts at once; `progress` tells when it is done."""
 
-    def __init__(self, spec: HostSpec, gentle: bool) -> None:
+    def __init__(self, spec: HostSpec, gentle: bool, sources: Callable[[str], Sources] | None = None) -> None:
         lowered = gentle and gentle_start.lower()
         if spec.memory_limit_bytes:
             memory_guard.guard(spec.memory_limit_bytes, _die)
@@ -44,7 +46,12 @@ class HostActor:
         # Only the host itself needs torch; the controller and the command line use this module too.
         from actors.expert_host import ExpertHost
 
-        self._host = ExpertHost(spec, data_plane_key(), gentle_start.restore if lowered else lambda: None)
+        self._host = ExpertHost(
+            spec,
+            data_plane_key(),
+            gentle_start.restore if lowered else lambda: None,
+            partial(sources, spec.host_id) if sources else None,
+        )
         self._host.start()
 
     def progress(self) -> HostProgress:
@@ -101,8 +108,10 @@ class RayHosts:
     Each launch has a name of its own, since Ray keeps the name of one that dies for a moment.
     """
 
-    def __init__(self, namespace: str) -> None:
+    def __init__(self, namespace: str, sources: Callable[[str], Sources] | None = None) -> None:
+        """`sources` tells a host, by its id and in its process, where it may copy experts from."""
         self._namespace = namespace
+        self._sources = sources
 
     def launch(self, spec: HostSpec, generation: int) -> RayHost:
         """Start the host on its node. ValueError if this launch was made already.
@@ -120,7 +129,9 @@ class RayHosts:
         }
         actor: Any = HostActor
         return RayHost(
-            actor.options(**options).remote(spec, generation > FIRST_LAUNCH), spec.host_id, generation
+            actor.options(**options).remote(spec, generation > FIRST_LAUNCH, self._sources),
+            spec.host_id,
+            generation,
         )
 
     def find(self, host_id: str, generation: int | None = None) -> RayHost | None:

@@ -1,10 +1,12 @@
-"""Whole messages over a blocking stream socket."""
+"""Stream sockets to a host, and whole messages over them."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
 from typing import Any
+
+from cluster.messages import HostAddress
 
 
 def read_exactly(sock: socket.socket, view: memoryview) -> None:
@@ -28,3 +30,21 @@ def send_all(sock: socket.socket, parts: Sequence[Any]) -> None:
             sent -= len(views.pop(0))
         if views:
             views[0] = views[0][sent:]
+
+
+def open_stream(address: HostAddress, local: bool, timeout_s: float) -> socket.socket:
+    """Connect to a host by its unix socket (`local`), else by TCP; OSError if nobody listens there."""
+    if local:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(timeout_s)
+        try:
+            sock.connect("\0" + address.unix)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+    ip, _, port = address.tcp.rpartition(":")
+    sock = socket.create_connection((ip, int(port)), timeout_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return sock

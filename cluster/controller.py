@@ -17,7 +17,7 @@ import structlog
 from cluster import repair, rounds
 from cluster.deployment import Deployment, complete, from_document, to_document
 from cluster.errors import HostError
-from cluster.messages import HostProgress, HostReport
+from cluster.messages import HostProgress, HostReport, Sources
 from cluster.ports import Host, Hosts, Nodes, Store
 from cluster.repair_state import (
     RUNNING,
@@ -34,6 +34,7 @@ from cluster.repair_state import (
     Tick,
     Wanted,
     planned,
+    sources,
     statuses,
 )
 from cluster.rounds import Rounds, in_short
@@ -78,6 +79,8 @@ class Controller:
         self._deployment: Deployment | None = None
         self._repair = Repair({})
         self._running: dict[str, Host] = {}
+        # Hosts that load and asked for sources. Not saved: they ask again and again.
+        self._lacking: set[str] = set()
         self._recover()
 
     def deploy(self, deployment: Deployment) -> None:
@@ -196,6 +199,12 @@ class Controller:
             running, hosts = dict(self._running), self._repair.hosts
         return rounds.reports(running, hosts)
 
+    def sources(self, host_id: str) -> Sources:
+        """Where a host may copy its experts from that loads on a node without the model's folder."""
+        with self._change:
+            self._lacking.add(host_id)
+            return sources(self._repair, host_id, self._lacking)
+
     def deployment(self) -> Deployment | None:
         """What is deployed."""
         return self._deployment
@@ -206,6 +215,7 @@ class Controller:
             # First, so that a `publish` that sees a host die knows why.
             running, self._running, self._deployment = self._running, {}, None
             self._repair = Repair({})
+            self._lacking.clear()
             self._change.notify_all()
             for host_id, host in running.items():
                 try:
@@ -256,6 +266,8 @@ class Controller:
 
     def _relaunch(self, action: Launch) -> None:
         spec = action.spec
+        # It may be on another node now.
+        self._lacking.discard(spec.host_id)
         log.info("host launched again", host=spec.host_id, launch=action.generation, node=spec.node_id)
         try:
             self._running[spec.host_id] = self._hosts.launch(spec, action.generation)

@@ -71,6 +71,28 @@ class HostReport:
     dispatches: int
     rows: int
     compute_seconds: float
+    copied_from: tuple[str, ...] = ()
+    """Hosts that it copied its experts from; empty if it read them from the model's folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where a host on a node without the model's folder may copy experts from."""
+
+    ready: tuple[HostAddress, ...]
+    loading: tuple[str, ...]
+    """Ids of hosts that may be ready soon; not those that look for a source themselves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What a host must know of a checkpoint before it copies experts of it."""
+
+    config: str
+    """Text of config.json."""
+    layers: tuple[MoeLayer, ...]
+    dtypes: Mapping[int, frozenset[str]]
+    """Layer index → dtypes of its experts on disk, which decide about the kernel."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,11 @@ Times are seconds of any clock that only goes forward.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from cluster.messages import HostAddress, HostSpec, NodeInfo
+from cluster.messages import HostAddress, HostSpec, NodeInfo, Sources
 from cluster.rehome import Limits
 
 
@@ -195,6 +195,19 @@ def rebased(state: Repair, seconds: float) -> Repair:
         for host_id, host in state.hosts.items()
     }
     return replace(state, hosts=hosts, nodes=None)
+
+
+def sources(state: Repair, host_id: str, lacking: Collection[str]) -> Sources:
+    """Where `host_id` may copy experts from, if the hosts `lacking` look for a source themselves."""
+    others = {other: host for other, host in state.hosts.items() if other != host_id}
+    return Sources(
+        ready=tuple(host.address for host in others.values() if host.address is not None),
+        loading=tuple(
+            other
+            for other, host in others.items()
+            if host.phase in (Phase.PLANNED, Phase.STARTING) and other not in lacking
+        ),
+    )
 
 
 def statuses(state: Repair, now: float) -> list[HostStatus]:

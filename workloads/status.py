@@ -106,7 +106,7 @@ def status_view(state: dict[str, Any]) -> Group:
                 host["host_id"],
                 host["device"],
                 f"[green]ready[/]{_crashes(host)}",
-                str(host["experts_loaded"]),
+                _experts(host),
                 f"{host['weight_bytes'] / 2**20:.0f}",
                 f"{host['rss_bytes'] / 2**20:.0f}",
                 host["kernel"],
@@ -127,6 +127,12 @@ def _trouble(host: dict[str, Any]) -> str:
         f"next try in {seconds:.0f} s" if seconds is not None else "",
     ]
     return f"[{colour}]{host['state']}[/] " + ", ".join(part for part in parts if part)
+
+
+def _experts(host: dict[str, Any]) -> str:
+    """How many, and from which hosts they were copied if the node lacks the model's folder."""
+    others = ", ".join(host["copied_from"])
+    return f"{host['experts_loaded']}" + (f" from {others}" if others else "")
 
 
 def _crashes(host: dict[str, Any]) -> str:

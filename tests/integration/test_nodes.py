@@ -1,4 +1,8 @@
-"""Several nodes: a head and two labelled workers on this machine, hosts on the workers, rows over TCP."""
+"""Several nodes: a head and two labelled workers on this machine, hosts on the workers, rows over TCP.
+
+One of the workers does not see the model's folder: its processes have a mount namespace of their own, in which an
+empty file system lies over it.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,20 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import openai
 import psutil
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e.programs import Program, ServerProgram, free_port, run, settings, wait_for
 from tests.tiny_dense import make_tiny_dense
@@ -53,16 +62,18 @@ class Nodes:
         """The head: control plane and engine."""
         self._start("head", "--head", f"--port={self.port}", "--num-cpus=2", "--include-dashboard=false")
 
-    def worker(self, zone: str) -> None:
-        """A worker labelled with its zone; its one core is for the hosts."""
-        self._start(zone, f"--address={self.address}", "--num-cpus=1", f"--labels=zone={zone}")
+    def worker(self, zone: str, unseen: Path | None = None) -> None:
+        """A worker labelled with its zone; its one core is for the hosts. It sees nothing in the folder `unseen`."""
+        labels = f"--labels=zone={zone}"
+        self._start(zone, f"--address={self.address}", "--num-cpus=1", labels, unseen=unseen)
 
-    def _start(self, name: str, *arguments: str) -> None:
+    def _start(self, name: str, *arguments: str, unseen: Path | None = None) -> None:
         log = self._folder / f"ray-{name}.log"
         ports = [free_port() for _ in range(4)]
         with log.open("wb") as out:
             process = subprocess.Popen(
                 [
+                    *(hiding(unseen) if unseen else ()),
                     str(Path(sys.executable).with_name("ray")),
                     "start",
                     *arguments,
@@ -100,13 +111,30 @@ class Nodes:
         shutil.rmtree(self.temp, ignore_errors=True)
 
 
+def hiding(folder: Path) -> list[str]:
+    """What a command line begins with to see an empty folder there."""
+    # Whoever is not root is so in a user namespace of its own.
+    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    script = 'mount -t tmpfs -o size=64k none "$0" && exec "$@"'
+    return ["unshare", *user, "--mount", "sh", "-c", script, str(folder)]
+
+
+def can_hide(folder: Path) -> bool:
+    """Whether this machine lets us."""
+    try:
+        seen = subprocess.run([*hiding(folder), "ls", str(folder)], capture_output=True, timeout=30)
+    except FileNotFoundError:
+        return False
+    return seen.returncode == 0 and seen.stdout == b""
+
+
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+def nodes(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Nodes]:
     cluster = Nodes(tmp_path_factory.mktemp("nodes"))
     try:
         cluster.head()
         cluster.worker("a")
-        cluster.worker("b")
+        cluster.worker("b", unseen=tiny_model if can_hide(tiny_model) else None)
         yield cluster
     finally:
         cluster.stop()
@@ -141,11 +169,24 @@ def test_hosts_on_two_nodes(nodes: Nodes, tiny_model: Path, tmp_path: Path) -> N
         # The engine shares a node with one host at most, so at least one is reached over TCP.
         assert all(host["tcp"] for host in hosts.values())
         assert any(_connected(host["pid"], host["tcp"]) for host in hosts.values())
-        client = openai.OpenAI(base_url=f"{program.url}/v1", api_key="none", max_retries=0, timeout=120)
-        answer = client.completions.create(
-            model="tiny", prompt="The river", max_tokens=12, extra_body={"ignore_eos": True}
-        )
-        assert answer.usage is not None and answer.usage.completion_tokens == 12
+        hidden = can_hide(tiny_model)
+        assert hosts["west-0"]["copied_from"] == []
+        assert hosts["east-0"]["copied_from"] == (["west-0"] if hidden else [])
+        expected = greedy(tiny_model, "The river", 12)
+        assert complete(program, "The river", 12) == expected
+
+        os.kill(hosts["east-0"]["pid"], signal.SIGKILL)
+
+        def repaired() -> dict | None:
+            told = _ask(nodes, program, tmp_path / secrets.token_hex(4), "status", "--json")
+            east = next(host for host in json.loads(told.out)["hosts"] if host["host_id"] == "east-0")
+            return east if east["state"] == "ready" and east["launches"] == 2 else None
+
+        hosts["east-0"] = wait_for(repaired, 60, "the host to be launched again")
+        assert hosts["east-0"]["copied_from"] == (["west-0"] if hidden else [])
+        wait_for(lambda: httpx.get(f"{program.url}/ready", timeout=30).status_code == 200, 30, "readiness")
+        assert complete(program, "The river", 12) == expected
+
         down = _ask(nodes, program, tmp_path, "down")
         assert down.process.returncode == 0, down.err
         assert program.wait() == 0, program.err
@@ -153,6 +194,28 @@ def test_hosts_on_two_nodes(nodes: Nodes, tiny_model: Path, tmp_path: Path) -> N
         wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids), 30, "the hosts to end")
         after = _ask(nodes, program, tmp_path, "status", "--config", str(program.config))
         assert after.process.returncode == 1 and "nothing is deployed" in after.err
+    finally:
+        program.kill()
+
+
+def test_where_no_host_s_node_has_the_folder_the_start_ends_with_the_reason(
+    nodes: Nodes, tiny_model: Path, tmp_path: Path
+) -> None:
+    if not can_hide(tiny_model):
+        pytest.skip("this machine lets us have no mount namespace")
+    config = settings(
+        tiny_model,
+        free_port(),
+        hosts=[{"name": "east", "threads": 1, "selector": {"zone": "b"}}],
+        ray={"address": nodes.address, "token_path": str(nodes.token)},
+    )
+    program = ServerProgram(tmp_path / "server", config, nodes.environment)
+    try:
+        assert program.wait(120) == 1
+        told = " ".join(program.err.split())
+        assert f"{tiny_model}/config.json is missing" in told
+        assert "no other host is ready to give its experts" in told
+        assert "put the model's folder there" in told and "Traceback" not in told
     finally:
         program.kill()
 
@@ -168,6 +231,27 @@ def test_a_wrong_token_is_refused(nodes: Nodes, tiny_model: Path, tmp_path: Path
         assert "Traceback" not in program.err and "token" in program.err
     finally:
         program.kill()
+
+
+def complete(program: ServerProgram, prompt: str, tokens: int) -> str:
+    client = openai.OpenAI(base_url=f"{program.url}/v1", api_key="none", max_retries=0, timeout=120)
+    answer = client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=tokens, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert answer.usage is not None and answer.usage.completion_tokens == tokens
+    return answer.choices[0].text
+
+
+@torch.inference_mode()
+def greedy(path: Path, prompt: str, tokens: int) -> str:
+    """The same by transformers alone."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    start = ids.shape[1]
+    for _ in range(tokens):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
 
 
 def _ask(nodes: Nodes, program: ServerProgram, folder: Path, command: str, *options: str) -> Program:

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from actors import bf16_kernel
-from actors.bf16_kernel import Bf16WeightsLayer, pack
+from actors.bf16_kernel import Bf16WeightsLayer, pack, unpack
 from actors.expert_kernels import LayerExperts
 from actors.expert_weights import build_layer
 from cluster.checkpoint import Checkpoint
@@ -101,7 +101,7 @@ def test_packing_loses_nothing() -> None:
     matrix = torch.arange(32 * 8).view(32, 8).bfloat16()
     panels = torch.empty(2, 4, 16, 2, dtype=torch.bfloat16)
     pack(matrix, panels)
-    assert torch.equal(panels.permute(0, 2, 1, 3).reshape(32, 8), matrix)
+    assert torch.equal(unpack(panels), matrix)
     assert panels[1, 2, 5].tolist() == matrix[21, 4:6].tolist()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from actors import json_stream
 from actors.buffers import Layout
 from actors.dispatch import Dispatcher
 from actors.host_server import HostServer
@@ -173,9 +174,7 @@ def test_a_wrong_handshake_is_refused_with_the_reason(
 
 def test_another_protocol_version_is_refused(make_mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = make_mesh(ONE)
-    import actors.handshake as handshake
-
-    send = handshake._send
+    send = json_stream.send
 
     def lie(sock: socket.socket, message: dict, fd: int = -1) -> None:
         send(
@@ -184,7 +183,7 @@ def test_another_protocol_version_is_refused(make_mesh, monkeypatch: pytest.Monk
             fd,
         )
 
-    monkeypatch.setattr(handshake, "_send", lie)
+    monkeypatch.setattr(json_stream, "send", lie)
     with pytest.raises(ProtocolError, match="protocol"):
         mesh.dispatcher()
 

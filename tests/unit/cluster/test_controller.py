@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from cluster.controller import Controller, Deployment
 from cluster.errors import HostError
-from cluster.messages import HostAddress, HostProgress, HostReport, HostSpec, NodeInfo
+from cluster.messages import HostAddress, HostProgress, HostReport, HostSpec, NodeInfo, Sources
 from cluster.ports import Host
 from cluster.repair_state import HostDead, HostFailed, HostReady
 from cluster.table import PlacementTable
@@ -331,6 +331,36 @@ def test_a_host_whose_node_is_gone_is_placed_on_another(world: MemoryWorld) -> N
     assert {state.node_id for state in controller.states()} == {"other", "node"}
     after = published(controller)
     assert len(after.running) == 3 and after.epoch > before.epoch
+
+
+def test_a_host_without_the_folder_is_told_who_is_ready_and_who_may_be_soon(world: MemoryWorld) -> None:
+    controller = world.controller()
+    controller.deploy(world.hanging())
+    # Nobody is known to be ready before the first look.
+    assert controller.sources("b-0") == Sources((), ("a-0", "a-1"))
+    controller.look()
+    addresses = {host.spec.host_id: host.address for host in world.started}
+    # Not itself; and a host that asks as well is no source to come.
+    assert controller.sources("a-0") == Sources((addresses["a-1"], addresses["b-0"]), ())
+    assert controller.sources("a-1") == Sources((addresses["b-0"],), ())
+    assert controller.sources("unheard") == Sources((addresses["a-1"], addresses["b-0"]), ())
+    controller.stop()
+    assert controller.sources("a-0") == Sources((), ())
+
+
+def test_a_host_that_is_launched_again_may_be_a_source_though_it_lacked_the_folder(
+    world: MemoryWorld,
+) -> None:
+    controller = world.controller()
+    controller.deploy(world.deployment())
+    published(controller)
+    controller.sources("a-0")
+    world.kill("a-0")
+    controller.look()
+    table = PlacementTable.from_json(controller.table())
+    assert table.hosts["a-0"] is None
+    asked = controller.sources("a-1")
+    assert (asked.loading, [address.host_id for address in asked.ready]) == (("a-0",), ["b-0"])
 
 
 def test_supervision_repairs_by_itself_until_closed(world: MemoryWorld) -> None:

@@ -22,6 +22,7 @@ HOST = {
     "device": "cpu",
     "state": "ready",
     "experts_loaded": 240,
+    "copied_from": (),
     "weight_bytes": 512 * 2**20,
     "rss_bytes": 700 * 2**20,
     "kernel": "vllm-cpu-vec",

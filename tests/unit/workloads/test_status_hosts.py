@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -47,3 +48,10 @@ def test_a_host_that_does_not_answer_is_not_down() -> None:
 def test_one_that_waits_or_starts() -> None:
     assert "waiting for room node n is gone" in shown(host("waiting for room", 0, "node n is gone"), None)
     assert "starting killed, 1 crash" in shown(host("starting", 1, "killed"), "HostError")
+
+
+def test_where_copied_experts_came_from_is_shown() -> None:
+    assert "│ 4 │" in shown(host("ready"), REPORT)
+    copied = replace(REPORT, copied_from=("west-0", "west-1"))
+    assert "│ 4 from west-0, west-1 │" in shown(host("ready"), copied)
+    assert host_entry(host("ready"), "cpu", copied)["copied_from"] == ("west-0", "west-1")
