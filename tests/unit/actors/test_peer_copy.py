@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors import host_server
+from actors import bf16_kernel, host_server
 from actors.expert_host import ExpertHost
 from actors.json_stream import RefusedError
 from actors.peer_copy import NoSourceError, Patience, PeerCopy
@@ -115,20 +115,26 @@ def test_a_copied_host_answers_bit_for_bit_as_one_with_the_folder(
         assert host.report().copied_from == ("old",)
         assert read.report().copied_from == ()
         assert "expertmesh-blob" not in Path("/proc/self/maps").read_text()
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("expertmesh-*")) == []
 
 
-def test_a_copied_host_gives_what_it_holds_to_the_next(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("kernel", ["grouped-mm", "bf16-weights"])
+def test_a_copied_host_gives_what_it_holds_to_the_next(kernel: str, tmp_path: Path) -> None:
+    if kernel == "bf16-weights" and bf16_kernel.kernel() is None:
+        pytest.skip("no C++ compiler")
+    checkpoint = Checkpoint.open(make_tiny("mixtral", tmp_path / "model", dtype="bfloat16"))
     with ExitStack() as stack:
-        with serving(checkpoint, "old") as (old,):
+        with serving(checkpoint, "old", kernel=kernel) as (old,):
             expected = outputs(checkpoint, old, (2, 5))
-            host = stack.enter_context(copying(without_folder(checkpoint, (5, 2)), ready(old)))
+            new = without_folder(checkpoint, (5, 2), kernel=kernel)
+            host = stack.enter_context(copying(new, ready(old)))
             second = host.wait_ready(LOAD_TIMEOUT_S)
         # Nobody has the folder any more.
-        third = without_folder(checkpoint, (2, 5), host_id="third")
+        third = without_folder(checkpoint, (2, 5), host_id="third", kernel=kernel)
         with copying(third, ready(second)) as host:
             assert same(outputs(checkpoint, host.wait_ready(LOAD_TIMEOUT_S), (2, 5)), expected)
             assert host.report().copied_from == ("new",)
+            assert host.report().kernel == kernel
         with (
             copying(without_folder(checkpoint, (3,), host_id="third"), ready(second)) as host,
             pytest.raises(
