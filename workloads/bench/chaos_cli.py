@@ -57,6 +57,7 @@ def run(
     from cluster.errors import ConfigError
     from workloads.bench.chaos_plot import check_plot
     from workloads.bench.chaos_plot import plot as draw
+    from workloads.bench.chaos_possible import possible, why_not
     from workloads.bench.chaos_scenario import load_scenario, shipped
 
     if bool(names) == all_:
@@ -68,6 +69,11 @@ def run(
     doubles = [s.name for number, s in enumerate(scenarios) if s.name in {o.name for o in scenarios[:number]}]
     if doubles:
         raise ConfigError(f"two scenarios have the name {doubles[0]}", "rename one of the files")
+    if not all_:
+        for scenario in scenarios:
+            possible(scenario)
+    skipped = {s.name: why for s in scenarios if (why := why_not(s)) is not None}
+    scenarios = [scenario for scenario in scenarios if scenario.name not in skipped]
     flags = {"model.path": model, "model.dtype": dtype}
     loaded = load_config(config, flags, os.environ, {"model.path": "--model", "model.dtype": "--dtype"})
     if plot is None and json_ not in (None, "-") and not no_plot:
@@ -111,7 +117,14 @@ def run(
             lambda text: err.print(text, highlight=False, markup=False, soft_wrap=True),
         )
     found = report(
-        scenarios, runs, fault_free, seed=seed_base, seeds=seeds, started_at=started_at, model=name
+        scenarios,
+        runs,
+        fault_free,
+        seed=seed_base,
+        seeds=seeds,
+        started_at=started_at,
+        model=name,
+        skipped=skipped,
     )
     if json_:
         write(found, json_)

@@ -49,12 +49,26 @@ def test_two_files_of_one_name(tmp_path: Path) -> None:
     assert isinstance(answer.exception, ConfigError) and "two scenarios" in str(answer.exception)
 
 
+def test_a_scenario_that_this_machine_can_not_run_is_refused_by_name_and_left_out_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    arguments = ["chaos", "run", "--model", "/no/model"]
+    answer = CliRunner().invoke(app, [*arguments, "cut-network"])
+    assert isinstance(answer.exception, ConfigError)
+    assert "cut-network can't be run here" in answer.exception.message and "root" in answer.exception.hint
+    # The others are tried, as far as the model that is not there.
+    answer = CliRunner().invoke(app, [*arguments, "--all", "--no-plot"])
+    assert isinstance(answer.exception, ExpertmeshError) and "/no/model" in str(answer.exception)
+
+
 @pytest.fixture
 def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerChild]:
     """A server child whose process only sleeps."""
     monkeypatch.setattr(chaos_server, "_LINGER_S", 0.5)
     found = ServerChild.__new__(ServerChild)
     found._mark, found._stopped, found._known, found._left = os.urandom(8).hex(), set(), set(), None
+    found._nodes = None
     found._shared_memory = chaos_server.shared_memory()
     found.process = subprocess.Popen(SLEEP, env={**os.environ, MARK: found._mark})
     yield found

@@ -132,3 +132,16 @@ def test_up_again_only_after_it_was_seen_away() -> None:
     assert up_again_ns([stats(5, 0), stats(30, 0)], 10) is None
     assert up_again_ns([away], 10) is None
     assert up_again_ns([away, stats(30, 0)], 25) is None
+
+
+def test_one_order_of_epochs() -> None:
+    controller = [(1, "a"), (2, "b"), (2, "b"), (4, "d")]
+    assert statistics.split_tables(controller, [(1, "a"), (1, "a"), (4, "d")]) == 0
+    assert statistics.split_tables([], []) == 0
+
+
+def test_a_table_that_goes_back_or_differs_is_split() -> None:
+    assert statistics.split_tables([(1, "a"), (2, "b"), (1, "a")], []) == 1
+    assert statistics.split_tables([(1, "a"), (2, "b")], [(1, "a"), (2, "c")]) == 1
+    # By a restarted controller that had lost its document.
+    assert statistics.split_tables([(2, "b"), (1, "a"), (2, "c")], []) == 2
