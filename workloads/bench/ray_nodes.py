@@ -56,15 +56,11 @@ class RayNodes:
     def __init__(
         self, token: Path, workers: Sequence[Worker] = (), environment: Mapping[str, str] | None = None
     ) -> None:
-        """`environment` is that of every process, beside the program's own; `token` the file of the cluster's.
-
-        ExpertmeshError if a worker is to have a network namespace and there can be none.
-        """
+        """`environment` is that of every process, beside the program's own; `token` the file of the cluster's."""
         self._workers = {worker.name: worker for worker in workers}
-        self._network = Network() if any(worker.namespace for worker in workers) else None
-        self.port = free_port()
-        self._ip = self._network.here if self._network else "127.0.0.1"
-        self.address = f"{self._ip}:{self.port}"
+        self._network: Network | None = None
+        self.address = ""
+        """Where the head listens, once it does."""
         # Unix socket paths are short, so Ray's folder must be as well.
         self._folder = Path(tempfile.mkdtemp(prefix="em", dir="/tmp"))
         self._places: dict[str, tuple[str, Sequence[str]]] = {}
@@ -81,18 +77,23 @@ class RayNodes:
         }
 
     def start(self, *, head_cpus: int, persistent: bool = False) -> None:
-        """Start the head and then every worker. HostError with Ray's words if one does not start.
+        """Start the head and then every worker. HostError with Ray's words if one does not start, ExpertmeshError
+        if a worker is to have a network namespace and there can be none.
 
         A `persistent` head keeps its tables on disk, and may be killed and started again.
         """
+        if any(worker.namespace for worker in self._workers.values()):
+            self._network = Network()
+        ip, port = self._network.here if self._network else "127.0.0.1", free_port()
+        self.address = f"{ip}:{port}"
         store = {}
         if persistent:
             store = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self._folder / "gcs")}
             (self._folder / "gcs").mkdir()
         self._start(
             HEAD,
-            (self._ip, ()),
-            ["--head", f"--port={self.port}", f"--num-cpus={head_cpus}", "--include-dashboard=false"],
+            (ip, ()),
+            ["--head", f"--port={port}", f"--num-cpus={head_cpus}", "--include-dashboard=false"],
             store,
             block=not persistent,
         )
@@ -167,7 +168,10 @@ class RayNodes:
     def close(self) -> list[str]:
         """End every node, workers first, and take the network away; names of networks that could not be."""
         for node in (*self._workers, HEAD):
-            _kill(self.processes(node))
+            deadline = time.monotonic() + _END_S
+            # Anew until there is none: a node that is just starting makes more meanwhile.
+            while (members := self.processes(node)) and time.monotonic() < deadline:
+                _kill(members)
         for process in self._started.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_END_S)

@@ -94,6 +94,27 @@ def test_the_end_continues_what_was_stopped_and_kills_what_is_left(child: Server
     assert child.end() is left
 
 
+def test_a_cluster_ends_after_what_should_have_ended_before_was_looked_for(child: ServerChild) -> None:
+    environment = {**os.environ, MARK: child._mark}
+    # By their titles: a host that should be gone, and a worker of Ray's that ends with the cluster.
+    titles = ("ray::HostActor", "ray::IDLE")
+    host, idle = (
+        subprocess.Popen([title, *SLEEP[1:]], executable=sys.executable, env=environment) for title in titles
+    )
+
+    class Nodes:
+        def close(self) -> list[str]:
+            assert host.wait(10) == -signal.SIGKILL and idle.poll() is None
+            idle.kill()
+            idle.wait()
+            return ["em0br"]
+
+    child._nodes = Nodes()  # type: ignore[assignment]
+    left = child.end()
+    assert left.networks == ("em0br",)
+    assert [name.partition(" ")[0] for name in left.processes] == ["ray::HostActor"]
+
+
 def test_strangers_and_the_dead_are_not_signalled(child: ServerChild) -> None:
     stranger = subprocess.Popen(SLEEP)
     try:
