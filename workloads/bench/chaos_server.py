@@ -141,6 +141,8 @@ class ServerChild:
         for pid in list(self._stopped):
             with contextlib.suppress(ExpertmeshError):
                 self.signal(pid, signal.SIGCONT)
+        if self._nodes is not None:
+            self._nodes.mend()
         self.family()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)

@@ -66,6 +66,8 @@ class RayNodes:
         self._places: dict[str, tuple[str, Sequence[str]]] = {}
         self._started: dict[str, subprocess.Popen[bytes]] = {}
         self._gcs: tuple[list[str], dict[str, str]] | None = None
+        """Command and environment of a control plane that was killed."""
+        self._cut: set[str] = set()
         self.environment = {
             **os.environ,
             **(environment or {}),
@@ -139,7 +141,7 @@ class RayNodes:
     def start_control_plane(self) -> int:
         """Start what `kill_control_plane` killed, as it was; when, as above."""
         assert self._gcs is not None, "it was not killed"
-        command, environment = self._gcs
+        (command, environment), self._gcs = self._gcs, None
         now_ns = time.monotonic_ns()
         with self._log("gcs").open("ab") as out:
             process = subprocess.Popen(
@@ -156,6 +158,7 @@ class RayNodes:
     def cut(self, node: str) -> int:
         """Drop what goes to the node and comes from it, without a word; when, as above."""
         assert self._network is not None
+        self._cut.add(node)
         self._network.cut(node)
         return time.monotonic_ns()
 
@@ -163,7 +166,15 @@ class RayNodes:
         """Undo `cut`; when, as above."""
         assert self._network is not None
         self._network.heal(node)
+        self._cut.discard(node)
         return time.monotonic_ns()
+
+    def mend(self) -> None:
+        """Heal what is cut and start a control plane that was killed, so that the mesh can end in good order."""
+        for node in sorted(self._cut):
+            self.heal(node)
+        if self._gcs is not None:
+            self.start_control_plane()
 
     def close(self) -> list[str]:
         """End every node, workers first, and take the network away; names of networks that could not be."""

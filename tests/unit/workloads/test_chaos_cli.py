@@ -103,6 +103,9 @@ def test_a_cluster_ends_after_what_should_have_ended_before_was_looked_for(child
     )
 
     class Nodes:
+        def mend(self) -> None:
+            assert host.poll() is idle.poll() is child.process.poll() is None
+
         def close(self) -> list[str]:
             assert host.wait(10) == -signal.SIGKILL and idle.poll() is None
             idle.kill()
