@@ -305,6 +305,7 @@ class WorkerExtension:
             "last_detect_monotonic_ns": stats.last_detect_ns,
             "last_reroute_monotonic_ns": stats.last_reroute_ns,
             "epoch": _dispatcher.peers.route.epoch,
+            "table": _dispatcher.peers.route.digest,
             "rss_bytes": psutil.Process().memory_info().rss,
             "pid": os.getpid(),
             "hosts": standing,

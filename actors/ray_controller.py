@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from ray.experimental import internal_kv
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.ray_hosts import RayHosts, RayNodes
 from cluster.controller import Controller, Deployment
@@ -115,11 +116,17 @@ def sources(namespace: str, host_id: str) -> Sources:
 
 
 def get_or_start(namespace: str) -> Any:
-    """The cluster's controller; the first caller starts it."""
+    """The cluster's controller; the first caller starts it, on its own node if that goes on."""
     actor: Any = ControllerActor
-    return actor.options(name=NAME, namespace=namespace, lifetime="detached", get_if_exists=True).remote(
-        namespace
-    )
+    here = ray.get_runtime_context().get_node_id()
+    return actor.options(
+        name=NAME,
+        namespace=namespace,
+        lifetime="detached",
+        get_if_exists=True,
+        # Anywhere else it might go with a node of hosts, and is away when it has most to do.
+        scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
+    ).remote(namespace)
 
 
 def find(namespace: str) -> Any:

@@ -20,8 +20,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors import failpoints, gentle_start, memory_guard, openmp
 from cluster.auth import data_plane_key
 from cluster.compute_environment import compute_environment
+from cluster.inventory import nodes_from_ray
+from cluster.listening import Listening
 from cluster.messages import HostProgress, HostReport, HostSpec, NodeInfo, Sources
-from cluster.ray_cluster import nodes
 from cluster.repair_state import FIRST_LAUNCH, HostDead, HostFailed, HostReady
 
 _PREFIX = "host:"
@@ -153,10 +154,19 @@ class RayHosts:
 
 
 class RayNodes:
-    """The nodes of the connected cluster."""
+    """The nodes of the connected cluster, less those whose raylet is seen to be gone before Ray says so."""
+
+    def __init__(self) -> None:
+        self._listening = Listening()
 
     def living(self) -> tuple[NodeInfo, ...]:
-        return nodes()
+        alive = {str(node["NodeID"]): node for node in ray.nodes() if node["Alive"]}
+        raylets = {
+            node_id: (str(node["NodeManagerAddress"]), int(node["NodeManagerPort"]))
+            for node_id, node in alive.items()
+        }
+        gone = self._listening.gone(raylets)
+        return nodes_from_ray([node for node_id, node in alive.items() if node_id not in gone])
 
 
 def cause_of_death(told: str) -> str:

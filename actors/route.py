@@ -29,6 +29,8 @@ class Route:
     epoch: int
     hosts: tuple[HostAddress, ...]
     replicas: Mapping[int, Replicas]
+    digest: str = ""
+    """Of the table that it was made of."""
 
     @property
     def replicated(self) -> bool:
@@ -91,4 +93,4 @@ def route_from_table(table: PlacementTable) -> Route:
         layer: tuple(tuple(position[host] for host in hosts if host in position) for hosts in experts)
         for layer, experts in table.experts.items()
     }
-    return Route(table.manifest, table.epoch, table.running, replicas)
+    return Route(table.manifest, table.epoch, table.running, replicas, table.digest)

@@ -24,7 +24,7 @@ _KNOCK_S = 5.0
 
 
 # Less often than Ray's defaults (0.1 s, 0.1 s and 0.1 s), and none of Ray's own metrics: the router has its own.
-_QUIET = {
+QUIET = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
     "RAY_raylet_report_resources_period_milliseconds": "500",
@@ -48,9 +48,12 @@ def connected(settings: RayConfig, *, quiet: bool = True) -> Iterator[str]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray makes its workers nice by default, so that on a busy machine tokens would wait for everything else.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    if quiet:
+        # Where a node dies Ray prints the raylet's log on standard output, whoever is asked for JSON there.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     if settings.address == "local":
         # Ray's housekeeping shares the cores of the experts, whose threads wait for the slowest of them.
-        for name, value in _QUIET.items():
+        for name, value in QUIET.items():
             os.environ.setdefault(name, value)
     import ray
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
@@ -71,6 +72,11 @@ class PlacementTable:
     def running(self) -> tuple[HostAddress, ...]:
         """Addresses of the running hosts, in the table's order: what `host_matrix` counts in."""
         return tuple(address for address in self.hosts.values() if address is not None)
+
+    @cached_property
+    def digest(self) -> str:
+        """Names the whole content in 16 hexadecimal digits: two tables of one epoch that differ are a mistake."""
+        return sha256(self.to_json().encode()).hexdigest()[:16]
 
     def replicas(self, layer: int, expert: int) -> tuple[str, ...]:
         """Ids of the hosts that hold the expert, running or not, the one to ask first in front."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from tests.e2e.programs import Program, free_port, settings, wait_for
+from workloads.bench.chaos_network import why_not
 from workloads.bench.chaos_scenario import load_scenario, shipped
 
 pytestmark = pytest.mark.slow
@@ -21,10 +23,12 @@ NEVER = {
     "refused",
     "short_answers",
     "changed_tokens",
+    "split_tables",
     "engine_restarts",
     "not_whole",
     "leaked_processes",
     "leaked_shared_memory",
+    "leaked_networks",
 }
 """Bars that hold on any machine."""
 
@@ -61,14 +65,19 @@ def missed(report: dict[str, Any]) -> set[str]:
     return {key for key, bar in report["bars"].items() if bar["met"] is not True}
 
 
+NODES = ("cut-network", "restart-head", "lose-node")
+"""In this order, since the last one leaves two hosts on one node."""
+
+
 def test_every_scenario_hurts_nobody(tiny_model: Path, tmp_path: Path) -> None:
     """All that is shipped, one seed each, on fewer servers and for a shorter time than it is measured with.
 
     What a client must never see is judged; how long gaps are is for `chaos run` on a quiet machine.
     """
-    names = [write_short(tmp_path, name) for name in shipped()]
+    known = set(shipped()) - set(NODES)
+    names = [write_short(tmp_path, name) for name in known]
     _, report = measured(tmp_path, tiny_model, *names, "--seeds", "1")
-    assert {run["scenario"] for run in report["runs"]} == set(shipped())
+    assert {run["scenario"] for run in report["runs"]} == known
     assert missed(report) & {key for key in report["bars"] if key.rpartition(".")[2] in NEVER} == set()
     runs = {run["scenario"]: run for run in report["runs"]}
     for name, run in runs.items():
@@ -80,7 +89,36 @@ def test_every_scenario_hurts_nobody(tiny_model: Path, tmp_path: Path) -> None:
     assert runs["kill-router"]["outcomes"]["broken"] > 0 and runs["kill-router"]["outcomes"]["short"] == 0
 
 
-def write_short(folder: Path, name: str) -> str:
+def test_nodes_that_are_lost_or_cut_off_and_a_head_that_restarts_hurt_nobody(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """On one cluster, where each of the three nodes has one of the hosts."""
+    if (reason := why_not()) is not None:
+        warnings.warn(f"cut-network is not tested: {reason}", stacklevel=1)
+    names = [name for name in NODES if name != "cut-network" or reason is None]
+    files = [write_short(tmp_path, name, nodes(namespace=reason is None)) for name in names]
+    _, report = measured(tmp_path, tiny_model, *files, "--seeds", "1")
+    assert missed(report) & {key for key in report["bars"] if key.rpartition(".")[2] in NEVER} == set()
+    runs = {run["scenario"]: run for run in report["runs"]}
+    assert list(runs) == names
+    for name, run in runs.items():
+        assert run["outcomes"]["ok"] > 8 and run["whole"] and run["redundancy_restored_s"], name
+    assert [fault["action"] for fault in runs["restart-head"]["faults"]] == ["kill", "restart", "kill"]
+    # A cut is silent: what finds it is a deadline, not a connection that ends.
+    assert reason is not None or runs["cut-network"]["counters"]["hedges"] > 0
+
+
+def nodes(*, namespace: bool) -> dict[str, Any]:
+    """The sections of the three scenarios about nodes that make them share a server."""
+    zones = [{"zone": "far", "namespace": namespace}, {"zone": "a"}, {"zone": "b"}]
+    hosts = [{"name": "local", "count": 3, "threads": 1, "selector": {"zone": "in(far, a, b)"}}]
+    return {
+        "cluster": {"nodes": zones, "persistent": True},
+        "deployment": {"hosts": hosts, "placement": {"replicas": 2}},
+    }
+
+
+def write_short(folder: Path, name: str, sections: dict[str, Any] | None = None) -> str:
     """A shipped scenario, shorter; two replicas on two hosts are one deployment for all that have them."""
     folder.mkdir(parents=True, exist_ok=True)
     scenario = load_scenario(name).model_dump(mode="json", exclude_unset=True, exclude={"name"})
@@ -93,7 +131,9 @@ def write_short(folder: Path, name: str) -> str:
         elif event["after"] > 3:
             event["after"] = 3
     placement, hosts = scenario["deployment"]["placement"], scenario["deployment"]["hosts"]
-    if (placement["replicas"], hosts[0]["count"]) == (2, 2):
+    if sections is not None:
+        scenario |= sections
+    elif (placement["replicas"], hosts[0]["count"]) == (2, 2):
         hosts[0]["memory_limit"] = "1GiB"
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(scenario))

@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,88 +25,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e.programs import Program, ServerProgram, free_port, run, settings, wait_for
 from tests.tiny_dense import make_tiny_dense
+from workloads.bench.ray_nodes import RayNodes, Worker
 from workloads.models.upcycle import upcycle
 
 pytestmark = pytest.mark.slow
 
-NODE_START_S = 120.0
-_OBJECT_STORE_BYTES = str(80 * 2**20)
 
-
+@dataclass(frozen=True)
 class Nodes:
-    """A cluster of `ray start --block` processes, ended by their own ids."""
+    """A running cluster and its token's file."""
 
-    def __init__(self, folder: Path) -> None:
-        # Unix socket paths are short, so Ray's folder must be as well.
-        self.temp = Path(tempfile.mkdtemp(prefix="em", dir="/tmp"))
-        self.port = free_port()
-        self.address = f"127.0.0.1:{self.port}"
-        self.token = folder / "token"
-        self.token.write_text(secrets.token_hex(32))
-        self.token.chmod(0o600)
-        self.environment = {
-            **os.environ,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self.token),
-            "RAY_TMPDIR": str(self.temp),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0",
-            "OMP_NUM_THREADS": "1",
-        }
-        self._folder = folder
-        self._started: list[subprocess.Popen[bytes]] = []
+    ray: RayNodes
+    token: Path
 
-    def head(self) -> None:
-        """The head: control plane and engine."""
-        self._start("head", "--head", f"--port={self.port}", "--num-cpus=2", "--include-dashboard=false")
+    @property
+    def address(self) -> str:
+        return self.ray.address
 
-    def worker(self, zone: str, unseen: Path | None = None) -> None:
-        """A worker labelled with its zone; its one core is for the hosts. It sees nothing in the folder `unseen`."""
-        labels = f"--labels=zone={zone}"
-        self._start(zone, f"--address={self.address}", "--num-cpus=1", labels, unseen=unseen)
-
-    def _start(self, name: str, *arguments: str, unseen: Path | None = None) -> None:
-        log = self._folder / f"ray-{name}.log"
-        ports = [free_port() for _ in range(4)]
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                [
-                    *(hiding(unseen) if unseen else ()),
-                    str(Path(sys.executable).with_name("ray")),
-                    "start",
-                    *arguments,
-                    "--block",
-                    "--node-ip-address=127.0.0.1",
-                    f"--object-store-memory={_OBJECT_STORE_BYTES}",
-                    f"--node-manager-port={ports[0]}",
-                    f"--object-manager-port={ports[1]}",
-                    f"--metrics-export-port={ports[2]}",
-                    f"--dashboard-agent-listen-port={ports[3]}",
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=self.environment,
-                start_new_session=True,
-            )
-        self._started.append(process)
-
-        def up() -> bool:
-            assert process.poll() is None, log.read_text()
-            return "Ray runtime started" in log.read_text()
-
-        wait_for(up, NODE_START_S, f"Ray's node {name} to start")
-
-    def stop(self) -> None:
-        """End the workers before the head, each by its own process id and those of its children."""
-        for process in reversed(self._started):
-            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            process.terminate()
-            _, left = psutil.wait_procs(family, timeout=5)
-            for member in left:
-                member.kill()
-            process.wait(20)
-        shutil.rmtree(self.temp, ignore_errors=True)
+    @property
+    def environment(self) -> dict[str, str]:
+        return self.ray.environment
 
 
 def hiding(folder: Path) -> list[str]:
@@ -130,14 +66,16 @@ def can_hide(folder: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Nodes]:
-    cluster = Nodes(tmp_path_factory.mktemp("nodes"))
+    token = tmp_path_factory.mktemp("nodes") / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    before = tuple(hiding(tiny_model)) if can_hide(tiny_model) else ()
+    cluster = RayNodes(token, [Worker("a"), Worker("b", before=before)], {"OMP_NUM_THREADS": "1"})
     try:
-        cluster.head()
-        cluster.worker("a")
-        cluster.worker("b", unseen=tiny_model if can_hide(tiny_model) else None)
-        yield cluster
+        cluster.start(head_cpus=2)
+        yield Nodes(cluster, token)
     finally:
-        cluster.stop()
+        cluster.close()
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +104,8 @@ def test_hosts_on_two_nodes(nodes: Nodes, tiny_model: Path, tmp_path: Path) -> N
         hosts = {host["host_id"]: host for host in json.loads(status.out)["hosts"]}
         assert set(hosts) == {"west-0", "east-0"}
         assert hosts["west-0"]["node_id"] != hosts["east-0"]["node_id"]
-        # The engine shares a node with one host at most, so at least one is reached over TCP.
-        assert all(host["tcp"] for host in hosts.values())
-        assert any(_connected(host["pid"], host["tcp"]) for host in hosts.values())
+        # The engine is on the head, so both are reached over TCP.
+        assert all(_connected(host["pid"], host["tcp"]) for host in hosts.values())
         hidden = can_hide(tiny_model)
         assert hosts["west-0"]["copied_from"] == []
         assert hosts["east-0"]["copied_from"] == (["west-0"] if hidden else [])
@@ -231,6 +168,21 @@ def test_a_wrong_token_is_refused(nodes: Nodes, tiny_model: Path, tmp_path: Path
         assert "Traceback" not in program.err and "token" in program.err
     finally:
         program.kill()
+
+
+def _ask(nodes: Nodes, program: ServerProgram, folder: Path, command: str, *options: str) -> Program:
+    name = "-".join((command, *(option.strip("-").replace("/", "") for option in options)))
+    url = () if "--config" in options else ("--url", program.url)
+    return run(folder / name[:60], command, *options, *url, environment=nodes.environment)
+
+
+def _connected(pid: int, address: str) -> bool:
+    """Whether somebody is connected to this address of the process."""
+    port = int(address.rpartition(":")[2])
+    return any(
+        connection.laddr.port == port and connection.status == psutil.CONN_ESTABLISHED
+        for connection in psutil.Process(pid).net_connections("tcp")
+    )
 
 
 def complete(program: ServerProgram, prompt: str, tokens: int) -> str:

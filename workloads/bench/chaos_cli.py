@@ -55,6 +55,7 @@ def run(
     """Serve, load, hurt, and measure what clients see; ends everything that it started."""
     from cluster.config import load_config
     from cluster.errors import ConfigError
+    from workloads.bench.chaos_network import WAY_OUT, why_not
     from workloads.bench.chaos_plot import check_plot
     from workloads.bench.chaos_plot import plot as draw
     from workloads.bench.chaos_scenario import load_scenario, shipped
@@ -68,6 +69,11 @@ def run(
     doubles = [s.name for number, s in enumerate(scenarios) if s.name in {o.name for o in scenarios[:number]}]
     if doubles:
         raise ConfigError(f"two scenarios have the name {doubles[0]}", "rename one of the files")
+    skipped = {s.name: why for s in scenarios if s.wants_namespaces and (why := why_not()) is not None}
+    for scenario, reason in skipped.items():
+        if not all_:
+            raise ConfigError(f"scenario {scenario} can't be run here: {reason}", WAY_OUT)
+    scenarios = [scenario for scenario in scenarios if scenario.name not in skipped]
     flags = {"model.path": model, "model.dtype": dtype}
     loaded = load_config(config, flags, os.environ, {"model.path": "--model", "model.dtype": "--dtype"})
     if plot is None and json_ not in (None, "-") and not no_plot:
@@ -111,7 +117,14 @@ def run(
             lambda text: err.print(text, highlight=False, markup=False, soft_wrap=True),
         )
     found = report(
-        scenarios, runs, fault_free, seed=seed_base, seeds=seeds, started_at=started_at, model=name
+        scenarios,
+        runs,
+        fault_free,
+        seed=seed_base,
+        seeds=seeds,
+        started_at=started_at,
+        model=name,
+        skipped=skipped,
     )
     if json_:
         write(found, json_)

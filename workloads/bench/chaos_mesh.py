@@ -7,17 +7,25 @@ import json
 import signal
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from actors.failpoints import VARIABLE
+from cluster.auth import ensure_token, token_path
 from cluster.config import Config
 from cluster.errors import ConfigError, ExpertmeshError
+from cluster.messages import HostAddress
 from cluster.ray_cluster import connected
-from workloads.bench.chaos_scenario import Planned
-from workloads.bench.chaos_server import Left, ServerChild, uninterrupted
+from cluster.table import PlacementTable
+from workloads.bench.chaos_plan import Planned
+from workloads.bench.chaos_scenario import Cluster
+from workloads.bench.chaos_server import MARK, Left, ServerChild, uninterrupted
+from workloads.bench.chaos_statistics import Table
+from workloads.bench.ray_nodes import RayNodes, Worker
 
 # Longer than the engine's own readiness probe may take.
 _READY_S = 35.0
@@ -30,9 +38,11 @@ _TITLES = {"controller": "ray::ControllerActor", "router": "ray::ServeReplica:ex
 class Mesh:
     """A served model on a cluster of its own. Needs a connection to that cluster, see `started`."""
 
-    def __init__(self, child: ServerChild, namespace: str, name: str, vocabulary: int) -> None:
+    def __init__(
+        self, child: ServerChild, namespace: str, name: str, vocabulary: int, nodes: RayNodes | None = None
+    ) -> None:
         self.url, self.name, self.vocabulary = child.url, name, vocabulary
-        self._child, self._namespace = child, namespace
+        self._child, self._namespace, self._nodes = child, namespace, nodes
         self._controller: Any = None
         self._http = httpx.Client(timeout=_STATS_S)
 
@@ -54,41 +64,49 @@ class Mesh:
 
     def hosts(self) -> dict[str, int | None] | None:
         """Per host its pid, None for one that is not ready; None if the controller does not answer."""
+        found = self._addresses()
+        if found is None:
+            return None
+        return {host_id: address.pid if address else None for host_id, address in found.items()}
+
+    def zones(self) -> set[str]:
+        """Zones of the nodes on which hosts are; empty on a cluster without any."""
         import ray
 
-        from actors import ray_controller
+        zone = {node["NodeID"]: (node.get("Labels") or {}).get("zone") for node in ray.nodes()}
+        found = {zone.get(address.node_id) for address in (self._addresses() or {}).values() if address}
+        return {name for name in found if name}
 
-        try:
-            if self._controller is None:
-                self._controller = ray_controller.find(self._namespace)
-            deployment, reports = ray.get(
-                [self._controller.deployment.remote(), self._controller.reports.remote()], timeout=_CALL_S
-            )
-            found = {spec.host_id: reports.get(spec.host_id) for spec in deployment.hosts}
-        except Exception:
-            # Whatever Ray says of a controller that died: the next call looks for its successor.
-            self._controller = None
+    def table(self) -> Table | None:
+        """Epoch and digest of the controller's table; None if it does not answer."""
+        text = self._ask("table")
+        if not text:
             return None
-        return {
-            host_id: address.pid if (address := getattr(report, "address", None)) else None
-            for host_id, report in found.items()
-        }
+        table = PlacementTable.from_json(text[0])
+        return table.epoch, table.digest
 
-    def pids(self, planned: tuple[Planned, ...]) -> dict[str, int]:
-        """The pid of every target, looked up before the first fault. ExpertmeshError if one isn't there."""
+    def pids(self, planned: tuple[Planned, ...]) -> dict[str, frozenset[int]]:
+        """The pids of every target, looked up before the first fault. ExpertmeshError if one isn't there."""
         hosts, found = self.hosts() or {}, {}
         self._child.family()  # so that what they leave is known to be theirs
         for event in planned:
-            pid = hosts.get(event.host) if event.host else self._pid(event.process or "")
-            if pid is None:
+            if event.node:
+                assert self._nodes is not None
+                pids = {process.pid for process in self._nodes.processes(event.node)}
+            else:
+                pid = hosts.get(event.host) if event.host else self._pid(event.process or "")
+                pids = {pid} if pid is not None else set()
+            if not pids:
                 raise ExpertmeshError(f"{event.target} does not run, it can't be hurt", "run it again")
-            found[event.target] = pid
+            found[event.target] = frozenset(pids)
         return found
 
-    def strike(self, event: Planned, pid: int) -> int:
+    def strike(self, event: Planned, pids: frozenset[int]) -> int:
         """Carry out an event; when, in nanoseconds of CLOCK_MONOTONIC."""
+        if event.node or event.process == "head":
+            return self._strike_node(event)
         if event.action in _SIGNALS:
-            return self._child.signal(pid, _SIGNALS[event.action])
+            return self._child.signal(next(iter(pids)), _SIGNALS[event.action])
         from ray.exceptions import GetTimeoutError, RayActorError
 
         from actors.ray_hosts import RayHosts
@@ -105,12 +123,50 @@ class Mesh:
                 raise
         return now_ns
 
+    def restore(self) -> None:
+        """Start the nodes again that were killed, so that the next run finds as many."""
+        if self._nodes is not None:
+            self._nodes.start_workers()
+
     def end(self) -> Left:
         """End it; what outlived it."""
         with uninterrupted():
             return self._child.end()
 
+    def _strike_node(self, event: Planned) -> int:
+        nodes = self._nodes
+        assert nodes is not None
+        if event.process == "head":
+            return nodes.kill_control_plane() if event.action == "kill" else nodes.start_control_plane()
+        act = {"kill": nodes.kill_node, "cut": nodes.cut, "heal": nodes.heal}[event.action]
+        return act(event.node or "")
+
+    def _addresses(self) -> dict[str, HostAddress | None] | None:
+        answer = self._ask("deployment", "reports")
+        if not answer or answer[0] is None:
+            return None
+        deployment, reports = answer
+        return {
+            spec.host_id: getattr(reports.get(spec.host_id), "address", None) for spec in deployment.hosts
+        }
+
+    def _ask(self, *methods: str) -> list[Any] | None:
+        """What the controller answers; None if it doesn't."""
+        import ray
+
+        from actors import ray_controller
+
+        try:
+            controller = self._controller = self._controller or ray_controller.find(self._namespace)
+            return ray.get([getattr(controller, method).remote() for method in methods], timeout=_CALL_S)
+        except Exception:
+            # Whatever Ray says of a controller that died: the next call looks for its successor.
+            self._controller = None
+            return None
+
     def _pid(self, process: str) -> int | None:
+        if process == "head":
+            return self._nodes.control_plane_pid() if self._nodes else None
         if process == "engine":
             stats = self.stats() or {}
             return int(stats["pid"]) if "pid" in stats else None
@@ -127,21 +183,31 @@ class Mesh:
 
 
 @contextlib.contextmanager
-def started(config: Config, name: str, vocabulary: int) -> Iterator[Mesh]:
+def started(config: Config, name: str, vocabulary: int, cluster: Cluster | None = None) -> Iterator[Mesh]:
     """A ready mesh on a cluster of its own; ended with the block, however that ends.
 
-    Raises an ExpertmeshError if it can't start.
+    Without `cluster` the server starts one of one node for itself. Raises an ExpertmeshError if it can't start.
     """
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="expertmesh-chaos-"))
-        child = ServerChild(Path(folder), config)
+        nodes = None
+        if cluster is not None:
+            token = token_path(config.ray.token_path)
+            ensure_token(token)
+            workers = [Worker(node.zone, node.cpus, node.namespace) for node in cluster.nodes]
+            nodes = RayNodes(token, workers, {MARK: uuid.uuid4().hex, VARIABLE: "1"})
+            stack.callback(_close, nodes)
+            nodes.start(head_cpus=cluster.head_cpus, persistent=cluster.persistent)
+            ray_config = {"address": nodes.address, "token_path": str(token)}
+            config = config.model_copy(update={"ray": config.ray.model_copy(update=ray_config)})
+        child = ServerChild(Path(folder), config, nodes)
         stack.callback(_end, child)
         run = child.wait_ready()
         settings = config.ray.model_copy(
             update={"address": run.ray_address, "namespace": run.namespace, "token_path": run.token_path}
         )
         stack.enter_context(connected(settings))
-        yield Mesh(child, run.namespace, name, vocabulary)
+        yield Mesh(child, run.namespace, name, vocabulary, nodes)
 
 
 def own_cluster(config: Config) -> None:
@@ -151,6 +217,11 @@ def own_cluster(config: Config) -> None:
             f"ray.address is {json.dumps(config.ray.address)}, and chaos kills what it finds there",
             "leave it at local: chaos runs start clusters of their own",
         )
+
+
+def _close(nodes: RayNodes) -> None:
+    with uninterrupted():
+        nodes.close()
 
 
 def _end(child: ServerChild) -> None:

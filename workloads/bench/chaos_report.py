@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from workloads.bench.chaos_run import Run
+from workloads.bench.chaos_result import Run
 from workloads.bench.chaos_scenario import Scenario
 from workloads.bench.report import Bar, envelope, quantiles
 
@@ -18,10 +18,12 @@ _SUMS: Mapping[str, Callable[[Run], float | None]] = {
     "refused": lambda run: run.outcomes["refused"],
     "short_answers": lambda run: run.outcomes["short"],
     "changed_tokens": lambda run: run.changed_tokens,
+    "split_tables": lambda run: run.split_tables,
     "engine_restarts": lambda run: run.engine_restarts,
     "not_whole": lambda run: int(not run.whole),
     "leaked_processes": lambda run: len(run.left.processes) if run.left else 0,
     "leaked_shared_memory": lambda run: len(run.left.shared_memory) if run.left else 0,
+    "leaked_networks": lambda run: len(run.left.networks) if run.left else 0,
 }
 _LARGEST: Mapping[str, Callable[[Run], float | None]] = {
     "added_gap_ms": lambda run: run.added_gap_ms,
@@ -73,8 +75,9 @@ def report(
     seeds: int,
     started_at: str,
     model: str,
+    skipped: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The object that `--json` writes."""
+    """The object that `--json` writes; `skipped` are scenarios that can't be run here, with why."""
     by_name = {s.name: [run for run in runs if run.scenario == s.name] for s in scenarios}
     summaries = {name: summary(mine) for name, mine in by_name.items()}
     series: dict[str, list[float]] = {f"{name}_fault_free_gap_ms": list(g) for name, g in fault_free.items()}
@@ -93,6 +96,7 @@ def report(
         seeds=seeds,
         scenarios={s.name: {"description": s.description, **summaries[s.name]} for s in scenarios},
         runs=[entry(run) for run in runs],
+        skipped=[{"scenario": name, "reason": reason} for name, reason in (skipped or {}).items()],
     )
 
 
@@ -108,6 +112,7 @@ def entry(run: Run) -> dict[str, Any]:
         "outcomes": run.outcomes,
         "reasons": run.reasons,
         "changed_tokens": run.changed_tokens,
+        "split_tables": run.split_tables,
         "streams_hit": run.streams_hit,
         "gap_before_ms": run.gap_before_ms,
         "longest_gap_ms": run.longest_gap_ms,
@@ -124,7 +129,7 @@ def entry(run: Run) -> dict[str, Any]:
         "counters": run.counters,
         "unstable_prompts": run.unstable_prompts,
         "leaked_processes": None if left is None else len(left.processes),
-        "leaked": None if left is None else [*left.processes, *left.shared_memory],
+        "leaked": None if left is None else [*left.processes, *left.shared_memory, *left.networks],
         "faults": [
             {
                 "action": fault.event.action,
@@ -168,6 +173,8 @@ def show(found: Mapping[str, Any], console: Console) -> None:
             console.print(f"{run['scenario']} seed {run['seed']}: {reason}", highlight=False, markup=False)
         for name in run["leaked"] or ():
             console.print(f"{run['scenario']} left {name}", highlight=False, markup=False)
+    for entry_ in found["skipped"]:
+        console.print(f"{entry_['scenario']} was skipped: {entry_['reason']}", highlight=False, markup=False)
     for key, bar in found["bars"].items():
         console.print(Bar(key, bar["value"], bar["limit"], bar["at_most"]).line(), highlight=False)
 

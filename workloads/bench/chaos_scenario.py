@@ -5,9 +5,7 @@ A scenario is one of the shipped ones by name, or a file. Times are seconds from
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -21,11 +19,18 @@ from cluster.config_sources import Sources
 from cluster.config_values import Count, Duration, Name
 from cluster.errors import ConfigError
 
-Process = Literal["controller", "router", "engine"]
+Process = Literal["controller", "router", "engine", "head"]
 Window = Annotated[
     tuple[Duration, Duration], BeforeValidator(lambda v: (v, v) if isinstance(v, str | int | float) else v)
 ]
 Limit = Annotated[float, Field(ge=0)]
+
+
+_ACTIONS = {
+    "process": ("kill", "stop", "continue", "failpoint"),
+    "node": ("kill", "cut", "heal"),
+    "head": ("kill", "restart"),
+}
 
 
 class _Section(BaseModel):
@@ -48,13 +53,43 @@ class Load(_Section):
     seed: int = 0
 
 
-class Event(_Section):
-    """One fault. `host` is any (chosen by the seed), other (not one of the earlier), same (the last one), or
-    a host's id; `process` is one of the others. It comes `at` a time or in a window, or `after` the one before.
+class Node(_Section):
+    """A Ray node beside the head, labelled with its zone."""
+
+    zone: Name
+    cpus: Count = 1
+    namespace: bool = False
+    """Whether it has a network namespace of its own, so that it can be cut off; that takes root."""
+
+
+class Cluster(_Section):
+    """A Ray cluster of several nodes on this machine, in place of the one that `serve` starts for itself.
+
+    Engine and controller are on its head, which has no zone.
     """
 
-    action: Literal["kill", "stop", "continue", "failpoint"]
+    head_cpus: Count = 2
+    persistent: bool = False
+    """Whether the head's control plane keeps its tables on disk, so that it can be started again."""
+    nodes: tuple[Node, ...] = ()
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Cluster:
+        zones = [node.zone for node in self.nodes]
+        if len(set(zones)) < len(zones):
+            raise BadValue("two nodes have one zone", "give each a zone of its own")
+        return self
+
+
+class Event(_Section):
+    """One fault. `host` is any (chosen by the seed), other (not one of the earlier), same (the last one), or
+    a host's id; `node` the same of the zones in which hosts are; `process` is one of the others. It comes `at` a
+    time or in a window, or `after` the one before.
+    """
+
+    action: Literal["kill", "stop", "continue", "failpoint", "cut", "heal", "restart"]
     host: Name | None = None
+    node: Name | None = None
     process: Process | None = None
     at: Window | None = None
     after: Duration | None = None
@@ -63,8 +98,18 @@ class Event(_Section):
 
     @model_validator(mode="after")
     def _whole(self) -> Event:
-        if (self.host is None) == (self.process is None):
-            raise BadValue("names no target, or two", "give host (any, other, same or an id) or process")
+        if sum(target is not None for target in (self.host, self.node, self.process)) != 1:
+            raise BadValue(
+                "names no target, or two", "give host or node (any, other, same or one of them) or process"
+            )
+        if (
+            self.action
+            not in _ACTIONS["node" if self.node else "head" if self.process == "head" else "process"]
+        ):
+            raise BadValue(
+                f"{self.action} can't be done to it",
+                "nodes are killed, cut and healed, the head is killed and restarted",
+            )
         if (self.at is None) == (self.after is None):
             raise BadValue("has no time, or two", "give at (a time or [from, to]) or after")
         if self.at is not None and self.at[0] > self.at[1]:
@@ -87,6 +132,8 @@ class Checks(_Section):
     short_answers: Limit | None = 0
     """Streams that ended like good ones with too few tokens."""
     changed_tokens: Limit | None = 0
+    split_tables: Limit | None = 0
+    """Times that the epoch of the controller's or an engine's table went back, or two of one epoch differed."""
     added_gap_p99_ms: Limit | None = None
     longest_first_token_ms: Limit | None = None
     itl_p99_ratio: Limit | None = None
@@ -101,6 +148,8 @@ class Checks(_Section):
     leaked_processes: Limit | None = 0
     leaked_shared_memory: Limit | None = 0
     """Entries of /dev/shm."""
+    leaked_networks: Limit | None = 0
+    """Network namespaces and links."""
     window: Duration | None = None
     """Gaps count that overlap the time from a fault to so long after the last one (default: to the end)."""
 
@@ -112,6 +161,7 @@ class Scenario(_Section):
     description: Name
     deployment: dict[str, Any] = {}
     """Merged into the configuration."""
+    cluster: Cluster | None = None
     load: Load = Load()
     events: tuple[Event, ...]
     checks: Checks = Checks()
@@ -122,70 +172,45 @@ class Scenario(_Section):
     def _ordered(self) -> Scenario:
         if not self.events:
             raise BadValue("there are no events", "give at least one")
-        seen = False
+        seen: set[str] = set()
         for number, event in enumerate(self.events):
             if number == 0 and event.at is None:
                 raise BadValue("events.0 comes after nothing", "give it a time with at")
-            if event.host in ("other", "same") and not seen:
-                raise BadValue(f"events.{number} has host {event.host}, and there is no earlier one")
-            seen = seen or event.host is not None
+            for kind, target in (("host", event.host), ("node", event.node)):
+                if target in ("other", "same") and kind not in seen:
+                    raise BadValue(f"events.{number} has {kind} {target}, and there is no earlier one")
+                seen |= {kind} if target else set()
         return self
 
+    @model_validator(mode="after")
+    def _possible(self) -> Scenario:
+        cluster = self.cluster or Cluster()
+        for number, event in enumerate(self.events):
+            if event.process == "head" and not cluster.persistent:
+                raise BadValue(
+                    f"events.{number} is about the head, which has nothing to start from again",
+                    "give cluster: {persistent: true}",
+                )
+            if event.node and not self.zones(event.action, event.node):
+                raise BadValue(
+                    f"events.{number}: no such node to {event.action}",
+                    "list it under cluster.nodes, with namespace: true if it is to be cut off",
+                )
+        return self
 
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """An event with its time in seconds from the load's begin, and the target that the seed chose."""
-
-    at_s: float
-    action: str
-    host: str | None
-    process: str | None
-    name: str | None
-    value: float | None
+    def zones(self, action: str, node: str) -> tuple[str, ...]:
+        """Of the nodes that a `node` of an event may mean, those to which its action can be done."""
+        return tuple(
+            known.zone
+            for known in (self.cluster or Cluster()).nodes
+            if node in ("any", "other", "same", known.zone)
+            and (known.namespace or action not in ("cut", "heal"))
+        )
 
     @property
-    def hurts(self) -> bool:
-        """Whether it is a fault, not the end of one."""
-        return self.action != "continue" and not (self.name == "slow" and self.value == 1)
-
-    @property
-    def kills(self) -> bool:
-        """Whether its target is a process that will not live on."""
-        return self.action == "kill" or self.name == "hoard_mib"
-
-    @property
-    def target(self) -> str:
-        """Whom it befalls, for people."""
-        return self.host or self.process or ""
-
-
-def plan(scenario: Scenario, hosts: Sequence[str], seed: int) -> tuple[Planned, ...]:
-    """When and whom: the same for the same seed. ConfigError if the scenario wants a host that isn't there."""
-    dice = random.Random(f"{scenario.name}:{seed}")
-    planned: list[Planned] = []
-    hit: list[str] = []
-    for event in scenario.events:
-        if event.at is not None:
-            at_s = dice.uniform(*event.at)
-        else:
-            assert event.after is not None
-            at_s = planned[-1].at_s + event.after
-        host = _choose(event.host, sorted(hosts), hit, dice) if event.host else None
-        if host is not None:
-            hit.append(host)
-        planned.append(Planned(at_s, event.action, host, event.process, event.name, event.value))
-    return tuple(sorted(planned, key=lambda event: event.at_s))
-
-
-def _choose(wanted: str, hosts: Sequence[str], hit: Sequence[str], dice: random.Random) -> str:
-    if wanted == "same":
-        return hit[-1]
-    choices = {"any": list(hosts), "other": [host for host in hosts if host not in hit]}.get(
-        wanted, [host for host in hosts if host == wanted]
-    )
-    if not choices:
-        raise ConfigError(f"no host {wanted!r} to choose", f"the deployment has {', '.join(hosts)}")
-    return dice.choice(choices)
+    def wants_namespaces(self) -> bool:
+        """Whether it can be run only where network namespaces can be made."""
+        return any(node.namespace for node in (self.cluster or Cluster()).nodes)
 
 
 def shipped() -> dict[str, Path]:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from actors.failpoints import VARIABLE
 from cluster.config import Config
 from cluster.errors import ExpertmeshError, HostError
 from workloads import run_file
+from workloads.bench.ray_nodes import RayNodes
 
 MARK = "EXPERTMESH_CHAOS_RUN"
 _START_S = 900.0
@@ -37,23 +37,28 @@ _SERVE = (
     f"import ctypes; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); "
     "from workloads.cli import main; main()"
 )
+# Titles of the mesh's own processes on a cluster that goes on; Serve's ends with its last application.
+_ACTORS = ("ray::HostActor", "ray::ControllerActor", "ray::Serve")
 _OPENMP = "__KMP_REGISTERED_LIB_"
 
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """What outlived the server: names of processes, and entries of /dev/shm."""
+    """What outlived the server: names of processes, entries of /dev/shm, network namespaces and links."""
 
     processes: tuple[str, ...]
     shared_memory: tuple[str, ...]
+    networks: tuple[str, ...] = ()
 
 
 class ServerChild:
     """A running `expertmesh serve` in a session of its own: Ctrl-C does not reach it, `end` does."""
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    def __init__(self, folder: Path, config: Config, nodes: RayNodes | None = None) -> None:
+        """`nodes` is the cluster that it serves on, if that is not its own; it ends with the server."""
+        self._nodes = nodes
         self.url = f"http://{config.server.host}:{config.server.port}"
-        self._mark = uuid.uuid4().hex
+        self._mark = nodes.environment[MARK] if nodes else uuid.uuid4().hex
         self._shared_memory = shared_memory()
         self._stopped: set[int] = set()
         self._known: set[int] = set()
@@ -64,7 +69,8 @@ class ServerChild:
         tree["server"].pop("api_keys")
         file.write_text(yaml.safe_dump(tree), "utf-8")
         # Settings of the operator's environment are in the file already, and would override the scenario's.
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("EXPERTMESH__")}
+        inherited = nodes.environment if nodes else os.environ
+        environment = {key: value for key, value in inherited.items() if not key.startswith("EXPERTMESH__")}
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _SERVE, "serve", "--config", str(file)],
@@ -135,25 +141,40 @@ class ServerChild:
         for pid in list(self._stopped):
             with contextlib.suppress(ExpertmeshError):
                 self.signal(pid, signal.SIGCONT)
+        if self._nodes is not None:
+            self._nodes.mend()
         self.family()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(_END_S)
+        networks: list[str] = []
+        outlived: list[str] = []
+        if self._nodes is not None:
+            # The cluster takes with it whatever is on it, so what should have ended before is looked for first.
+            outlived = self._outlive(lambda process: _words(process).startswith(_ACTORS))
+            networks = self._nodes.close()
+        names = outlived + self._outlive(lambda process: True)
+        self.process.wait(_END_S)
+        fresh = shared_memory() - self._shared_memory
+        self._left = Left(
+            tuple(names),
+            tuple(sorted(name for name in fresh if not foreign(name, self._known))),
+            tuple(networks),
+        )
+        return self._left
+
+    def _outlive(self, meant: Callable[[psutil.Process], bool]) -> list[str]:
+        """What of the family is meant and has not ended in a while; it is killed, one by one."""
         deadline = time.monotonic() + _LINGER_S
-        while (family := self.family()) and time.monotonic() < deadline:
+        while (family := [p for p in self.family() if meant(p)]) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
         names = []
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
-                names.append(" ".join(process.cmdline())[:80] or process.name())
+                names.append(_words(process)[:80] or process.name())
                 process.kill()
-        self.process.wait(_END_S)
-        fresh = shared_memory() - self._shared_memory
-        self._left = Left(
-            tuple(names), tuple(sorted(name for name in fresh if not foreign(name, self._known)))
-        )
-        return self._left
+        return names
 
 
 @contextlib.contextmanager
@@ -216,11 +237,11 @@ def shared_memory() -> set[str]:
     return {name for name in names if not name.startswith(("sem.hdr", "sem.obj"))}
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _words(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def _carries(process: psutil.Process, mark: str) -> bool:

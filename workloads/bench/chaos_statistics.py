@@ -17,6 +17,8 @@ from workloads.bench.chaos_load import Answer, Outcome
 from workloads.bench.report import quantiles
 
 Key = tuple[int, int]
+Table = tuple[int, str]
+"""A placement table's epoch and digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,3 +140,15 @@ def first_refusal_ms(answers: Iterable[Answer], fault_ns: int) -> float | None:
     """From the fault to the first answer that was refused; None if none was."""
     after = [a.ended_ns - fault_ns for a in answers if a.outcome == "refused" and a.ended_ns >= fault_ns]
     return min(after) / 1e6 if after else None
+
+
+def split_tables(*seen: Sequence[Table]) -> int:
+    """How often the order of epochs was broken: one went back, or had two contents.
+
+    `seen` are the tables that each observer had, in order of time: the controller's and an engine's.
+    """
+    back = sum(after[0] < before[0] for tables in seen for before, after in pairwise(tables))
+    contents: dict[int, set[str]] = {}
+    for epoch, digest in (table for tables in seen for table in tables):
+        contents.setdefault(epoch, set()).add(digest)
+    return back + sum(len(found) - 1 for found in contents.values())

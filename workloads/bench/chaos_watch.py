@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from workloads.bench.chaos_mesh import Mesh
+from workloads.bench.chaos_statistics import Table
 
 PERIOD_S = 0.5
 
@@ -30,15 +31,17 @@ HostsSample = Sample[dict[str, int | None] | None]
 
 
 class Watcher:
-    """Two threads, since the hosts' reports may wait for one of them while the engine is well."""
+    """A thread for each question, since the hosts' reports may wait for one of them while the others are well."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.stats: list[StatsSample] = []
         self.hosts: list[HostsSample] = []
+        self.tables: list[Sample[Table | None]] = []
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=self._sample, args=(mesh.stats, self.stats), daemon=True),
             threading.Thread(target=self._sample, args=(mesh.hosts, self.hosts), daemon=True),
+            threading.Thread(target=self._sample, args=(mesh.table, self.tables), daemon=True),
         ]
 
     def start(self) -> None:

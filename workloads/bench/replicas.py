@@ -25,8 +25,9 @@ from rich.console import Console
 
 from cluster.config import Config
 from cluster.errors import ConfigError, ExpertmeshError
-from workloads.bench.chaos_server import ServerChild, free_port, uninterrupted
+from workloads.bench.chaos_server import ServerChild, uninterrupted
 from workloads.bench.load import AllSeries, ask_in_turn, itl_ratio, named, rows, table, throughput_ratio
+from workloads.bench.ports import free_port
 from workloads.bench.report import Bar, envelope, now
 from workloads.serve import Progress, check_port, open_model
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from rich.console import Console
 from cluster.config import Config
 from cluster.errors import ExpertmeshError
 from workloads.bench.load import AllSeries, ask_in_turn, itl_ratio, named, rows, table, throughput_ratio
+from workloads.bench.ports import free_port
 from workloads.bench.report import Bar, envelope, now
 from workloads.deploy import attention_arguments, engine_environment
 from workloads.serve import Server, open_model, serving
@@ -71,7 +71,7 @@ def show(report: dict[str, Any], console: Console) -> None:
 @contextlib.contextmanager
 def _stock(config: Config, path: Path, name: str, arguments: dict[str, str]) -> Iterator[tuple[str, int]]:
     """vLLM's own server with the experts in process, the same threads and limits; ended with the block."""
-    port = _free_port()
+    port = free_port()
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path),
         "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port),
@@ -169,9 +169,3 @@ def _tree_rss(pid: int) -> float:
     """Resident MiB of the largest process under `pid`: stock vLLM's engine, which holds the experts."""
     root = psutil.Process(pid)
     return max(process.memory_info().rss for process in [root, *root.children(recursive=True)]) / _MIB
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -165,3 +165,10 @@ def test_an_address_under_another_hosts_name_is_refused() -> None:
     hosts = json.loads(running("h0", "h1", "h2").to_json())["hosts"]
     with pytest.raises(ProtocolError, match="host h0 with h1's address"):
         PlacementTable.from_json(broken(hosts={**hosts, "h0": hosts["h1"]}))
+
+
+def test_a_digest_names_the_content() -> None:
+    table = running("h0", "h1")
+    assert table.digest == PlacementTable.from_json(table.to_json()).digest and len(table.digest) == 16
+    others = [running("h0"), running("h0", "h1", replicas=1), table.next_epoch()]
+    assert len({table.digest, *(other.digest for other in others)}) == 4

@@ -49,12 +49,26 @@ def test_two_files_of_one_name(tmp_path: Path) -> None:
     assert isinstance(answer.exception, ConfigError) and "two scenarios" in str(answer.exception)
 
 
+def test_a_scenario_that_this_machine_can_not_run_is_refused_by_name_and_left_out_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    arguments = ["chaos", "run", "--model", "/no/model"]
+    answer = CliRunner().invoke(app, [*arguments, "cut-network"])
+    assert isinstance(answer.exception, ConfigError)
+    assert "cut-network can't be run here" in answer.exception.message and "root" in answer.exception.hint
+    # The others are tried, as far as the model that is not there.
+    answer = CliRunner().invoke(app, [*arguments, "--all", "--no-plot"])
+    assert isinstance(answer.exception, ExpertmeshError) and "/no/model" in str(answer.exception)
+
+
 @pytest.fixture
 def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerChild]:
     """A server child whose process only sleeps."""
     monkeypatch.setattr(chaos_server, "_LINGER_S", 0.5)
     found = ServerChild.__new__(ServerChild)
     found._mark, found._stopped, found._known, found._left = os.urandom(8).hex(), set(), set(), None
+    found._nodes = None
     found._shared_memory = chaos_server.shared_memory()
     found.process = subprocess.Popen(SLEEP, env={**os.environ, MARK: found._mark})
     yield found
@@ -78,6 +92,30 @@ def test_the_end_continues_what_was_stopped_and_kills_what_is_left(child: Server
     assert len(left.processes) == 1 and "import signal, time" in left.processes[0]
     assert member.wait(10) == -signal.SIGKILL and child.process.poll() is not None
     assert child.end() is left
+
+
+def test_a_cluster_ends_after_what_should_have_ended_before_was_looked_for(child: ServerChild) -> None:
+    environment = {**os.environ, MARK: child._mark}
+    # By their titles: a host that should be gone, and a worker of Ray's that ends with the cluster.
+    titles = ("ray::HostActor", "ray::IDLE")
+    host, idle = (
+        subprocess.Popen([title, *SLEEP[1:]], executable=sys.executable, env=environment) for title in titles
+    )
+
+    class Nodes:
+        def mend(self) -> None:
+            assert host.poll() is idle.poll() is child.process.poll() is None
+
+        def close(self) -> list[str]:
+            assert host.wait(10) == -signal.SIGKILL and idle.poll() is None
+            idle.kill()
+            idle.wait()
+            return ["em0br"]
+
+    child._nodes = Nodes()  # type: ignore[assignment]
+    left = child.end()
+    assert left.networks == ("em0br",)
+    assert [name.partition(" ")[0] for name in left.processes] == ["ray::HostActor"]
 
 
 def test_strangers_and_the_dead_are_not_signalled(child: ServerChild) -> None:

@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 
 from cluster.errors import ConfigError
+from workloads.bench.chaos_plan import Planned
 from workloads.bench.chaos_plot import check_plot, plot
 from workloads.bench.chaos_report import bars, missed, report, show, summary
-from workloads.bench.chaos_run import Run, Struck, line
-from workloads.bench.chaos_scenario import Planned, Scenario
+from workloads.bench.chaos_result import Run, Struck, line
+from workloads.bench.chaos_scenario import Scenario
 from workloads.bench.chaos_server import Left
 
 NONE = dict.fromkeys(("unreachable", "status", "event", "broken", "no-done", "short", "timeout"), 0)
@@ -26,6 +27,7 @@ RUN = Run(
     outcomes={"ok": 9, "refused": 0, **NONE},
     reasons=[],
     changed_tokens=0,
+    split_tables=0,
     streams_hit=16,
     gap_before_ms=20.0,
     longest_gap_ms=120.0,
@@ -103,10 +105,12 @@ BROKEN = {
     "changed_tokens": replace(LAST, changed_tokens=1),
     "added_gap_p99_ms": replace(LAST, added_gap_ms=5000.0),
     "redundancy_restored_s": replace(LAST, redundancy_restored_s=None, whole=False),
+    "split_tables": replace(LAST, split_tables=1),
     "engine_restarts": replace(LAST, engine_restarts=1),
     "not_whole": replace(LAST, whole=False),
     "leaked_processes": replace(LAST, left=Left(("ray::HostActor",), ())),
     "leaked_shared_memory": replace(LAST, left=Left((), ("psm_1",))),
+    "leaked_networks": replace(LAST, left=Left((), (), ("em0n0",))),
 }
 
 
@@ -130,6 +134,24 @@ def test_people_see_runs_reasons_bars_and_what_was_left() -> None:
     assert "kill-host seed 1: 1 x broken: gone" in text and "left ray::HostActor" in text
     assert "missed  kill-host.leaked_processes 1 ≤ 0" in text
     assert "9 requests, 0 errors" in line(RUN)
+
+
+def test_what_was_skipped_is_reported_with_its_reason() -> None:
+    found = report(
+        [SCENARIO],
+        [RUN, LAST],
+        {},
+        seed=0,
+        seeds=2,
+        started_at="t",
+        model="tiny",
+        skipped={"cut-network": "no ip"},
+    )
+    assert found["skipped"] == [{"scenario": "cut-network", "reason": "no ip"}]
+    assert missed(found) == []
+    out = StringIO()
+    show(found, Console(file=out, width=300))
+    assert "cut-network was skipped: no ip" in out.getvalue()
 
 
 def test_the_picture(tmp_path: Path) -> None:

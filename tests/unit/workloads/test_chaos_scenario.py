@@ -14,7 +14,8 @@ from cluster.config import Config
 from cluster.errors import ConfigError
 from tests.unit.test_imports import ROOT
 from workloads.bench.chaos_mesh import own_cluster
-from workloads.bench.chaos_scenario import Scenario, deploy, load_scenario, plan, shipped
+from workloads.bench.chaos_plan import plan
+from workloads.bench.chaos_scenario import Scenario, deploy, load_scenario, shipped
 
 HOSTS = ("local-0", "local-1", "local-2")
 
@@ -35,14 +36,18 @@ def test_what_is_shipped_loads_and_deploys_and_has_its_hosts(name: str) -> None:
     assert found.name == name
     config = deploy(found, Config())
     hosts = [f"{group.name}-{number}" for group in config.hosts for number in range(group.count)]
-    planned = plan(found, hosts, 0)
+    zones = [node.zone for node in found.cluster.nodes] if found.cluster else ()
+    planned = plan(found, hosts, 0, zones)
     assert planned and max(event.at_s for event in planned) < found.load.duration
     assert found.checks.changed_tokens == 0 and found.checks.short_answers == 0
 
 
 def test_the_shipped_ones_are_those_of_the_issue() -> None:
-    wanted = "kill-host kill-two-hosts freeze-host slow-host kill-unreplicated kill-controller kill-router"
-    assert set(wanted.split()) <= set(shipped())
+    wanted = (
+        "kill-host kill-two-hosts freeze-host slow-host lose-node cut-network kill-unreplicated kill-controller "
+        "restart-head kill-router memory-limit"
+    )
+    assert set(wanted.split()) == set(shipped())
 
 
 @given(st.integers(0, 2**32))
@@ -64,8 +69,12 @@ def test_a_seed_decides_times_and_targets(seed: int) -> None:
 
 
 def test_the_end_of_a_fault_is_none() -> None:
-    found = {name: [event.hurts for event in plan(load_scenario(name), HOSTS, 0)] for name in shipped()}
-    assert found["freeze-host"] == found["slow-host"] == [True, False]
+    found = {
+        name: [event.hurts for event in plan(load_scenario(name), HOSTS, 0, ("a", "far"))]
+        for name in shipped()
+    }
+    assert found["freeze-host"] == found["slow-host"] == found["cut-network"] == [True, False]
+    assert found["restart-head"] == [True, False, True]
     assert found["kill-two-hosts"] == [True, True]
 
 
@@ -93,6 +102,26 @@ def test_a_host_that_is_not_there(host: str) -> None:
     assert "local-0" in error.value.hint
 
 
+NODES = {"nodes": [{"zone": "a"}, {"zone": "b", "namespace": True}, {"zone": "c", "namespace": True}]}
+
+
+def test_nodes_are_chosen_of_those_with_hosts_and_to_which_it_can_be_done() -> None:
+    events = [
+        {"action": "cut", "node": "any", "at": 1},
+        {"action": "heal", "node": "same", "after": 1},
+        {"action": "kill", "node": "other", "after": 1},
+    ]
+    both = scenario(events=events, cluster=NODES)
+    for seed in range(20):
+        cut, heal, kill = plan(both, HOSTS, seed, zones=("a", "b"))
+        assert cut.node == heal.node == "b" and kill.node == "a" and kill.kills and not cut.kills
+        assert (cut.target, cut.hurts, heal.hurts) == ("node b", True, False)
+    assert {plan(both, HOSTS, seed, zones=("b", "c"))[0].node for seed in range(20)} == {"b", "c"}
+    with pytest.raises(ConfigError, match="no node 'any' to choose"):
+        plan(both, HOSTS, 0, zones=("a",))
+    assert both.wants_namespaces and not scenario().wants_namespaces
+
+
 BAD = {
     "an unknown key": ("descriptoin: x", "descriptoin = 'x': unknown key", "description"),
     "an unknown check": ("checks: {gaps: 3}", "checks.gaps = 3: unknown key", "errors"),
@@ -106,13 +135,44 @@ BAD = {
     "nothing before": ("events: [{action: kill, host: any, after: 1s}]", "after nothing", "at"),
     "same as nobody": ("events: [{action: kill, host: same, at: 1}]", "no earlier one", ""),
     "no events": ("events: []", "no events", "one"),
+    "a node that is killed and is not there": (
+        "events: [{action: kill, node: a, at: 1}]",
+        "no such node",
+        "nodes",
+    ),
+    "a cut without a network": (
+        "cluster: {nodes: [{zone: a}]}\nevents: [{action: cut, node: a, at: 1}]",
+        "no such node to cut",
+        "namespace",
+    ),
+    "a node that is stopped": (
+        "cluster: {nodes: [{zone: a}]}\nevents: [{action: stop, node: a, at: 1}]",
+        "stop can't be done",
+        "cut",
+    ),
+    "a head that is frozen": (
+        "events: [{action: stop, process: head, at: 1}]",
+        "stop can't be done",
+        "restarted",
+    ),
+    "a router that is restarted": (
+        "events: [{action: restart, process: router, at: 1}]",
+        "can't be done",
+        "head",
+    ),
+    "a head without a store": (
+        "events: [{action: kill, process: head, at: 1}]",
+        "start from again",
+        "persistent",
+    ),
+    "two nodes of one zone": ("cluster: {nodes: [{zone: a}, {zone: a}]}", "one zone", "its own"),
     "no streams": ("load: {streams: 0}", "load.streams", "16"),
 }
 
 
 @pytest.mark.parametrize(("line", "problem", "way_out"), BAD.values(), ids=list(BAD))
 def test_mistakes_are_named_with_their_line(tmp_path: Path, line: str, problem: str, way_out: str) -> None:
-    rest = "" if line.startswith("events") else "events: [{action: kill, host: any, at: 1}]\n"
+    rest = "" if "events:" in line else "events: [{action: kill, host: any, at: 1}]\n"
     with pytest.raises(ConfigError) as error:
         load_scenario(written(tmp_path, f"description: d\n{rest}{line}\n"))
     assert "mine.yaml" in error.value.message and problem in error.value.message

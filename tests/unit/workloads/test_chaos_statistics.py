@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 
 from workloads.bench import chaos_statistics as statistics
 from workloads.bench.chaos_load import Answer, Outcome
+from workloads.bench.chaos_result import tables_split
 from workloads.bench.chaos_statistics import Gap
-from workloads.bench.chaos_watch import HostsSample, Sample, StatsSample, restored_ns, up_again_ns
+from workloads.bench.chaos_watch import HostsSample, Sample, StatsSample, Watcher, restored_ns, up_again_ns
 
 MS = 1_000_000
 S = 1_000_000_000
@@ -132,3 +136,27 @@ def test_up_again_only_after_it_was_seen_away() -> None:
     assert up_again_ns([stats(5, 0), stats(30, 0)], 10) is None
     assert up_again_ns([away], 10) is None
     assert up_again_ns([away, stats(30, 0)], 25) is None
+
+
+def test_one_order_of_epochs() -> None:
+    controller = [(1, "a"), (2, "b"), (2, "b"), (4, "d")]
+    assert statistics.split_tables(controller, [(1, "a"), (1, "a"), (4, "d")]) == 0
+    assert statistics.split_tables([], []) == 0
+
+
+def test_a_table_that_goes_back_or_differs_is_split() -> None:
+    assert statistics.split_tables([(1, "a"), (2, "b"), (1, "a")], []) == 1
+    assert statistics.split_tables([(1, "a"), (2, "b")], [(1, "a"), (2, "c")]) == 1
+    # By a restarted controller that had lost its document.
+    assert statistics.split_tables([(2, "b"), (1, "a"), (2, "c")], []) == 2
+
+
+def test_an_engines_tables_are_compared_with_the_controllers() -> None:
+    controller = [Sample(1, 1, (1, "a")), Sample(5, 5, None), Sample(6, 6, (2, "b"))]
+    engine = [
+        Sample(0, 0, {"epoch": 9, "table": "z"}),
+        Sample(2, 2, None),
+        Sample(7, 7, {"epoch": 2, "table": "c"}),
+    ]
+    assert tables_split(cast(Watcher, SimpleNamespace(tables=controller, stats=engine)), 1) == 1
+    assert tables_split(cast(Watcher, SimpleNamespace(tables=controller, stats=engine[:2])), 1) == 0

@@ -1,0 +1,283 @@
+"""A Ray cluster of several nodes on this machine: a head and labelled workers, each with an address of its own.
+
+Every process of a node inherits marks in its environment. By them it is found, and nothing is signalled that does
+not carry them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from cluster.auth import ray_environment
+from cluster.errors import HostError
+from cluster.ray_cluster import QUIET
+from workloads.bench.chaos_network import Network
+from workloads.bench.ports import free_port
+
+HEAD = "head"
+_NODE = "EXPERTMESH_RAY_NODE"
+"""The cluster's folder and the node's name."""
+_START_S = 120.0
+_END_S = 20.0
+_POLL_S = 0.1
+_OBJECT_STORE_BYTES = 80 * 2**20
+# 1 is PR_SET_PDEATHSIG: a node ends with the program that started it, however that ends.
+_RAY = (
+    f"import ctypes; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); "
+    "from ray.scripts.scripts import main; main()"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A node beside the head; its label is ``zone=<name>``."""
+
+    name: str
+    cpus: int = 1
+    namespace: bool = False
+    """Whether it gets a network namespace of its own, so that it can be cut off."""
+    before: tuple[str, ...] = ()
+    """What its command line begins with, to run it in namespaces of other kinds."""
+
+
+class RayNodes:
+    """Starts nodes and ends them. `close` must be called, however the use of it ends."""
+
+    def __init__(
+        self, token: Path, workers: Sequence[Worker] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
+        """`environment` is that of every process, beside the program's own; `token` the file of the cluster's."""
+        self._workers = {worker.name: worker for worker in workers}
+        self._network: Network | None = None
+        self.address = ""
+        """Where the head listens, once it does."""
+        # Unix socket paths are short, so Ray's folder must be as well.
+        self._folder = Path(tempfile.mkdtemp(prefix="em", dir="/tmp"))
+        self._places: dict[str, tuple[str, Sequence[str]]] = {}
+        self._started: dict[str, subprocess.Popen[bytes]] = {}
+        self._gcs: tuple[list[str], dict[str, str]] | None = None
+        """Command and environment of a control plane that was killed."""
+        self._cut: set[str] = set()
+        self.environment = {
+            **os.environ,
+            **(environment or {}),
+            **QUIET,
+            **ray_environment(token),
+            "RAY_TMPDIR": str(self._folder),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
+        }
+
+    def start(self, *, head_cpus: int, persistent: bool = False) -> None:
+        """Start the head and then every worker. HostError with Ray's words if one does not start, ExpertmeshError
+        if a worker is to have a network namespace and there can be none.
+
+        A `persistent` head keeps its tables on disk, and may be killed and started again.
+        """
+        if any(worker.namespace for worker in self._workers.values()):
+            self._network = Network()
+        ip, port = self._network.here if self._network else "127.0.0.1", free_port()
+        self.address = f"{ip}:{port}"
+        store = {}
+        if persistent:
+            store = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self._folder / "gcs")}
+            (self._folder / "gcs").mkdir()
+        self._start(
+            HEAD,
+            (ip, ()),
+            ["--head", f"--port={port}", f"--num-cpus={head_cpus}", "--include-dashboard=false"],
+            store,
+            block=not persistent,
+        )
+        self.start_workers()
+
+    def start_workers(self) -> None:
+        """Start the workers that do not run: all at first, later those that were killed."""
+        for worker in self._workers.values():
+            if not self.processes(worker.name):
+                self._start(
+                    worker.name,
+                    self._place(worker),
+                    [
+                        f"--address={self.address}",
+                        f"--num-cpus={worker.cpus}",
+                        f"--labels=zone={worker.name}",
+                    ],
+                    {},
+                    block=True,
+                )
+
+    def processes(self, node: str) -> list[psutil.Process]:
+        """All of a node that lives."""
+        mark = f"{self._folder}:{node}"
+        return [process for process in psutil.process_iter() if _environment(process).get(_NODE) == mark]
+
+    def kill_node(self, node: str) -> int:
+        """SIGKILL of the raylet and of all that the node runs; when, in nanoseconds of CLOCK_MONOTONIC."""
+        # First the raylet, which would tell the cluster of the others' end.
+        members = sorted(self.processes(node), key=lambda process: _name(process) != "raylet")
+        now_ns = time.monotonic_ns()
+        _kill(members)
+        return now_ns
+
+    def kill_control_plane(self) -> int:
+        """SIGKILL of the head's control plane (Ray's GCS) alone; when, as above."""
+        process = psutil.Process(self.control_plane_pid())
+        self._gcs = process.cmdline(), process.environ()
+        now_ns = time.monotonic_ns()
+        process.kill()
+        return now_ns
+
+    def start_control_plane(self) -> int:
+        """Start what `kill_control_plane` killed, as it was; when, as above."""
+        assert self._gcs is not None, "it was not killed"
+        (command, environment), self._gcs = self._gcs, None
+        now_ns = time.monotonic_ns()
+        with self._log("gcs").open("ab") as out:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        self._started["gcs"] = process
+        return now_ns
+
+    def cut(self, node: str) -> int:
+        """Drop what goes to the node and comes from it, without a word; when, as above."""
+        assert self._network is not None
+        self._cut.add(node)
+        self._network.cut(node)
+        return time.monotonic_ns()
+
+    def heal(self, node: str) -> int:
+        """Undo `cut`; when, as above."""
+        assert self._network is not None
+        self._network.heal(node)
+        self._cut.discard(node)
+        return time.monotonic_ns()
+
+    def mend(self) -> None:
+        """Heal what is cut and start a control plane that was killed, so that the mesh can end in good order."""
+        for node in sorted(self._cut):
+            self.heal(node)
+        if self._gcs is not None:
+            self.start_control_plane()
+
+    def close(self) -> list[str]:
+        """End every node, workers first, and take the network away; names of networks that could not be."""
+        for node in (*self._workers, HEAD):
+            deadline = time.monotonic() + _END_S
+            # Anew until there is none: a node that is just starting makes more meanwhile.
+            while (members := self.processes(node)) and time.monotonic() < deadline:
+                _kill(members)
+        for process in self._started.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_S)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        network, self._network = self._network, None
+        return network.close() if network else []
+
+    def _place(self, worker: Worker) -> tuple[str, Sequence[str]]:
+        """A worker's address, and what comes before its command; the same for its next life.
+
+        Nodes must not share one: Ray takes the first that has a program's own for the program's node.
+        """
+        if worker.name not in self._places:
+            if worker.namespace:
+                assert self._network is not None
+                self._places[worker.name] = self._network.add_namespace(worker.name)
+            elif self._network is not None:
+                self._places[worker.name] = self._network.add_address(), ()
+            else:
+                self._places[worker.name] = f"127.0.0.{len(self._places) + 2}", ()
+        ip, prefix = self._places[worker.name]
+        return ip, (*prefix, *worker.before)
+
+    def _start(
+        self,
+        name: str,
+        place: tuple[str, Sequence[str]],
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        block: bool,
+    ) -> None:
+        """With `block` the node ends with this program, and as a whole if one of its processes does."""
+        ip, prefix = place
+        ports = [free_port() for _ in range(4)]
+        with self._log(name).open("wb") as out:
+            process = subprocess.Popen(
+                [
+                    *prefix,
+                    *(sys.executable, "-c", _RAY, "start"),
+                    *arguments,
+                    *(["--block"] if block else []),
+                    f"--node-ip-address={ip}",
+                    f"--object-store-memory={_OBJECT_STORE_BYTES}",
+                    f"--node-manager-port={ports[0]}",
+                    f"--object-manager-port={ports[1]}",
+                    f"--metrics-export-port={ports[2]}",
+                    f"--dashboard-agent-listen-port={ports[3]}",
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**self.environment, **environment, _NODE: f"{self._folder}:{name}"},
+                start_new_session=True,
+            )
+        self._started[name] = process
+        deadline = time.monotonic() + _START_S
+        while "Ray runtime started" not in (told := self._log(name).read_text(errors="replace")):
+            if process.poll() not in (None, 0):
+                raise HostError(f"Ray's node {name} did not start:\n{told.strip()[-2000:]}")
+            if time.monotonic() > deadline:
+                raise HostError(f"Ray's node {name} did not start within {_START_S:.0f} s")
+            time.sleep(_POLL_S)
+
+    def control_plane_pid(self) -> int:
+        """The process that `kill_control_plane` kills; HostError if it does not run."""
+        found = [process.pid for process in self.processes(HEAD) if _name(process) == "gcs_server"]
+        if not found:
+            raise HostError(
+                "the head's control plane (gcs_server) does not run", "its log is in Ray's folder"
+            )
+        return found[0]
+
+    def _log(self, name: str) -> Path:
+        return self._folder / f"ray-{name}.log"
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=_END_S)
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ() if process.status() != psutil.STATUS_ZOMBIE else {}
+    except psutil.Error:
+        return {}
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.Error:
+        return ""
