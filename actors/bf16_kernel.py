@@ -1,4 +1,4 @@
-"""Experts whose bfloat16 weights stay bfloat16 while rows and sums are float32: `bf16_weights.cpp`, and its layer.
+"""Experts whose bfloat16 weights stay bfloat16 while rows and sums are float32: `native/`, and its layer.
 
 vLLM's kernel wants weights in the rows' dtype, twice the bytes of most checkpoints for a model that is served in
 float32. Decoding waits for those bytes. The kernel is compiled at its first use on a machine, in half a second.
@@ -27,7 +27,7 @@ from cluster.cache_folder import cache_folder
 
 log = structlog.get_logger()
 
-_SOURCE: Final = Path(__file__).with_name("bf16_weights.cpp")
+_SOURCE: Final = Path(__file__).parent / "native" / "bf16_experts.cpp"
 _FLAGS: Final = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _LANES: Final = 16
 _COMPILE_S: Final = 120.0
@@ -41,7 +41,7 @@ def can_run(maths: ExpertMaths, dtype: torch.dtype, stored: frozenset[str]) -> b
         and maths.activation == "silu"
         and not maths.has_bias
         and maths.hidden % (2 * _LANES) == 0
-        and maths.intermediate % _LANES == 0
+        and maths.intermediate % (2 * _LANES) == 0
         and kernel() is not None
     )
 
@@ -57,7 +57,7 @@ def kernel() -> Callable[..., None] | None:
         log.warning("no C++ compiler for the bfloat16 kernel: weights are widened in memory", reason=said)
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int
-    function.argtypes = [pointer] * 2 + [number] * 3 + [pointer] * 4 + [number] * 3
+    function.argtypes = [pointer] * 2 + [number] * 3 + [pointer] * 4 + [number] * 4
     function.restype = None
     return function
 
@@ -67,7 +67,8 @@ def _compiled(compiler: list[str]) -> Path:
     version = subprocess.run(
         [*compiler, "--version"], capture_output=True, check=True, timeout=_COMPILE_S
     ).stdout
-    identity = [_SOURCE.read_bytes(), version, " ".join(_FLAGS).encode(), _processor().encode()]
+    sources = [path.read_bytes() for path in sorted(_SOURCE.parent.iterdir())]
+    identity = [*sources, version, " ".join(_FLAGS).encode(), _processor().encode()]
     folder = cache_folder() / "kernels"
     library = folder / f"bf16-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:16]}.so"
     if not library.exists():
@@ -110,7 +111,10 @@ class Bf16WeightsLayer:
 
     kernel = "bf16-weights"
 
-    def __init__(self, num_experts: int, hidden: int, intermediate: int) -> None:
+    def __init__(
+        self, num_experts: int, hidden: int, intermediate: int, *, vectors_only: bool = False
+    ) -> None:
+        """Room for experts of these sizes; with `vectors_only` as on a processor without AMX."""
         run = kernel()
         assert run is not None
         panels = intermediate // _LANES
@@ -128,7 +132,7 @@ class Bf16WeightsLayer:
             hidden,
             intermediate,
         )
-        self._threads = torch.get_num_threads()
+        self._options = torch.get_num_threads(), int(vectors_only)
 
     def put(self, slot: int, gate_IH: torch.Tensor, up_IH: torch.Tensor, down_HI: torch.Tensor) -> None:
         """Load one expert's matrices: bfloat16, or widened by a host that gave them on, which loses nothing."""
@@ -152,5 +156,5 @@ class Bf16WeightsLayer:
             weights_NK.data_ptr(),
             out_NH.data_ptr(),
             *slots_NK.shape,
-            self._threads,
+            *self._options,
         )
