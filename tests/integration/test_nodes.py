@@ -14,7 +14,7 @@ import pytest
 
 from tests.e2e.programs import Program, ServerProgram, free_port, run, settings, wait_for
 from tests.tiny_dense import make_tiny_dense
-from workloads.bench.ray_nodes import RayNodes, Worker
+from workloads.bench.ray_nodes import HEAD, RayNodes, Worker
 from workloads.models.upcycle import upcycle
 
 pytestmark = pytest.mark.slow
@@ -75,6 +75,8 @@ def test_hosts_on_two_nodes(nodes: Nodes, tiny_model: Path, tmp_path: Path) -> N
         hosts = {host["host_id"]: host for host in json.loads(status.out)["hosts"]}
         assert set(hosts) == {"west-0", "east-0"}
         assert hosts["west-0"]["node_id"] != hosts["east-0"]["node_id"]
+        # Where `serve` is: on a node of hosts it would be lost with them.
+        assert any("ray::ControllerActor" in process.cmdline()[0] for process in nodes.ray.processes(HEAD))
         # The engine is on the head, so both are reached over TCP.
         assert all(_connected(host["pid"], host["tcp"]) for host in hosts.values())
         client = openai.OpenAI(base_url=f"{program.url}/v1", api_key="none", max_retries=0, timeout=120)
