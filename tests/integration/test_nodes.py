@@ -76,7 +76,7 @@ def test_hosts_on_two_nodes(nodes: Nodes, tiny_model: Path, tmp_path: Path) -> N
         assert set(hosts) == {"west-0", "east-0"}
         assert hosts["west-0"]["node_id"] != hosts["east-0"]["node_id"]
         # Where `serve` is: on a node of hosts it would be lost with them.
-        assert any("ray::ControllerActor" in process.cmdline()[0] for process in nodes.ray.processes(HEAD))
+        wait_for(lambda: "ray::ControllerActor" in _titles(nodes), 10, "the controller to be seen on the head")
         # The engine is on the head, so both are reached over TCP.
         assert all(_connected(host["pid"], host["tcp"]) for host in hosts.values())
         client = openai.OpenAI(base_url=f"{program.url}/v1", api_key="none", max_retries=0, timeout=120)
@@ -112,6 +112,11 @@ def _ask(nodes: Nodes, program: ServerProgram, folder: Path, command: str, *opti
     name = "-".join((command, *(option.strip("-").replace("/", "") for option in options)))
     url = () if "--config" in options else ("--url", program.url)
     return run(folder / name[:60], command, *options, *url, environment=nodes.environment)
+
+
+def _titles(nodes: Nodes) -> set[str]:
+    """Of the head's processes; an actor's goes on with the method that it runs."""
+    return {process.cmdline()[0].partition(".")[0] for process in nodes.ray.processes(HEAD)}
 
 
 def _connected(pid: int, address: str) -> bool:
