@@ -9,7 +9,6 @@ from typing import Any
 
 import ray
 from ray.experimental import internal_kv
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.ray_hosts import RayHosts, RayNodes
 from cluster.controller import Controller, Deployment
@@ -116,7 +115,7 @@ def sources(namespace: str, host_id: str) -> Sources:
 
 
 def get_or_start(namespace: str) -> Any:
-    """The cluster's controller; the first caller starts it, on its own node if that goes on."""
+    """The cluster's controller; the first caller starts it, on its own node."""
     actor: Any = ControllerActor
     here = ray.get_runtime_context().get_node_id()
     return actor.options(
@@ -124,8 +123,9 @@ def get_or_start(namespace: str) -> Any:
         namespace=namespace,
         lifetime="detached",
         get_if_exists=True,
-        # Anywhere else it might go with a node of hosts, and is away when it has most to do.
-        scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
+        # Anywhere else it might be lost or cut off with a node of hosts, when it has most to do. By label and not
+        # by soft affinity, with which it was seen elsewhere on a cluster that had just started.
+        label_selector={"ray.io/node-id": here},
     ).remote(namespace)
 
 

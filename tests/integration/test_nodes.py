@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e.programs import Program, ServerProgram, free_port, run, settings, wait_for
 from tests.tiny_dense import make_tiny_dense
-from workloads.bench.ray_nodes import RayNodes, Worker
+from workloads.bench.ray_nodes import HEAD, RayNodes, Worker
 from workloads.models.upcycle import upcycle
 
 pytestmark = pytest.mark.slow
@@ -104,6 +104,8 @@ def test_hosts_on_two_nodes(nodes: Nodes, tiny_model: Path, tmp_path: Path) -> N
         hosts = {host["host_id"]: host for host in json.loads(status.out)["hosts"]}
         assert set(hosts) == {"west-0", "east-0"}
         assert hosts["west-0"]["node_id"] != hosts["east-0"]["node_id"]
+        # Where `serve` is: on a node of hosts it would be lost with them.
+        wait_for(lambda: "ray::ControllerActor" in _titles(nodes), 10, "the controller to be seen on the head")
         # The engine is on the head, so both are reached over TCP.
         assert all(_connected(host["pid"], host["tcp"]) for host in hosts.values())
         hidden = can_hide(tiny_model)
@@ -174,6 +176,11 @@ def _ask(nodes: Nodes, program: ServerProgram, folder: Path, command: str, *opti
     name = "-".join((command, *(option.strip("-").replace("/", "") for option in options)))
     url = () if "--config" in options else ("--url", program.url)
     return run(folder / name[:60], command, *options, *url, environment=nodes.environment)
+
+
+def _titles(nodes: Nodes) -> set[str]:
+    """Of the head's processes; an actor's goes on with the method that it runs."""
+    return {process.cmdline()[0].partition(".")[0] for process in nodes.ray.processes(HEAD)}
 
 
 def _connected(pid: int, address: str) -> bool:

@@ -113,7 +113,9 @@ def run_once(mesh: Mesh, watcher: Watcher, scenario: Scenario, seed: int, expect
             await asyncio.sleep(event.at_s - (time.monotonic_ns() - begin_ns) / 1e9)
             # In a thread where it takes a while: the streams are read meanwhile.
             strike = mesh.strike
-            quick = event.action in ("kill", "stop", "continue") and not event.node
+            quick = (
+                event.action in ("kill", "stop", "continue") and not event.node and event.process != "head"
+            )
             at_ns = (
                 strike(event, pids[event.target])
                 if quick

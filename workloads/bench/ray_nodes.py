@@ -33,9 +33,10 @@ _START_S = 120.0
 _END_S = 20.0
 _POLL_S = 0.1
 _OBJECT_STORE_BYTES = 80 * 2**20
-# 1 is PR_SET_PDEATHSIG: a node ends with the program that started it, however that ends.
+# 1 is PR_SET_PDEATHSIG: a node ends with the program that started it, however that ends. Ray has its own
+# processes end with `ray start --block` in the same way.
 _RAY = (
-    f"import ctypes; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); "
+    f"import ctypes; ctypes.CDLL(None).prctl(1, {int(signal.SIGKILL)}); "
     "from ray.scripts.scripts import main; main()"
 )
 
@@ -99,7 +100,6 @@ class RayNodes:
             (ip, ()),
             ["--head", f"--port={port}", f"--num-cpus={head_cpus}", "--include-dashboard=false"],
             store,
-            block=not persistent,
         )
         self.start_workers()
 
@@ -116,7 +116,6 @@ class RayNodes:
                         f"--labels=zone={worker.name}",
                     ],
                     {},
-                    block=True,
                 )
 
     def processes(self, node: str) -> list[psutil.Process]:
@@ -135,6 +134,12 @@ class RayNodes:
     def kill_control_plane(self) -> int:
         """SIGKILL of the head's control plane (Ray's GCS) alone; when, as above."""
         process = psutil.Process(self.control_plane_pid())
+        # It looks after the head's processes, and would end all of them with the first.
+        watcher = psutil.Process(self._started[HEAD].pid)
+        watcher.suspend()
+        deadline = time.monotonic() + _END_S
+        while watcher.status() != psutil.STATUS_STOPPED and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
         self._gcs = process.cmdline(), process.environ()
         now_ns = time.monotonic_ns()
         process.kill()
@@ -214,10 +219,7 @@ class RayNodes:
         place: tuple[str, Sequence[str]],
         arguments: Sequence[str],
         environment: Mapping[str, str],
-        *,
-        block: bool,
     ) -> None:
-        """With `block` the node ends with this program, and as a whole if one of its processes does."""
         ip, prefix = place
         ports = [free_port() for _ in range(4)]
         with self._log(name).open("wb") as out:
@@ -226,7 +228,7 @@ class RayNodes:
                     *prefix,
                     *(sys.executable, "-c", _RAY, "start"),
                     *arguments,
-                    *(["--block"] if block else []),
+                    "--block",
                     f"--node-ip-address={ip}",
                     f"--object-store-memory={_OBJECT_STORE_BYTES}",
                     f"--node-manager-port={ports[0]}",
@@ -243,7 +245,7 @@ class RayNodes:
         self._started[name] = process
         deadline = time.monotonic() + _START_S
         while "Ray runtime started" not in (told := self._log(name).read_text(errors="replace")):
-            if process.poll() not in (None, 0):
+            if process.poll() is not None:
                 raise HostError(f"Ray's node {name} did not start:\n{told.strip()[-2000:]}")
             if time.monotonic() > deadline:
                 raise HostError(f"Ray's node {name} did not start within {_START_S:.0f} s")
