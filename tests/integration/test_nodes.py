@@ -105,7 +105,9 @@ def test_hosts_on_two_nodes(nodes: Nodes, tiny_model: Path, tmp_path: Path) -> N
         assert set(hosts) == {"west-0", "east-0"}
         assert hosts["west-0"]["node_id"] != hosts["east-0"]["node_id"]
         # Where `serve` is: on a node of hosts it would be lost with them.
-        wait_for(lambda: "ray::ControllerActor" in _titles(nodes), 10, "the controller to be seen on the head")
+        wait_for(
+            lambda: "ray::ControllerActor" in _titles(nodes), 10, "the controller to be seen on the head"
+        )
         # The engine is on the head, so both are reached over TCP.
         assert all(_connected(host["pid"], host["tcp"]) for host in hosts.values())
         hidden = can_hide(tiny_model)

@@ -72,12 +72,17 @@ def summary(
     seed: int,
     begin_ns: int,
     struck: Sequence[Struck],
-    answers: list[Answer],
+    answers: Sequence[Answer],
+    again: Sequence[Answer],
     expected: Reference,
     watcher: Watcher,
     restored: int | None,
     counted: tuple[Mapping[str, Any], Mapping[str, Any]],
 ) -> Run:
+    """`answers` are those of the load. `again` came when the mesh was whole again: all streams begin at once there,
+    so that their prompts hold each other up, and only what they are counts, not when they came.
+    """
+    everything = [*answers, *again]
     times = [fault.at_ns for fault in struck if fault.event.hurts]
     # What else is killed no dispatcher detects: a late answer meanwhile is by chance.
     hosts_hit = [fault.at_ns for fault in struck if fault.event.hurts and not fault.event.process]
@@ -95,9 +100,9 @@ def summary(
         seed=seed,
         begin_ns=begin_ns,
         faults=tuple(struck),
-        outcomes=statistics.outcomes(answers),
-        reasons=[*statistics.reasons(answers), *([] if restored else [f"not whole: {_state(watcher)}"])],
-        changed_tokens=statistics.changed_tokens(answers, expected),
+        outcomes=statistics.outcomes(everything),
+        reasons=[*statistics.reasons(everything), *([] if restored else [f"not whole: {_state(watcher)}"])],
+        changed_tokens=statistics.changed_tokens(everything, expected),
         split_tables=tables_split(watcher, begin_ns),
         streams_hit=min((statistics.under_way(answers, at_ns) for at_ns in times), default=0),
         gap_before_ms=max((gap.ms for gap in gaps if gap.to_ns <= first), default=None),
@@ -107,8 +112,8 @@ def summary(
         itl_p99_ratio=_ratio(hurt, expected),
         detect_ms=statistics.first_after([s.get("last_detect_monotonic_ns") for s in samples], hosts_hit),
         reroute_ms=statistics.first_after([s.get("last_reroute_monotonic_ns") for s in samples], hosts_hit),
-        first_refusal_ms=statistics.first_refusal_ms(answers, first),
-        next_answer_s=_next_answer_s(answers, up),
+        first_refusal_ms=statistics.first_refusal_ms(everything, first),
+        next_answer_s=_next_answer_s(everything, up),
         redundancy_restored_s=None if restored is None else (restored - first) / 1e9,
         whole=restored is not None,
         engine_restarts=None if None in both else int(both[0] != both[1]),

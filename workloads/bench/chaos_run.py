@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from cluster.config import Config
 from cluster.errors import ExpertmeshError
 from workloads.bench import chaos_statistics as statistics
-from workloads.bench.chaos_load import once, prompts, under_faults
+from workloads.bench.chaos_load import Answer, once, prompts, under_faults
 from workloads.bench.chaos_mesh import Mesh, started
 from workloads.bench.chaos_plan import plan
 from workloads.bench.chaos_result import Run, Struck, line, summary
@@ -127,9 +127,12 @@ def run_once(mesh: Mesh, watcher: Watcher, scenario: Scenario, seed: int, expect
     dead = frozenset().union(*(pids[event.target] for event in planned if event.kills))
     restored = _wait_whole(mesh, watcher, struck[-1].at_ns, dead, scenario.recovery)
     after = mesh.stats() or {}
+    again: list[Answer] = []
     if restored is not None:
-        answers += asyncio.run(once(mesh.url, mesh.name, load.model_copy(update={"prompts": 1}), streams))
-    return summary(scenario, seed, begin_ns, struck, answers, expected, watcher, restored, (before, after))
+        again = asyncio.run(once(mesh.url, mesh.name, load.model_copy(update={"prompts": 1}), streams))
+    return summary(
+        scenario, seed, begin_ns, struck, answers, again, expected, watcher, restored, (before, after)
+    )
 
 
 def _reference(mesh: Mesh, load: Load) -> Reference:
