@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 from collections.abc import Iterator
@@ -76,7 +77,9 @@ def test_hosts_on_two_nodes(nodes: Nodes, tiny_model: Path, tmp_path: Path) -> N
         assert set(hosts) == {"west-0", "east-0"}
         assert hosts["west-0"]["node_id"] != hosts["east-0"]["node_id"]
         # Where `serve` is: on a node of hosts it would be lost with them.
-        wait_for(lambda: "ray::ControllerActor" in _titles(nodes), 10, "the controller to be seen on the head")
+        wait_for(
+            lambda: "ray::ControllerActor" in _titles(nodes), 10, "the controller to be seen on the head"
+        )
         # The engine is on the head, so both are reached over TCP.
         assert all(_connected(host["pid"], host["tcp"]) for host in hosts.values())
         client = openai.OpenAI(base_url=f"{program.url}/v1", api_key="none", max_retries=0, timeout=120)
@@ -116,7 +119,12 @@ def _ask(nodes: Nodes, program: ServerProgram, folder: Path, command: str, *opti
 
 def _titles(nodes: Nodes) -> set[str]:
     """Of the head's processes; an actor's goes on with the method that it runs."""
-    return {process.cmdline()[0].partition(".")[0] for process in nodes.ray.processes(HEAD)}
+    found = set()
+    for process in nodes.ray.processes(HEAD):
+        # One that ends meanwhile has no command line.
+        with contextlib.suppress(psutil.Error, IndexError):
+            found.add(process.cmdline()[0].partition(".")[0])
+    return found
 
 
 def _connected(pid: int, address: str) -> bool:
