@@ -188,6 +188,8 @@ class RayNodes:
             # Anew until there is none: a node that is just starting makes more meanwhile.
             while (members := self.processes(node)) and time.monotonic() < deadline:
                 _kill(members)
+        # An agent's title may lie over its mark; it would end by itself, but minutes later.
+        _kill([p for p in psutil.process_iter() if _environment(p).get("RAY_TMPDIR") == str(self._folder)])
         for process in self._started.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_END_S)
