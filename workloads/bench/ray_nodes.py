@@ -188,8 +188,6 @@ class RayNodes:
             # Anew until there is none: a node that is just starting makes more meanwhile.
             while (members := self.processes(node)) and time.monotonic() < deadline:
                 _kill(members)
-        # An agent's title may lie over its mark; it would end by itself, but minutes later.
-        _kill([p for p in psutil.process_iter() if _environment(p).get("RAY_TMPDIR") == str(self._folder)])
         for process in self._started.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_END_S)
@@ -271,10 +269,13 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:
+    # Not psutil's reading, which ends at the first empty entry: the title of Ray's agents leaves some in front.
     try:
-        return process.environ() if process.status() != psutil.STATUS_ZOMBIE else {}
-    except psutil.Error:
+        block = Path(f"/proc/{process.pid}/environ").read_bytes()
+    except OSError:
         return {}
+    entries = (entry.decode(errors="replace").partition("=") for entry in block.split(b"\0"))
+    return {name: value for name, found, value in entries if found}
 
 
 def _name(process: psutil.Process) -> str:
