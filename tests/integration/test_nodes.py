@@ -6,6 +6,7 @@ empty file system lies over it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -182,7 +183,12 @@ def _ask(nodes: Nodes, program: ServerProgram, folder: Path, command: str, *opti
 
 def _titles(nodes: Nodes) -> set[str]:
     """Of the head's processes; an actor's goes on with the method that it runs."""
-    return {process.cmdline()[0].partition(".")[0] for process in nodes.ray.processes(HEAD)}
+    found = set()
+    for process in nodes.ray.processes(HEAD):
+        # One that ends meanwhile has no command line.
+        with contextlib.suppress(psutil.Error, IndexError):
+            found.add(process.cmdline()[0].partition(".")[0])
+    return found
 
 
 def _connected(pid: int, address: str) -> bool:

@@ -272,10 +272,13 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:
+    # Not psutil's reading, which ends at the first empty entry: the title of Ray's agents leaves some in front.
     try:
-        return process.environ() if process.status() != psutil.STATUS_ZOMBIE else {}
-    except psutil.Error:
+        block = Path(f"/proc/{process.pid}/environ").read_bytes()
+    except OSError:
         return {}
+    entries = (entry.decode(errors="replace").partition("=") for entry in block.split(b"\0"))
+    return {name: value for name, found, value in entries if found}
 
 
 def _name(process: psutil.Process) -> str:
