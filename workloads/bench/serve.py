@@ -144,7 +144,7 @@ def _report(
         dtype=mesh.blueprint.dtype,
         model=mesh.served_name,
         hosts=len(mesh.blueprint.deployment.hosts),
-        expert_weights_mb=sum(mesh.blueprint.plan.bytes_by_host.values()) / _MIB,
+        planned_experts_mb=sum(mesh.blueprint.plan.bytes_by_host.values()) / _MIB,
         results=rows(series),
         **memory,
     )
