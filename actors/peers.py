@@ -197,7 +197,8 @@ class Peers:
 
     def answered(self, part: Share, sent_ns: int) -> None:
         """A share came back in time."""
-        self._latency[part.link.address.host_id].observe(part.rows, (perf_counter_ns() - sent_ns) / 1e9)
+        now_ns = perf_counter_ns()
+        self._latency[part.link.address.host_id].observe(part.rows, (now_ns - sent_ns) / 1e9, now_ns / 1e9)
 
     def redial(self, position: int) -> bool:
         """Try once to reach a host that is out, now; whether it may be asked again."""

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Final
 
+import numpy as np
 import structlog
 
 from actors.link import HostLink
+from actors.route import Held
 from cluster.errors import ExpertmeshError
 
 log = structlog.get_logger()
@@ -35,8 +37,7 @@ class Target:
     """A host that is out, and what it must show."""
 
     make_link: Callable[[], HostLink]
-    held: tuple[int, int]
-    """A layer and an expert of it that the host holds."""
+    held: Held
     streak: int
     """Good probes in a row."""
     link: HostLink | None = None
@@ -88,7 +89,7 @@ class Prober:
             return f"not reached: {target.last_error or 'not tried yet'}"
         return f"{target.good} of {target.streak} good probes in a row, the last took {target.last_s * 1e3:.1f} ms"
 
-    def learn(self, host_id: str, link: HostLink, held: tuple[int, int]) -> None:
+    def learn(self, host_id: str, link: HostLink, held: Held) -> None:
         """Measure what a healthy, connected host can do; called before it serves, in the caller's thread."""
         best = min(probe(link, held) for _ in range(3))
         self._usual_s[host_id] = min(best, self._usual_s.get(host_id, best))
@@ -142,13 +143,17 @@ class Prober:
         return target.good >= target.streak
 
 
-def probe(link: HostLink, held: tuple[int, int]) -> float:
-    """Seconds that a real dispatch of some rows to one expert takes; raises what the link raises."""
-    layer, expert = held
+def probe(link: HostLink, held: Held) -> float:
+    """Seconds that a real dispatch of some rows takes, to all experts that they can reach; raises what the link
+    raises. A single expert would be computed within the slack, however slow the host.
+    """
+    layer, experts = held
     rows = min(_ROWS, link.layout.max_rows)
     views = link.buffers.views(rows)
     views.ids_np[:] = -1
-    views.ids_np[:, 0] = expert
+    # Those of one row are distinct, as a router's are.
+    columns = min(views.ids_np.shape[1], len(experts))
+    views.ids_np[:, :columns] = np.resize(np.array(experts, np.int32), (rows, columns))
     views.weights_np[:] = 0
     views.x_raw[:] = 0
     started = time.perf_counter()

@@ -21,6 +21,13 @@ Replicas = tuple[tuple[int, ...], ...]
 """Per expert the positions of the hosts that hold it, the one to ask first in front."""
 
 
+class Held(NamedTuple):
+    """Some experts of one layer that a host holds."""
+
+    layer: int
+    experts: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """A placement table's running hosts and, per layer, where each expert's replicas are among them."""
@@ -37,12 +44,12 @@ class Route:
         """Whether any expert has more than one replica."""
         return any(len(hosts) > 1 for experts in self.replicas.values() for hosts in experts)
 
-    def held_by(self, position: int) -> tuple[int, int] | None:
-        """A layer and an expert of it that the host holds; None if it holds none."""
+    def held_by(self, position: int) -> Held | None:
+        """The first layer of which the host holds experts, and those; None if it holds none."""
         for layer, experts in self.replicas.items():
-            for expert, hosts in enumerate(experts):
-                if position in hosts:
-                    return layer, expert
+            held = tuple(expert for expert, hosts in enumerate(experts) if position in hosts)
+            if held:
+                return Held(layer, held)
         return None
 
 

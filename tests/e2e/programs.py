@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 import yaml
 
+from workloads.bench.process_marks import marked
+
 # A slow machine with one engine start may take minutes; nothing here waits longer than it must.
 START_S = 300.0
 END_S = 90.0
@@ -122,14 +124,7 @@ class Program:
 
     def processes(self) -> list[psutil.Process]:
         """Everything of this program that lives."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(_MARK) == self.mark:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        return marked(_MARK, self.mark)
 
     def assert_gone(self, timeout_s: float = 30.0) -> None:
         """AssertionError if a process or an entry in /dev/shm stays."""

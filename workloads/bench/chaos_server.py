@@ -24,6 +24,7 @@ from actors.failpoints import VARIABLE
 from cluster.config import Config
 from cluster.errors import ExpertmeshError, HostError
 from workloads import run_file
+from workloads.bench.process_marks import environment, marked
 from workloads.bench.ray_nodes import RayNodes
 
 MARK = "EXPERTMESH_CHAOS_RUN"
@@ -100,7 +101,7 @@ class ServerChild:
 
     def family(self) -> list[psutil.Process]:
         """Every process of it that lives."""
-        found = [process for process in psutil.process_iter() if _carries(process, self._mark)]
+        found = marked(MARK, self._mark)
         self._known.update(process.pid for process in found)
         return found
 
@@ -118,7 +119,7 @@ class ServerChild:
         ExpertmeshError if the process is gone or is none of the family.
         """
         try:
-            if not _carries(psutil.Process(pid), self._mark):
+            if environment(psutil.Process(pid)).get(MARK) != self._mark:
                 raise ExpertmeshError(
                     f"process {pid} is not of this server", "its mesh has changed meanwhile"
                 )
@@ -242,10 +243,3 @@ def _words(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
-
-
-def _carries(process: psutil.Process, mark: str) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark
-    except psutil.Error:
-        return False

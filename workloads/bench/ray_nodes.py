@@ -25,6 +25,7 @@ from cluster.errors import HostError
 from cluster.ray_cluster import QUIET
 from workloads.bench.chaos_network import Network
 from workloads.bench.ports import free_port
+from workloads.bench.process_marks import marked
 
 HEAD = "head"
 _NODE = "EXPERTMESH_RAY_NODE"
@@ -120,8 +121,7 @@ class RayNodes:
 
     def processes(self, node: str) -> list[psutil.Process]:
         """All of a node that lives."""
-        mark = f"{self._folder}:{node}"
-        return [process for process in psutil.process_iter() if _environment(process).get(_NODE) == mark]
+        return marked(_NODE, f"{self._folder}:{node}")
 
     def kill_node(self, node: str) -> int:
         """SIGKILL of the raylet and of all that the node runs; when, in nanoseconds of CLOCK_MONOTONIC."""
@@ -269,16 +269,6 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(processes, timeout=_END_S)
-
-
-def _environment(process: psutil.Process) -> dict[str, str]:
-    # Not psutil's reading, which ends at the first empty entry: the title of Ray's agents leaves some in front.
-    try:
-        block = Path(f"/proc/{process.pid}/environ").read_bytes()
-    except OSError:
-        return {}
-    entries = (entry.decode(errors="replace").partition("=") for entry in block.split(b"\0"))
-    return {name: value for name, found, value in entries if found}
 
 
 def _name(process: psutil.Process) -> str:

@@ -29,7 +29,7 @@ def test_every_expert_has_its_running_replicas_in_the_tables_order() -> None:
     assert route.hosts == (address("b"), address("c"))
     assert route.replicas == {0: ((1,), (0,), (1, 0)), 4: ((),)}
     assert route.replicated
-    assert (route.held_by(0), route.held_by(1)) == ((0, 1), (0, 0))
+    assert (route.held_by(0), route.held_by(1)) == ((0, (1, 2)), (0, (0, 2)))
 
 
 def test_owners_prefer_hosts_that_are_asked() -> None:

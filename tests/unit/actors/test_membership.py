@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -145,26 +147,47 @@ def test_the_deadline_follows_what_is_usual() -> None:
     latency = Latency(floor_s=0.001, cap_s=30.0)
     assert latency.deadline(8) == 30.0
     for _ in range(100):
-        latency.observe(8, 0.010)
+        latency.observe(8, 0.010, 0.0)
     assert 0.029 < latency.deadline(8) < 0.035
     for _ in range(50):
-        latency.observe(8, 0.020)
+        latency.observe(8, 0.020, 0.0)
     assert 0.055 < latency.deadline(8) < 0.100
 
 
-def test_a_host_that_becomes_ten_times_slower_stays_late() -> None:
-    latency = Latency(floor_s=0.001, cap_s=30.0)
+@given(st.floats(0.0, 1.0), st.integers(0, 100))
+def test_a_host_that_becomes_ten_times_slower_stays_late(spread: float, seed: int) -> None:
+    """However much its answers vary, and though those that come in time raise its mean."""
+    dice, latency, now = random.Random(seed), Latency(floor_s=0.001, cap_s=30.0), 0.0
+
+    def answer(times: float) -> float:
+        return times * 0.002 * dice.uniform(1 - spread / 2, 1 + spread)
+
+    for _ in range(600):
+        now += 0.003
+        latency.observe(8, answer(1), now)
+    late = 0
     for _ in range(100):
-        latency.observe(8, 0.003)
-    for _ in range(3):
-        assert latency.deadline(8) < 0.030
-        latency.observe(8, 0.030)
+        now += 0.020
+        seconds = answer(10)
+        late += seconds > latency.deadline(8)
+        latency.observe(8, seconds, now)
+    # Two thirds of the answers in two seconds, where three within one are enough.
+    assert late > 60
+
+
+def test_what_a_host_could_do_is_forgotten() -> None:
+    latency = Latency(floor_s=0.001, cap_s=30.0)
+    for second in range(100):
+        latency.observe(8, 0.002, second / 100)
+    for second in range(40):
+        latency.observe(8, 0.020, 1.0 + second)
+    assert latency.deadline(8) > 0.050
 
 
 def test_sizes_never_seen_are_judged_by_their_neighbours() -> None:
     latency = Latency(floor_s=0.001, cap_s=30.0)
     for _ in range(50):
-        latency.observe(4, 0.002)
+        latency.observe(4, 0.002, 0.0)
     assert latency.deadline(4) < latency.deadline(64) <= 30.0
     assert latency.deadline(2048) > latency.deadline(64)
     assert latency.deadline(1) == latency.deadline(4)
@@ -174,5 +197,5 @@ def test_sizes_never_seen_are_judged_by_their_neighbours() -> None:
 def test_a_deadline_lies_between_its_limits(seen: list[tuple[int, float]], rows: int) -> None:
     latency = Latency(floor_s=0.01, cap_s=5.0)
     for count, seconds in seen:
-        latency.observe(count, seconds)
+        latency.observe(count, seconds, 0.0)
     assert 0.01 <= latency.deadline(rows) <= 5.0
