@@ -151,7 +151,7 @@ class GroupedLayer:
     ) -> None:
         tensors = (up_EUH, down_EHI, up_bias_EU, down_bias_EH)
         self.weight_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-        self._activate = maths.activate
+        self._activate = maths.loaded().activate
         self._first = "gate_up" if maths.has_gate else "up"
         # Views made once: a view per expert and step would cost more than the product of a small batch.
         self._up = [matrix.t() for matrix in up_EUH]

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from actors.known_maths import known_facts, remember_facts
 from cluster.checkpoint import Checkpoint
 from cluster.errors import CheckpointError
 
@@ -40,8 +41,18 @@ class ExpertMaths:
     """Whether gate and up are two halves, or alternate: gate0, up0, gate1, up1, ..."""
     activation: str | None
     """``silu``, ``gelu``, ``gelu_tanh`` or ``swigluoai`` where the gate is exactly that, else ``None``."""
-    module: nn.Module
-    """The model's experts module on the meta device: read it, never run it."""
+    load: Callable[[], nn.Module] = field(repr=False, compare=False)
+    """Gives `module`; a host whose kernel does without never calls it, and never imports transformers."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The model's experts module on the meta device: read it, never run it."""
+        return self.load()
+
+    def loaded(self) -> ExpertMaths:
+        """The same with its module at hand, which needs the model's folder no more."""
+        module = self.module
+        return replace(self, load=lambda: module)
 
     @property
     def up_rows(self) -> int:
@@ -66,25 +77,44 @@ class ExpertMaths:
         return module
 
 
+_FACTS: Final = frozenset(entry.name for entry in fields(ExpertMaths)) - {"load"}
+
+
 def layer_maths(checkpoint: Checkpoint, layer: int) -> ExpertMaths:
     """What the experts of ``layer`` compute.
 
-    Builds the whole model on the meta device once per process (0.1 to 1 s measured for 36 to 61 layers).
-    Raises CheckpointError if transformers does not know the model or keeps its experts in another way.
+    Builds the whole model on the meta device once per process (0.1 to 1 s measured for 36 to 61 layers, and 2 s for
+    importing transformers), or finds in the cache what that gave before. Raises CheckpointError if transformers
+    does not know the model or keeps its experts in another way.
     """
     checkpoint.layout(layer)  # raises for a layer without experts
-    module = _experts_modules(checkpoint.path.as_posix(), checkpoint.digest).get(layer)
-    if module is None:
-        raise CheckpointError(
-            f"{checkpoint.path}: transformers keeps the experts of layer {layer} of "
-            f"{checkpoint.model_type!r} in a class of their own",
-            "supported are the models whose experts can be run by another implementation",
-        )
-    return inspect_module(module)
+    path, digest = checkpoint.path.as_posix(), checkpoint.digest
+
+    def load() -> nn.Module:
+        module = _experts_modules(path, digest).get(layer)
+        if module is None:
+            raise CheckpointError(
+                f"{checkpoint.path}: transformers keeps the experts of layer {layer} of "
+                f"{checkpoint.model_type!r} in a class of their own",
+                "supported are the models whose experts can be run by another implementation",
+            )
+        return module
+
+    known = known_facts(digest)
+    facts = known.get(layer)
+    if facts is None or facts.keys() != _FACTS:
+        facts = _facts(load())
+        remember_facts(digest, {**known, layer: facts})
+    return ExpertMaths(**facts, load=load)
 
 
 def inspect_module(module: nn.Module) -> ExpertMaths:
     """Read flags and sizes off an experts module. Raises CheckpointError for parameters of unknown names."""
+    return ExpertMaths(**_facts(module), load=lambda: module)
+
+
+def _facts(module: nn.Module) -> dict[str, Any]:
+    """All of an ExpertMaths but the module."""
     has_gate, has_bias = bool(module.has_gate), bool(module.has_bias)
     known = {name + suffix for name in _WEIGHTS for suffix in (("", "_bias") if has_bias else ("",))}
     unknown = sorted({name for name, _ in module.named_parameters()} - known)
@@ -96,16 +126,15 @@ def inspect_module(module: nn.Module) -> ExpertMaths:
     assert isinstance(down, torch.Tensor)
     is_transposed = bool(module.is_transposed)
     intermediate, hidden = down.shape[1:] if is_transposed else reversed(down.shape[1:])
-    return ExpertMaths(
-        hidden=hidden,
-        intermediate=intermediate,
-        has_gate=has_gate,
-        has_bias=has_bias,
-        is_transposed=is_transposed,
-        is_concatenated=bool(module.is_concatenated),
-        activation=_identify_gate(module) if has_gate else None,
-        module=module,
-    )
+    return {
+        "hidden": hidden,
+        "intermediate": intermediate,
+        "has_gate": has_gate,
+        "has_bias": has_bias,
+        "is_transposed": is_transposed,
+        "is_concatenated": bool(module.is_concatenated),
+        "activation": _identify_gate(module) if has_gate else None,
+    }
 
 
 @lru_cache(maxsize=4)
