@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from cluster import gentle_start
 from cluster.auth import ray_environment
 from cluster.errors import HostError
 from cluster.ray_cluster import QUIET
@@ -79,7 +80,7 @@ class RayNodes:
             **ray_environment(token),
             "RAY_TMPDIR": str(self._folder),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0",
+            "RAY_worker_niceness": str(gentle_start.worker_niceness()),
         }
 
     def start(self, *, head_cpus: int, persistent: bool = False) -> None:

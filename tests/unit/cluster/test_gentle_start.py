@@ -9,11 +9,11 @@ import threading
 
 import pytest
 
-from actors import gentle_start
+from cluster import gentle_start
 
 PROGRAM = """
 import os, threading, sys
-from actors import gentle_start
+from cluster import gentle_start
 stop = threading.Event()
 other = threading.Thread(target=stop.wait); other.start()
 seen = []
