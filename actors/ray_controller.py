@@ -11,7 +11,6 @@ import ray
 from ray.experimental import internal_kv
 
 from actors.ray_hosts import RayHosts, RayNodes
-from cluster import gentle_start
 from cluster.controller import Controller, Deployment
 from cluster.messages import HostProgress, HostReport, Sources
 from cluster.repair_state import HostStatus
@@ -53,7 +52,6 @@ class ControllerActor:
     """Ray's view of a Controller."""
 
     def __init__(self, namespace: str) -> None:
-        gentle_start.restore()
         store = KvStore(f"expertmesh:{namespace}:deployment")
         self._controller = Controller(RayHosts(namespace, partial(sources, namespace)), store, RayNodes())
         self._controller.supervise(_PERIOD_S)

@@ -17,8 +17,7 @@ from ray.experimental import internal_kv
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors import failpoints, memory_guard, openmp
-from cluster import gentle_start
+from actors import failpoints, gentle_start, memory_guard, openmp
 from cluster.auth import data_plane_key
 from cluster.compute_environment import compute_environment
 from cluster.inventory import nodes_from_ray
@@ -41,8 +40,6 @@ class HostActor:
     """Ray's view of an ExpertHost. Loading starts at once; `progress` tells when it is done."""
 
     def __init__(self, spec: HostSpec, gentle: bool, sources: Callable[[str], Sources] | None = None) -> None:
-        if not gentle:
-            gentle_start.restore()
         lowered = gentle and gentle_start.lower()
         if spec.memory_limit_bytes:
             memory_guard.guard(spec.memory_limit_bytes, _die)

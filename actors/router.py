@@ -34,7 +34,6 @@ from actors.engine_words import engine_words
 from actors.http_server import HttpServer
 from actors.router_metrics import MeshMetrics
 from actors.single_flight import SingleFlight
-from cluster import gentle_start
 from cluster.auth import data_plane_key
 from cluster.messages import RouterSpec
 from cluster.table import PlacementTable
@@ -300,8 +299,6 @@ def serve_application(
         """Serve's view of a Router. It takes its port first, so that a port in use is found before a model loads."""
 
         async def __init__(self, spec: RouterSpec) -> None:  # type: ignore[misc]  # Serve awaits it
-            # Before the engine, which inherits it.
-            gentle_start.restore()
             node_id = ray.get_runtime_context().get_node_id()
             self._router = Router(spec, fetch_table, node_id, next_table)
             self._http = HttpServer(spec.http_host, spec.http_port)

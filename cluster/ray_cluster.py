@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from cluster import gentle_start
 from cluster.auth import ensure_token, ray_environment, token_path
 from cluster.config import RayConfig
 from cluster.errors import ConfigError, ExpertmeshError
@@ -47,7 +46,8 @@ def connected(settings: RayConfig, *, quiet: bool = True) -> Iterator[str]:
     assert "ray" not in sys.modules or wanted.items() <= os.environ.items(), "Ray was imported too early"
     os.environ.update(wanted)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", str(gentle_start.worker_niceness()))
+    # Ray makes its workers nice by default, so that on a busy machine tokens would wait for everything else.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     if quiet:
         # Where a node dies Ray prints the raylet's log on standard output, whoever is asked for JSON there.
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import psutil
 
-from cluster import gentle_start
 from cluster.auth import ray_environment
 from cluster.errors import HostError
 from cluster.ray_cluster import QUIET
@@ -80,7 +79,7 @@ class RayNodes:
             **ray_environment(token),
             "RAY_TMPDIR": str(self._folder),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": str(gentle_start.worker_niceness()),
+            "RAY_worker_niceness": "0",
         }
 
     def start(self, *, head_cpus: int, persistent: bool = False) -> None:

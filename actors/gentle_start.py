@@ -1,8 +1,6 @@
 """Starts a process that takes a lost one's place without taking the cores from those that serve meanwhile.
 
-Importing and loading keep cores busy for seconds. At a lower priority they use what the others leave. Ray's workers
-begin at the lower one, which the actors that serve raise: where an actor dies, Ray starts a worker in reserve beside
-the one that takes its place. A process
+Importing and loading keep two cores busy for seconds. At a lower priority they use what the others leave. A process
 may lower its own priority, but raise it again only if it is allowed to (root, CAP_SYS_NICE, or `ulimit -e`): one
 that is not stays as it is, or it would have to serve at the low one.
 """
@@ -38,13 +36,6 @@ def may_return(niceness: int = _NICENESS) -> bool:
     thread.start()
     thread.join()
     return returned == [True]
-
-
-def worker_niceness() -> int:
-    """What Ray is to start its workers with. The usual priority where it could not be raised again: Ray's own choice
-    is a low one, at which tokens would wait for everything else on the machine.
-    """
-    return _NICENESS if may_return() else 0
 
 
 def lower(niceness: int = _NICENESS) -> bool:

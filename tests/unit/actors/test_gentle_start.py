@@ -9,11 +9,11 @@ import threading
 
 import pytest
 
-from cluster import gentle_start
+from actors import gentle_start
 
 PROGRAM = """
 import os, threading, sys
-from cluster import gentle_start
+from actors import gentle_start
 stop = threading.Event()
 other = threading.Thread(target=stop.wait); other.start()
 seen = []
