@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@index=""; if $(VENV)/bin/python -c "import urllib.request as r; r.urlopen('$(TORCH_INDEX)/torch/', timeout=5)" 2>/dev/null; \
 	  then index="--extra-index-url $(TORCH_INDEX)"; fi; \
-	  echo "installing into $(VENV) (about 3 minutes, 1.5 GB)"; \
+	  echo "installing into $(VENV) (about 2 minutes, 3.3 GB)"; \
 	  $(PIP) install --quiet --no-deps --only-binary=:all: $$index -r constraints.txt
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	touch $(STAMP)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -86,7 +86,7 @@ def run(
 
     from workloads.bench.chaos_mesh import own_cluster
     from workloads.bench.chaos_report import missed, report, show
-    from workloads.bench.chaos_run import Model, measure
+    from workloads.bench.chaos_run import Measured, Model, measure
     from workloads.bench.chaos_server import steadfast
     from workloads.bench.report import now, write
     from workloads.logs import configure
@@ -108,24 +108,33 @@ def run(
     )
     served = Model(name, int(checkpoint.text_config["vocab_size"]))
     numbers = range(seed_base, seed_base + seeds)
-    with steadfast():
-        runs, fault_free = measure(
+    measured = Measured()
+
+    def so_far(ended_early: str | None) -> dict[str, Any]:
+        return report(
             scenarios,
-            numbers,
-            base,
-            served,
-            lambda text: err.print(text, highlight=False, markup=False, soft_wrap=True),
+            measured.runs,
+            measured.fault_free,
+            seed=seed_base,
+            seeds=seeds,
+            started_at=started_at,
+            model=name,
+            skipped=skipped,
+            ended_early=ended_early,
         )
-    found = report(
-        scenarios,
-        runs,
-        fault_free,
-        seed=seed_base,
-        seeds=seeds,
-        started_at=started_at,
-        model=name,
-        skipped=skipped,
-    )
+
+    def note(text: str) -> None:
+        err.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    try:
+        with steadfast():
+            measure(scenarios, numbers, base, served, note, measured)
+    except BaseException as error:  # Ctrl-C too
+        if json_ not in (None, "-") and measured.runs:
+            write(so_far(str(error) or type(error).__name__), json_ or "")
+            note(f"{len(measured.runs)} runs until then are in {json_}")
+        raise
+    found = so_far(None)
     if json_:
         write(found, json_)
     if plot is not None:

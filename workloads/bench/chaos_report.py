@@ -76,8 +76,15 @@ def report(
     started_at: str,
     model: str,
     skipped: Mapping[str, str] | None = None,
+    ended_early: str | None = None,
 ) -> dict[str, Any]:
-    """The object that `--json` writes; `skipped` are scenarios that can't be run here, with why."""
+    """The object that `--json` writes; `skipped` are scenarios that can't be run here, with why.
+
+    With `ended_early`, which says what ended it, scenarios without a run are left out, and the others may have fewer
+    runs than seeds.
+    """
+    if ended_early is not None:
+        scenarios = [s for s in scenarios if any(run.scenario == s.name for run in runs)]
     by_name = {s.name: [run for run in runs if run.scenario == s.name] for s in scenarios}
     summaries = {name: summary(mine) for name, mine in by_name.items()}
     series: dict[str, list[float]] = {f"{name}_fault_free_gap_ms": list(g) for name, g in fault_free.items()}
@@ -97,6 +104,7 @@ def report(
         scenarios={s.name: {"description": s.description, **summaries[s.name]} for s in scenarios},
         runs=[entry(run) for run in runs],
         skipped=[{"scenario": name, "reason": reason} for name, reason in (skipped or {}).items()],
+        ended_early=ended_early,
     )
 
 

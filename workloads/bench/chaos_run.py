@@ -15,7 +15,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cluster.config import Config
 from cluster.errors import ExpertmeshError
@@ -42,15 +42,25 @@ class Model:
     vocabulary: int
 
 
-def measure(
-    scenarios: Sequence[Scenario], seeds: Sequence[int], base: Config, model: Model, note: Note
-) -> tuple[list[Run], dict[str, list[float]]]:
-    """All runs, and the gaps in milliseconds of the fault-free load by scenario.
+@dataclass
+class Measured:
+    """What there is so far: hours of it are not to be lost with the last minute."""
 
-    Raises an ExpertmeshError if a server can't start, or its fault-free load fails.
-    """
-    runs: list[Run] = []
-    fault_free: dict[str, list[float]] = {}
+    runs: list[Run] = field(default_factory=list)
+    fault_free: dict[str, list[float]] = field(default_factory=dict)
+    """By scenario the gaps of the fault-free load, in milliseconds."""
+
+
+def measure(
+    scenarios: Sequence[Scenario],
+    seeds: Sequence[int],
+    base: Config,
+    model: Model,
+    note: Note,
+    measured: Measured,
+) -> None:
+    """Fill `measured`, run by run. Raises an ExpertmeshError if a server can't start, or its fault-free load fails."""
+    runs, fault_free = measured.runs, measured.fault_free
     for group in _by_deployment(scenarios, base):
         waiting = [(scenario, seed) for scenario in group for seed in seeds]
         while waiting:
@@ -63,7 +73,6 @@ def measure(
                 note("ending the server")
                 # The connection is closed after this; Ray's threads here do not mind.
                 runs[-1] = replace(runs[-1], left=mesh.end())
-    return runs, fault_free
 
 
 def _by_deployment(scenarios: Sequence[Scenario], base: Config) -> list[list[Scenario]]:

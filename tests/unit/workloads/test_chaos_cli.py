@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 from typer.testing import CliRunner
 
 from cluster.errors import ConfigError, ExpertmeshError
+from tests.unit.workloads.test_chaos_report import RUN
 from workloads.bench import chaos_server
 from workloads.bench.chaos_server import MARK, ServerChild, foreign, last_words, steadfast
 from workloads.cli import app
@@ -60,6 +64,29 @@ def test_a_scenario_that_this_machine_can_not_run_is_refused_by_name_and_left_ou
     # The others are tried, as far as the model that is not there.
     answer = CliRunner().invoke(app, [*arguments, "--all", "--no-plot"])
     assert isinstance(answer.exception, ExpertmeshError) and "/no/model" in str(answer.exception)
+
+
+@pytest.mark.parametrize("end", [ExpertmeshError("the third server did not start"), KeyboardInterrupt()])
+def test_what_was_measured_is_kept_when_a_later_run_fails(
+    end: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*arguments: Any) -> None:
+        arguments[-1].runs.append(RUN)
+        raise end
+
+    checkpoint = SimpleNamespace(path=tmp_path, text_config={"vocab_size": 100})
+    monkeypatch.setattr("workloads.bench.chaos_run.measure", measure)
+    monkeypatch.setattr("workloads.serve.open_model", lambda *_: (checkpoint, "float32", "tiny"))
+    target = tmp_path / "report.json"
+    arguments = ["kill-host", "slow-host", "--seeds", "2", "--json", str(target), "--no-plot"]
+    answer = CliRunner().invoke(app, ["chaos", "run", *arguments])
+    assert answer.exit_code != 0
+    found = json.loads(target.read_text())
+    assert [run["seed"] for run in found["runs"]] == [0] and found["seeds"] == 2
+    assert found["ended_early"] == (str(end) or "KeyboardInterrupt")
+    # Nothing is said of what did not run.
+    assert list(found["scenarios"]) == ["kill-host"]
+    assert all(key.startswith("kill-host.") for key in found["bars"])
 
 
 @pytest.fixture
