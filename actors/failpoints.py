@@ -60,8 +60,10 @@ class Failpoints:
         if name == "hoard_mib":
             self._hoard.clear()
             for _ in range(int(value)):
-                # Not zeros, which the kernel would not give memory for; piece by piece, for other threads to run.
+                # Not zeros, which the kernel would not give memory for. Threads that serve take the interpreter's
+                # lock between two pieces: memory is what is to run out here, not time.
                 self._hoard.append(b"x" * (1 << 20))
+                self._sleep(0)
             return
         if value < 1:
             raise HostError(f"failpoint slow = {value:g}: a host can't be made faster", "1 turns it off")

@@ -6,6 +6,7 @@ finds them again. Ray restarts none of them: `cluster.repair` decides when, wher
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from functools import partial
@@ -42,7 +43,7 @@ class HostActor:
     def __init__(self, spec: HostSpec, gentle: bool, sources: Callable[[str], Sources] | None = None) -> None:
         lowered = gentle and gentle_start.lower()
         if spec.memory_limit_bytes:
-            memory_guard.guard(spec.memory_limit_bytes, _die)
+            memory_guard.guard(spec.memory_limit_bytes, self._die)
         openmp.load()
         # Only the host itself needs torch; the controller and the command line use this module too.
         from actors.expert_host import ExpertHost
@@ -63,6 +64,14 @@ class HostActor:
 
     def failpoint(self, name: str, value: float) -> None:
         self._host.failpoint(name, value)
+
+    def _die(self, reason: str) -> None:
+        # First of all: the kernel closes a dead process's sockets only after it has freed its memory, and freeing
+        # gigabytes takes longer than the engines may wait.
+        with contextlib.suppress(AttributeError, RuntimeError):  # not there yet, or a connection came this moment
+            self._host.close()
+        _leave_word(reason)
+        os._exit(1)
 
 
 class RayHost:
@@ -179,11 +188,10 @@ def cause_of_death(told: str) -> str:
     return lines[-1].rpartition("Worker exit detail: ")[2].partition(" Some common causes")[0]
 
 
-def _die(reason: str) -> None:
-    """End this process at once, as a kill would, but leave the reason for the controller to find."""
+def _leave_word(reason: str) -> None:
+    """Why this process ends itself, for the controller to find."""
     name = ray.get_runtime_context().get_actor_name() or ""
     internal_kv._internal_kv_put(_LAST_WORDS + name.encode(), reason.encode(), overwrite=True)
-    os._exit(1)
 
 
 def _last_words(host_id: str, generation: int) -> str:
