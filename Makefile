@@ -21,6 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "installing into $(VENV) (about 2 minutes, 3.3 GB)"; \
 	  $(PIP) install --quiet --no-deps --only-binary=:all: $$index -r constraints.txt
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	$(VENV)/bin/python -m cluster.precompile
 	touch $(STAMP)
 
 serve: setup
@@ -34,7 +35,7 @@ unit: setup
 # Same tokens as stock vLLM, several Ray nodes, the controller on Ray, the default model, the API of a running
 # server, bad input, deaths.
 integration: setup
-	$(VENV)/bin/python -m pytest tests/integration tests/e2e $(ARGS)
+	$(VENV)/bin/python -m pytest --durations=30 --durations-min=5 tests/integration tests/e2e $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -8,7 +8,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.e2e.programs import ServerProgram, free_port, settings
+from tests.e2e.programs import Program, ServerProgram, free_port, settings
 from tests.tiny_dense import make_tiny_dense
 from workloads.models.upcycle import upcycle
 
@@ -36,6 +36,19 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         program.assert_gone()
     finally:
         program.kill()
+
+
+@pytest.fixture(scope="session")
+def leaving() -> Iterator[list[Program]]:
+    """Programs whose last processes take a minute to go: all must be gone when the session ends."""
+    programs: list[Program] = []
+    yield programs
+    try:
+        for program in programs:
+            program.assert_gone(90.0)
+    finally:
+        for program in programs:
+            program.kill()
 
 
 @pytest.fixture

@@ -126,9 +126,14 @@ def run(
     def note(text: str) -> None:
         err.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def keep() -> None:
+        # Whatever ends this process, hours of measuring are not lost.
+        if json_ not in (None, "-"):
+            write(so_far("it has not ended yet"), json_ or "")
+
     try:
         with steadfast():
-            measure(scenarios, numbers, base, served, note, measured)
+            measure(scenarios, numbers, base, served, note, measured, keep)
     except BaseException as error:  # Ctrl-C too
         if json_ not in (None, "-") and measured.runs:
             write(so_far(str(error) or type(error).__name__), json_ or "")

@@ -8,7 +8,7 @@ import signal
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,18 @@ class Mesh:
     """A served model on a cluster of its own. Needs a connection to that cluster, see `started`."""
 
     def __init__(
-        self, child: ServerChild, namespace: str, name: str, vocabulary: int, nodes: RayNodes | None = None
+        self,
+        child: ServerChild,
+        namespace: str,
+        name: str,
+        vocabulary: int,
+        nodes: RayNodes | None = None,
+        disconnect: Callable[[], None] = lambda: None,
     ) -> None:
+        """`disconnect` closes the connection to the cluster."""
         self.url, self.name, self.vocabulary = child.url, name, vocabulary
         self._child, self._namespace, self._nodes = child, namespace, nodes
+        self._disconnect = disconnect
         self._controller: Any = None
         self._http = httpx.Client(timeout=_STATS_S)
 
@@ -131,6 +139,9 @@ class Mesh:
     def end(self) -> Left:
         """End it; what outlived it."""
         with uninterrupted():
+            # Before the cluster ends: a driver that says goodbye to a raylet that is dead is ended by Ray at once,
+            # without an exception, and takes all that was measured with it.
+            self._disconnect()
             return self._child.end()
 
     def _strike_node(self, event: Planned) -> int:
@@ -207,7 +218,9 @@ def started(config: Config, name: str, vocabulary: int, cluster: Cluster | None 
             update={"address": run.ray_address, "namespace": run.namespace, "token_path": run.token_path}
         )
         stack.enter_context(connected(settings))
-        yield Mesh(child, run.namespace, name, vocabulary, nodes)
+        import ray
+
+        yield Mesh(child, run.namespace, name, vocabulary, nodes, ray.shutdown)
 
 
 def own_cluster(config: Config) -> None:

@@ -11,7 +11,7 @@ from cluster.errors import ConfigError
 
 def check_plot(file: Path) -> None:
     """ConfigError if no picture could be written there: asked before hours of measuring, not after."""
-    _pyplot()
+    pyplot_for_files()
     if file.suffix.lower() != ".png":
         raise ConfigError(f"--plot {file} is not a PNG file's name", "end it in .png")
     if not file.parent.is_dir():
@@ -20,7 +20,7 @@ def check_plot(file: Path) -> None:
 
 def plot(report: Mapping[str, Any], file: Path) -> None:
     """Write the picture: per scenario one row, all its runs in it."""
-    pyplot = _pyplot()
+    pyplot = pyplot_for_files()
     names = list(report["scenarios"])
     figure, axes = pyplot.subplots(len(names), 2, figsize=(13, 3 * len(names)), squeeze=False)
     for (left, right), name in zip(axes, names, strict=True):
@@ -48,7 +48,7 @@ def plot(report: Mapping[str, Any], file: Path) -> None:
     pyplot.close(figure)
 
 
-def _pyplot() -> Any:
+def pyplot_for_files() -> Any:
     try:
         import matplotlib
     except ImportError as error:

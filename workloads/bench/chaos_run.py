@@ -58,8 +58,12 @@ def measure(
     model: Model,
     note: Note,
     measured: Measured,
+    keep: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fill `measured`, run by run. Raises an ExpertmeshError if a server can't start, or its fault-free load fails."""
+    """Fill `measured`, run by run; `keep` is called after each.
+
+    Raises an ExpertmeshError if a server can't start, or its fault-free load fails.
+    """
     runs, fault_free = measured.runs, measured.fault_free
     for group in _by_deployment(scenarios, base):
         waiting = [(scenario, seed) for scenario in group for seed in seeds]
@@ -70,8 +74,8 @@ def measure(
                 for run in _on_one_server(mesh, waiting, fault_free, note):
                     runs.append(run)
                     waiting.pop(0)
+                    keep()
                 note("ending the server")
-                # The connection is closed after this; Ray's threads here do not mind.
                 runs[-1] = replace(runs[-1], left=mesh.end())
 
 

@@ -1,10 +1,10 @@
-"""`expertmesh bench dispatch | serve | replicas`."""
+"""`expertmesh bench dispatch | serve | replicas | placement`."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -15,6 +15,7 @@ JsonFile = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the report here; - for standard output.")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+_Number = TypeVar("_Number", int, float)
 Check = Annotated[bool, typer.Option("--check", help="End with code 1 if a bar is missed.")]
 
 
@@ -136,3 +137,56 @@ def replicas(
     show(report, err if json_ == "-" else console())
     if check and any(bar["met"] is False for bar in report["bars"].values()):
         raise typer.Exit(1)
+
+
+@bench_app.command()
+def placement(
+    trace: Annotated[Path, typer.Option("--trace", metavar="FILE", help="Routing trace (.npz, expert_ids).")],
+    shift_to: Annotated[
+        Path | None, typer.Option("--shift-to", metavar="FILE", help="Another task's trace, to shift to.")
+    ] = None,
+    hosts: Annotated[str, typer.Option(help="Numbers of equal hosts.")] = "8,16,32",
+    redundancy: Annotated[
+        str, typer.Option(help="Copies of a layer's experts, over their number.")
+    ] = "1,1.125,1.25,1.5",
+    batch: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 256,
+    tries: Annotated[int, typer.Option(min=0, help="Moves of a layer that the search looks at.")] = 3000,
+    json_: JsonFile = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw a PNG.")] = None,
+    seed: Seed = 0,
+    check: Check = False,
+) -> None:
+    """Where experts go, on real routing: the planner beside EPLB, round-robin and random."""
+    from workloads.bench.chaos_plot import check_plot
+    from workloads.bench.placement import Settings, measure, show
+    from workloads.bench.placement_plot import plot as draw
+    from workloads.bench.report import write
+    from workloads.console import console
+
+    settings = Settings(
+        trace, shift_to, _numbers("--hosts", hosts, int), _numbers("--redundancy", redundancy, float),
+        batch, tries, seed,
+    )  # fmt: skip
+    if plot is not None:
+        check_plot(plot)
+    err = Console(stderr=True)
+    report, planned = measure(settings, lambda text: err.print(text, highlight=False, markup=False))
+    if json_:
+        write(report, json_)
+    if plot is not None:
+        draw(report, planned, plot)
+    show(report, err if json_ == "-" else console())
+    if check and any(bar["met"] is False for bar in report["bars"].values()):
+        raise typer.Exit(1)
+
+
+def _numbers(flag: str, text: str, kind: type[_Number]) -> tuple[_Number, ...]:
+    from cluster.errors import ConfigError
+
+    try:
+        numbers = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise ConfigError(f"{flag} {text!r} is no list of numbers from 1 on", f"for example {flag} 8,16")
+    return numbers

@@ -70,14 +70,19 @@ def test_a_scenario_that_this_machine_can_not_run_is_refused_by_name_and_left_ou
 def test_what_was_measured_is_kept_when_a_later_run_fails(
     end: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    target = tmp_path / "report.json"
+
     def measure(*arguments: Any) -> None:
-        arguments[-1].runs.append(RUN)
+        *_, measured, keep = arguments
+        measured.runs.append(RUN)
+        keep()
+        # On disk before anything can end this process: Ray did, without an exception.
+        assert len(json.loads(target.read_text())["runs"]) == 1
         raise end
 
     checkpoint = SimpleNamespace(path=tmp_path, text_config={"vocab_size": 100})
     monkeypatch.setattr("workloads.bench.chaos_run.measure", measure)
     monkeypatch.setattr("workloads.serve.open_model", lambda *_: (checkpoint, "float32", "tiny"))
-    target = tmp_path / "report.json"
     arguments = ["kill-host", "slow-host", "--seeds", "2", "--json", str(target), "--no-plot"]
     answer = CliRunner().invoke(app, ["chaos", "run", *arguments])
     assert answer.exit_code != 0

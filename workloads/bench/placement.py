@@ -1,0 +1,231 @@
+"""`expertmesh bench placement`: the planner and the split on real routing, beside EPLB, round-robin and random.
+
+Statistics are of the trace's first half, judgement of the second. All methods get the same slots: on H equal hosts
+ceil(experts · redundancy / H) of each layer. EPLB, round-robin and random share an expert's load evenly over its
+copies, as they are defined; `ours` splits the load at hand.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from cluster.fleet import FleetHost, HostCost, LayerLoad, PlanSettings, layer_load
+from cluster.planner import FleetPlan, plan
+from cluster.split import LayerSplit
+from workloads.bench.placement_baselines import Copies, at_random, eplb, round_robin
+from workloads.bench.placement_replay import EvenLevels, Levels, SplitLevels, judge
+from workloads.bench.placement_shift import Shift, shifted
+from workloads.bench.placement_trace import Trace, read_trace
+from workloads.bench.report import Bar, envelope, now
+
+BARS = {8: 0.90, 16: 0.60, 32: 0.45}
+"""By number of hosts, at 1.25 copies: the part of EPLB's distance to an even load that is to be closed."""
+_BAR_REDUNDANCY = 1.25
+_ROW_S = 1e-6
+_WINDOWS = 8
+_ANCHOR = 0.9
+_EXACT_SWEEPS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is compared."""
+
+    trace: Path
+    shift_to: Path | None
+    hosts: tuple[int, ...] = (8, 16, 32)
+    redundancies: tuple[float, ...] = (1.0, 1.125, 1.25, 1.5)
+    batch: int = 256
+    tries: int = 3000
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One method on one fleet."""
+
+    method: str
+    hosts: int
+    redundancy: float
+    balancedness: float
+    step_time: float
+    """Median seconds of a step's experts, all layers, at one microsecond a row and host."""
+    step_time_p99: float
+    moved_blobs: int
+    plan_s: float
+
+
+def scenarios(trace: Trace, first: int, last: int) -> np.ndarray:
+    """float64 [S, L, E]: windows of a stretch, each drawn halfway to the mean of all."""
+    windows = trace.windows(first, last, _WINDOWS)
+    shares = windows / np.maximum(windows.sum(axis=2, keepdims=True), 1.0)
+    return _ANCHOR * shares.mean(axis=0, keepdims=True) + (1 - _ANCHOR) * shares
+
+
+def loads_of(scenarios: np.ndarray, rows_per_step: float) -> list[LayerLoad]:
+    """The planner's loads of all layers, blobs of one byte each, from scenarios [S, L, E]."""
+    return [layer_load(layer, 1, scenarios[:, layer], rows_per_step) for layer in range(scenarios.shape[1])]
+
+
+def fleet(hosts: int, slots: int, layers: int) -> list[FleetHost]:
+    """Equal hosts with room for so many blobs of every layer."""
+    cost = HostCost(per_row_s=_ROW_S)
+    return [FleetHost(f"host-{number}", slots * layers, cost) for number in range(hosts)]
+
+
+def measure(settings: Settings, note: Callable[[str], None]) -> tuple[dict[str, Any], FleetPlan]:
+    """The report, and the plan with the most hosts and copies, to be drawn. ConfigError for bad traces."""
+    started_at = now()
+    trace = read_trace(settings.trace)
+    target = read_trace(settings.shift_to) if settings.shift_to is not None else None
+    results: list[Result] = []
+    last_plan: FleetPlan | None = None
+    for number in settings.hosts:
+        for redundancy in settings.redundancies:
+            note(f"{number} hosts, {redundancy:g} copies")
+            found, last_plan = compare(trace, number, redundancy, settings)
+            results.extend(found)
+    assert last_plan is not None
+    bars = list(_bars(results))
+    fields: dict[str, Any] = {"trace": trace.name, "tokens": trace.tokens, "batch": settings.batch}
+    if target is not None:
+        note(f"shift to {target.name}")
+        shift = shifted(trace, target, settings.seed)
+        bars += _shift_bars(shift)
+        fields["shift"] = asdict(shift)
+    split_us = split_cost(trace, max(settings.hosts))
+    bars.append(Bar(f"split_us_p50_{max(settings.hosts)}_hosts", float(np.median(split_us)), 20.0, True))
+    report = envelope(
+        "bench placement",
+        seed=settings.seed,
+        started_at=started_at,
+        series={"split_us": split_us},
+        bars=bars,
+        **fields,
+        results=[asdict(result) for result in results],
+    )
+    return report, last_plan
+
+
+def compare(
+    trace: Trace, number: int, redundancy: float, settings: Settings
+) -> tuple[list[Result], FleetPlan]:
+    """All methods on so many equal hosts."""
+    half = trace.tokens // 2
+    slots = min(ceil(trace.num_experts * redundancy / number - 1e-9), trace.num_experts)
+    per_host = np.full(number, slots)
+    hosts = fleet(number, slots, trace.layers)
+    costs = [host.cost for host in hosts]
+    seen = trace.counts(0, half)
+    rng = np.random.default_rng(settings.seed)
+    results = []
+
+    def add(method: str, plan_s: float, moved: int, whole: Levels, step: Levels) -> None:
+        judged = judge(trace, half, trace.tokens, settings.batch, whole, step)
+        results.append(
+            Result(
+                method,
+                number,
+                redundancy,
+                judged.balancedness,
+                judged.step_p50_s,
+                judged.step_p99_s,
+                moved,
+                plan_s,
+            )
+        )
+
+    begin = time.perf_counter()
+    planned = plan(
+        hosts,
+        loads_of(scenarios(trace, 0, half), settings.batch * trace.top_k),
+        None,
+        PlanSettings(tries=settings.tries, seed=settings.seed),
+    )
+    plan_s = time.perf_counter() - begin
+    placed = [layer.holders for layer in planned.layers]
+    whole = SplitLevels(placed, costs, sweeps=_EXACT_SWEEPS)
+    add("ours", plan_s, planned.moved, whole, SplitLevels(placed, costs))
+    baselines: Mapping[str, Callable[[int], Copies]] = {
+        "eplb": lambda layer: eplb(seen[layer], per_host),
+        "round_robin": lambda layer: round_robin(trace.num_experts, per_host),
+        "random": lambda layer: at_random(trace.num_experts, per_host, rng),
+    }
+    for method, make in baselines.items():
+        begin = time.perf_counter()
+        copies = [make(layer) for layer in range(trace.layers)]
+        plan_s = time.perf_counter() - begin
+        levels = EvenLevels(copies, costs)
+        add(method, plan_s, int(per_host.sum()) * trace.layers, levels, levels)
+    return results, planned
+
+
+def split_cost(trace: Trace, number: int, steps: int = 2000) -> list[float]:
+    """Microseconds of each split of steps of 64 tokens, of one layer at 1.25 copies, begun where the last ended."""
+    half, batch = trace.tokens // 2, 64
+    slots = ceil(trace.num_experts * _BAR_REDUNDANCY / number - 1e-9)
+    hosts = fleet(number, slots, 1)
+    first = Trace(trace.name, trace.expert_ids[:1], trace.num_experts)
+    planned = plan(
+        hosts, loads_of(scenarios(first, 0, half), batch * trace.top_k), None, PlanSettings(tries=500)
+    )
+    split = LayerSplit(planned.layers[0].holders, [host.cost for host in hosts])
+    starts = half + np.arange(steps) * batch % max(1, trace.tokens - half - batch)
+    loads = [first.counts(int(at), int(at) + batch)[0] for at in starts]
+    split.update(loads[0])
+    taken = []
+    for load in loads:
+        begin = time.perf_counter_ns()
+        split.update(load)
+        taken.append((time.perf_counter_ns() - begin) / 1e3)
+    return taken
+
+
+def _bars(results: Sequence[Result]) -> list[Bar]:
+    found = {(r.method, r.hosts, r.redundancy): r for r in results}
+    bars = []
+    for (method, hosts, redundancy), ours in found.items():
+        if method != "ours":
+            continue
+        theirs = found["eplb", hosts, redundancy]
+        key = f"{hosts}_hosts_{redundancy:g}"
+        if redundancy == _BAR_REDUNDANCY and hosts in BARS:
+            closed = (ours.balancedness - theirs.balancedness) / max(1e-12, 1 - theirs.balancedness)
+            bars.append(Bar(f"closed_{key}", closed, BARS[hosts], False))
+        bars.append(Bar(f"over_eplb_{key}", ours.balancedness - theirs.balancedness, 0.0, False))
+    return bars
+
+
+def _shift_bars(shift: Shift) -> list[Bar]:
+    return [
+        Bar("shift_recovered", shift.recovered, 0.9, False),
+        Bar("shift_moved_over_needed", shift.moved / max(1, shift.needed), 2.0, True),
+    ]
+
+
+def show(report: Mapping[str, Any], console: Console) -> None:
+    """The report for people."""
+    table = Table("hosts", "copies", "method", "balancedness", "step ms", "p99 ms", "blobs", "plan s")
+    for row in report["results"]:
+        table.add_row(
+            str(row["hosts"]),
+            f"{row['redundancy']:g}",
+            row["method"],
+            f"{row['balancedness']:.4f}",
+            f"{row['step_time'] * 1e3:.3f}",
+            f"{row['step_time_p99'] * 1e3:.3f}",
+            str(row["moved_blobs"]),
+            f"{row['plan_s']:.2f}",
+        )
+    console.print(table)
+    for key, bar in report["bars"].items():
+        console.print(Bar(key, bar["value"], bar["limit"], bar["at_most"]).line(), highlight=False)
