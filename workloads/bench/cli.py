@@ -149,6 +149,11 @@ def placement(
     redundancy: Annotated[
         str, typer.Option(help="Copies of a layer's experts, over their number.")
     ] = "1,1.125,1.25,1.5",
+    fleet: Annotated[
+        Path | None, typer.Option("--fleet", metavar="FILE", help="Unequal hosts, described in YAML.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Scale the trace to so many layers.")] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="Scale it to so many experts a layer.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 256,
     tries: Annotated[int, typer.Option(min=0, help="Moves of a layer that the search looks at.")] = 3000,
     json_: JsonFile = None,
@@ -164,9 +169,17 @@ def placement(
     from workloads.console import console
 
     settings = Settings(
-        trace, shift_to, _numbers("--hosts", hosts, int), _numbers("--redundancy", redundancy, float),
-        batch, tries, seed,
-    )  # fmt: skip
+        trace=trace,
+        shift_to=shift_to,
+        fleet=fleet,
+        layers=layers,
+        experts=experts,
+        hosts=_numbers("--hosts", hosts, int),
+        redundancies=_numbers("--redundancy", redundancy, float),
+        batch=batch,
+        tries=tries,
+        seed=seed,
+    )
     if plot is not None:
         check_plot(plot)
     err = Console(stderr=True)

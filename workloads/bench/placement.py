@@ -8,9 +8,8 @@ copies, as they are defined; `ours` splits the load at hand.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,21 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cluster.fleet import FleetHost, HostCost, LayerLoad, PlanSettings, layer_load
+from cluster.errors import ConfigError
+from cluster.fleet import FleetHost, LayerLoad, PlanSettings, layer_load
 from cluster.planner import FleetPlan, plan
 from cluster.split import LayerSplit
 from workloads.bench.placement_baselines import Copies, at_random, eplb, round_robin
+from workloads.bench.placement_fleet import equal_hosts, read_fleet, slots_of
 from workloads.bench.placement_replay import EvenLevels, Levels, SplitLevels, judge
 from workloads.bench.placement_shift import Shift, shifted
-from workloads.bench.placement_trace import Trace, read_trace
+from workloads.bench.placement_trace import Trace, read_trace, scaled
 from workloads.bench.report import Bar, envelope, now
 
 BARS = {8: 0.90, 16: 0.60, 32: 0.45}
 """By number of hosts, at 1.25 copies: the part of EPLB's distance to an even load that is to be closed."""
 _BAR_REDUNDANCY = 1.25
-_ROW_S = 1e-6
+_SPLIT_HOSTS, _SPLIT_EXPERTS = 32, 64
 _WINDOWS = 8
 _ANCHOR = 0.9
 _EXACT_SWEEPS = 500
@@ -41,7 +42,12 @@ class Settings:
     """What is compared."""
 
     trace: Path
-    shift_to: Path | None
+    shift_to: Path | None = None
+    fleet: Path | None = None
+    """A described fleet, in place of equal hosts."""
+    layers: int | None = None
+    experts: int | None = None
+    """The trace scaled to so many."""
     hosts: tuple[int, ...] = (8, 16, 32)
     redundancies: tuple[float, ...] = (1.0, 1.125, 1.25, 1.5)
     batch: int = 256
@@ -76,34 +82,30 @@ def loads_of(scenarios: np.ndarray, rows_per_step: float) -> list[LayerLoad]:
     return [layer_load(layer, 1, scenarios[:, layer], rows_per_step) for layer in range(scenarios.shape[1])]
 
 
-def fleet(hosts: int, slots: int, layers: int) -> list[FleetHost]:
-    """Equal hosts with room for so many blobs of every layer."""
-    cost = HostCost(per_row_s=_ROW_S)
-    return [FleetHost(f"host-{number}", slots * layers, cost) for number in range(hosts)]
-
-
 def measure(settings: Settings, note: Callable[[str], None]) -> tuple[dict[str, Any], FleetPlan]:
     """The report, and the plan with the most hosts and copies, to be drawn. ConfigError for bad traces."""
     started_at = now()
     trace = read_trace(settings.trace)
+    if settings.layers or settings.experts:
+        trace = scaled(trace, settings.layers or trace.layers, settings.experts or trace.num_experts)
     target = read_trace(settings.shift_to) if settings.shift_to is not None else None
     results: list[Result] = []
     last_plan: FleetPlan | None = None
-    for number in settings.hosts:
-        for redundancy in settings.redundancies:
-            note(f"{number} hosts, {redundancy:g} copies")
-            found, last_plan = compare(trace, number, redundancy, settings)
-            results.extend(found)
+    for hosts, redundancy in _fleets(settings, trace):
+        note(f"{len(hosts)} hosts, {redundancy:.4g} copies of {trace.layers} x {trace.num_experts} experts")
+        found, last_plan = compare(trace, hosts, redundancy, settings)
+        results.extend(found)
     assert last_plan is not None
-    bars = list(_bars(results))
+    bars = list(_bars(results, equal=settings.fleet is None))
     fields: dict[str, Any] = {"trace": trace.name, "tokens": trace.tokens, "batch": settings.batch}
     if target is not None:
         note(f"shift to {target.name}")
         shift = shifted(trace, target, settings.seed)
         bars += _shift_bars(shift)
         fields["shift"] = asdict(shift)
-    split_us = split_cost(trace, max(settings.hosts))
-    bars.append(Bar(f"split_us_p50_{max(settings.hosts)}_hosts", float(np.median(split_us)), 20.0, True))
+    split_us = split_cost(trace)
+    if trace.num_experts == _SPLIT_EXPERTS:
+        bars.append(Bar(f"split_us_p50_{_SPLIT_HOSTS}_hosts", float(np.median(split_us)), 20.0, True))
     report = envelope(
         "bench placement",
         seed=settings.seed,
@@ -116,14 +118,28 @@ def measure(settings: Settings, note: Callable[[str], None]) -> tuple[dict[str, 
     return report, last_plan
 
 
+def _fleets(settings: Settings, trace: Trace) -> Iterator[tuple[list[FleetHost], float]]:
+    if settings.fleet is not None:
+        hosts = read_fleet(settings.fleet, trace.layers)
+        yield hosts, sum(host.memory_bytes for host in hosts) / (trace.layers * trace.num_experts)
+        return
+    for number in settings.hosts:
+        for redundancy in settings.redundancies:
+            slots = slots_of(trace.num_experts, redundancy, number)
+            yield equal_hosts(number, slots, trace.layers), redundancy
+
+
 def compare(
-    trace: Trace, number: int, redundancy: float, settings: Settings
+    trace: Trace, hosts: Sequence[FleetHost], redundancy: float, settings: Settings
 ) -> tuple[list[Result], FleetPlan]:
-    """All methods on so many equal hosts."""
+    """All methods on one fleet, whose hosts have as many slots of every layer."""
     half = trace.tokens // 2
-    slots = min(ceil(trace.num_experts * redundancy / number - 1e-9), trace.num_experts)
-    per_host = np.full(number, slots)
-    hosts = fleet(number, slots, trace.layers)
+    per_host = np.array([min(host.memory_bytes // trace.layers, trace.num_experts) for host in hosts])
+    if per_host.sum() < trace.num_experts:
+        raise ConfigError(
+            f"{len(hosts)} hosts have {per_host.sum()} slots for a layer's {trace.num_experts} experts",
+            "give the hosts more slots, or add hosts",
+        )
     costs = [host.cost for host in hosts]
     seen = trace.counts(0, half)
     rng = np.random.default_rng(settings.seed)
@@ -134,7 +150,7 @@ def compare(
         results.append(
             Result(
                 method,
-                number,
+                len(hosts),
                 redundancy,
                 judged.balancedness,
                 judged.step_p50_s,
@@ -169,11 +185,10 @@ def compare(
     return results, planned
 
 
-def split_cost(trace: Trace, number: int, steps: int = 2000) -> list[float]:
+def split_cost(trace: Trace, steps: int = 2000) -> list[float]:
     """Microseconds of each split of steps of 64 tokens, of one layer at 1.25 copies, begun where the last ended."""
     half, batch = trace.tokens // 2, 64
-    slots = ceil(trace.num_experts * _BAR_REDUNDANCY / number - 1e-9)
-    hosts = fleet(number, slots, 1)
+    hosts = equal_hosts(_SPLIT_HOSTS, slots_of(trace.num_experts, _BAR_REDUNDANCY, _SPLIT_HOSTS), 1)
     first = Trace(trace.name, trace.expert_ids[:1], trace.num_experts)
     planned = plan(
         hosts, loads_of(scenarios(first, 0, half), batch * trace.top_k), None, PlanSettings(tries=500)
@@ -190,7 +205,7 @@ def split_cost(trace: Trace, number: int, steps: int = 2000) -> list[float]:
     return taken
 
 
-def _bars(results: Sequence[Result]) -> list[Bar]:
+def _bars(results: Sequence[Result], *, equal: bool) -> list[Bar]:
     found = {(r.method, r.hosts, r.redundancy): r for r in results}
     bars = []
     for (method, hosts, redundancy), ours in found.items():
@@ -198,6 +213,9 @@ def _bars(results: Sequence[Result]) -> list[Bar]:
             continue
         theirs = found["eplb", hosts, redundancy]
         key = f"{hosts}_hosts_{redundancy:g}"
+        if not equal:
+            bars.append(Bar(f"eplb_step_time_over_ours_{key}", theirs.step_time / ours.step_time, 1.5, False))
+            continue
         if redundancy == _BAR_REDUNDANCY and hosts in BARS:
             closed = (ours.balancedness - theirs.balancedness) / max(1e-12, 1 - theirs.balancedness)
             bars.append(Bar(f"closed_{key}", closed, BARS[hosts], False))

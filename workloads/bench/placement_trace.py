@@ -44,6 +44,28 @@ class Trace:
         return np.stack([self.counts(a, b) for a, b in pairwise(edges)])
 
 
+def scaled(trace: Trace, layers: int, experts: int) -> Trace:
+    """A larger trace made of a real one: further layers and blocks of experts are other layers of it.
+
+    Every choice of a token falls into one of the blocks in turn, where it is what the token chose in the block's
+    layer. `experts` must be a multiple of the trace's (ConfigError).
+    """
+    blocks, rest = divmod(experts, trace.num_experts)
+    if rest or not blocks or layers < 1:
+        raise ConfigError(
+            f"a trace of {trace.num_experts} experts can't be scaled to {layers} layers of {experts}",
+            f"--experts must be a multiple of {trace.num_experts}",
+        )
+    block = (np.arange(trace.tokens)[:, None] + np.arange(trace.top_k)) % blocks
+    ids = np.empty((layers, trace.tokens, trace.top_k), np.int32)
+    for layer in range(layers):
+        for number in range(blocks):
+            source = trace.expert_ids[(layer * blocks + number) % trace.layers]
+            here = block == number
+            ids[layer][here] = source[here].astype(np.int32) + number * trace.num_experts
+    return Trace(f"{trace.name} as {layers} x {experts}", ids, experts)
+
+
 def read_trace(file: Path) -> Trace:
     """Read an .npz file with `expert_ids` [L, T, K]; ConfigError if there is none or it makes no sense."""
     way_out = "see ../shared/data/README.md for the format"
