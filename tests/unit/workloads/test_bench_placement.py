@@ -14,7 +14,7 @@ from cluster.fleet import HostCost
 from workloads.bench.placement import Settings, measure
 from workloads.bench.placement_baselines import at_random, eplb, even_levels, round_robin
 from workloads.bench.placement_replay import EvenLevels, SplitLevels, judge
-from workloads.bench.placement_trace import Trace, read_trace
+from workloads.bench.placement_trace import Trace, read_trace, scaled
 from workloads.cli import app
 
 LAYERS, TOKENS, EXPERTS, TOP_K = 2, 3000, 16, 2
@@ -124,3 +124,49 @@ def test_numbers_that_are_none_are_told(tmp_path: Path, hosts: str) -> None:
     file = write_trace(tmp_path / "a.npz", 0)
     done = CliRunner().invoke(app, ["bench", "placement", "--trace", str(file), "--hosts", hosts])
     assert done.exit_code != 0 and "--hosts" in str(done.exception or done.output)
+
+
+def write_fleet(file: Path, text: str) -> Path:
+    file.write_text(text)
+    return file
+
+
+def test_a_described_fleet(tmp_path: Path) -> None:
+    fleet = write_fleet(
+        tmp_path / "fleet.yaml",
+        "groups: [{name: gpu, count: 1, slots: 8, speed: 16, device: cuda}, {name: cpu, count: 3, slots: 4}]",
+    )
+    settings = Settings(write_trace(tmp_path / "a.npz", 0), fleet=fleet, tries=500)
+    report, planned = measure(settings, lambda text: None)
+    assert planned.hosts == ("gpu-0", "cpu-0", "cpu-1", "cpu-2")
+    rows = {row["method"]: row for row in report["results"]}
+    assert rows["ours"]["step_time"] * 1.5 < rows["eplb"]["step_time"]
+    assert rows["ours"]["redundancy"] == pytest.approx(20 / 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("groups: []", "groups"),
+        ("groups: [{name: a, count: 1, slots: 2, sped: 3}]", "sped"),
+        ("groups: [{name: a, count: 0, slots: 2}]", "count"),
+        ("a: [", "no YAML"),
+        ("groups: [{name: a, count: 1, slots: 2}]", "2 slots for a layer's 16 experts"),
+    ],
+)
+def test_a_fleet_that_makes_no_sense_is_told(tmp_path: Path, text: str, words: str) -> None:
+    settings = Settings(write_trace(tmp_path / "a.npz", 0), fleet=write_fleet(tmp_path / "fleet.yaml", text))
+    with pytest.raises(ConfigError, match=words):
+        measure(settings, lambda text: None)
+
+
+def test_a_scaled_trace_keeps_the_shape_of_its_loads(tmp_path: Path) -> None:
+    trace = read_trace(write_trace(tmp_path / "a.npz", 0))
+    large = scaled(trace, 5, 4 * EXPERTS)
+    assert (large.layers, large.tokens, large.top_k, large.num_experts) == (5, TOKENS, TOP_K, 4 * EXPERTS)
+    blocks = large.counts(0, TOKENS)[0].reshape(4, EXPERTS)
+    assert blocks.sum(axis=1).tolist() == [TOKENS * TOP_K / 4] * 4
+    source = trace.counts(0, TOKENS)[0] / 4
+    assert np.abs(blocks[0] - source).max() < 0.2 * source.max()
+    with pytest.raises(ConfigError, match="multiple of 16"):
+        scaled(trace, 5, 40)
