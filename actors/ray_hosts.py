@@ -68,7 +68,9 @@ class HostActor:
     def _die(self, reason: str) -> None:
         # First of all: the kernel closes a dead process's sockets only after it has freed its memory, and freeing
         # gigabytes takes longer than the engines may wait.
-        with contextlib.suppress(AttributeError, RuntimeError):  # not there yet, or a connection came this moment
+        with contextlib.suppress(
+            AttributeError, RuntimeError
+        ):  # not there yet, or a connection came this moment
             self._host.close()
         _leave_word(reason)
         os._exit(1)
