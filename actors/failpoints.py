@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import Final, Protocol
 
 from cluster.errors import HostError
 
 VARIABLE = "EXPERTMESH_FAILPOINTS"
+
+_HOARD_S_PER_MIB: Final = 1 / 512
 NAMES = ("slow", "slow_floor_ms", "hoard_mib")
 
 
@@ -60,10 +62,10 @@ class Failpoints:
         if name == "hoard_mib":
             self._hoard.clear()
             for _ in range(int(value)):
-                # Not zeros, which the kernel would not give memory for. Threads that serve take the interpreter's
-                # lock between two pieces: memory is what is to run out here, not time.
+                # Not zeros, which the kernel would not give memory for. At the pace of a fast leak, not as fast as
+                # the kernel can: memory is what is to run out here, not time.
                 self._hoard.append(b"x" * (1 << 20))
-                self._sleep(0)
+                self._sleep(_HOARD_S_PER_MIB)
             return
         if value < 1:
             raise HostError(f"failpoint slow = {value:g}: a host can't be made faster", "1 turns it off")

@@ -84,3 +84,13 @@ def test_off_unless_the_environment_allows_it(environ: dict[str, str]) -> None:
 def test_what_makes_no_sense_is_refused(name: str, value: float) -> None:
     with pytest.raises(HostError, match=name):
         Failpoints(ON).set([], name, value)
+
+
+def test_hoarded_memory_grows_at_a_pace_and_is_given_back() -> None:
+    clock = Clock()
+    points = Failpoints(ON, clock, clock.sleep)
+    before = clock()
+    points.set([], "hoard_mib", 64)
+    assert clock() - before == pytest.approx(64 / 512)
+    points.set([], "hoard_mib", 0)
+    assert clock() - before == pytest.approx(64 / 512)
