@@ -83,6 +83,8 @@ def apply_move(kind, ea, a, ka, eb, b, kb, holders, copies, content, used, share
     if kind == REPLACE:
         _drop(ea, a, holders, copies, share)
         holders[eb, copies[eb]] = a
+        # What a copy that was taken back had there.
+        share[:, eb, copies[eb]] = 0.0
         copies[eb] += 1
         content[a, ka] = eb
         return _new(a, eb, present) - _new(a, ea, present)

@@ -115,13 +115,22 @@ def search(
                 path[moves, 3], path[moves, 4], path[moves, 5] = eb, b, blobs
                 after[moves] = best
                 moves += 1
-                kept_share[:] = share
+                _copy_shares(copies, share, kept_share)
                 kept_level[:] = level
                 continue
         undo_move(kind, ea, a, ja, ka, eb, b, kb, holders, copies, content, used)
-        share[:] = kept_share
+        _copy_shares(copies, kept_share, share)
         level[:] = kept_level
     return moves, before, after[:moves].copy()
+
+
+@njit(cache=True, nogil=True)
+def _copy_shares(copies, source, target):
+    """Of the copies that there are: most experts have few, and the arrays are as wide as for the hottest."""
+    for s in range(source.shape[0]):
+        for e in range(source.shape[1]):
+            for j in range(copies[e]):
+                target[s, e, j] = source[s, e, j]
 
 
 @njit(cache=True, nogil=True)

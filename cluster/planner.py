@@ -167,7 +167,8 @@ def _search(
         for expert, held in enumerate(start):
             present[list(held), expert] = True
         _keep(start, room, least, width, fleet.domain, pin, fleet.allowed, holders, copies, content, used)
-        target = np.maximum(target, copies)
+        # Under a limit on what is loaded, only copies that must be are added before the search has its say.
+        target = np.maximum(target if settings.max_moves is None else least, copies)
     speed = 1.0 / np.maximum(
         fleet.per_row * mean.mean() + fleet.per_touch * load.touch.mean(), np.finfo(np.float64).tiny
     )
