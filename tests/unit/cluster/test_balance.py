@@ -26,7 +26,7 @@ def layers(draw: st.DrawFn) -> tuple[list[list[int]], np.ndarray, list[float]]:
 
 
 @given(layers())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_no_split_is_better(layer: tuple[list[list[int]], np.ndarray, list[float]]) -> None:
     held, rows, speeds = layer
     split = LayerSplit(held, [HostCost(per_row_s=1 / speed) for speed in speeds], sweeps=2000, tolerance=1e-9)

@@ -18,7 +18,7 @@ parts = st.just(0.0) | st.floats(1e-6, 1e-3)
 
 
 @given(parts, parts, parts)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_cost_is_found_again(fixed: float, per_expert: float, per_row: float) -> None:
     if per_expert + per_row == 0:
         return

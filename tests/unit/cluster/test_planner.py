@@ -72,7 +72,7 @@ def cases(draw: st.DrawFn) -> tuple[list[FleetHost], list[LayerLoad], PlanSettin
 
 
 @given(cases())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_what_holds_of_every_plan(case: tuple[list[FleetHost], list[LayerLoad], PlanSettings]) -> None:
     hosts, loads, wish = case
     try:
