@@ -90,24 +90,21 @@ def _pour_many(e, n, holders, touch, rows, per_touch, per_row, share, level):
 
 
 @njit(cache=True, nogil=True)
-def even(holders, copies, touch, rows, fixed, per_touch, per_row, share, level):
-    """Equal shares of every expert, and the hosts' levels that they make on top of `fixed` [H] seconds."""
-    level[:] = fixed
-    for e in range(holders.shape[0]):
-        for j in range(copies[e]):
-            h = holders[e, j]
-            share[e, j] = 1.0 / copies[e]
-            level[h] += (per_touch[h] * touch[e] + per_row[h] * rows[e]) / copies[e]
-
-
-@njit(cache=True, nogil=True)
 def levels(holders, copies, touch, rows, fixed, per_touch, per_row, share, level):
-    """The hosts' levels that given shares of a load make; overwritten."""
+    """The hosts' levels that given shares of a load make on top of `fixed` [H] seconds; overwritten."""
     level[:] = fixed
     for e in range(holders.shape[0]):
         for j in range(copies[e]):
             h = holders[e, j]
             level[h] += share[e, j] * (per_touch[h] * touch[e] + per_row[h] * rows[e])
+
+
+@njit(cache=True, nogil=True)
+def even(holders, copies, touch, rows, fixed, per_touch, per_row, share, level):
+    """Equal shares of every expert, and the hosts' levels that they make; both are overwritten."""
+    for e in range(holders.shape[0]):
+        share[e, : copies[e]] = 1.0 / max(1, copies[e])
+    levels(holders, copies, touch, rows, fixed, per_touch, per_row, share, level)
 
 
 @njit(cache=True, nogil=True)

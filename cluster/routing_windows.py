@@ -7,8 +7,24 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
+
+# Of three values that were tried (0.5, 0.75, 0.9) on two traces the one that is never worse than EPLB without spare
+# copies, where the mean says most; with spare copies 0.5 was up to two hundredths better.
+_ANCHOR: Final = 0.9
+
+
+def scenarios(counts: np.ndarray, anchor: float = _ANCHOR) -> np.ndarray:
+    """float64 [S, L, E]: each window's shares of the load, from counts [S, L, E], `anchor` of it all windows' mean.
+
+    The mean is more certain than any window, of which part is only noise. A layer without traffic is asked evenly.
+    """
+    totals = counts.sum(axis=2, keepdims=True)
+    even = np.full_like(counts, 1 / counts.shape[2], dtype=np.float64)
+    shares = np.divide(counts, totals, out=even, where=totals > 0)
+    return anchor * shares.mean(axis=0, keepdims=True) + (1 - anchor) * shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +67,9 @@ class RoutingWindows:
             self._full.append(self._current)
             self._current, self._seen = np.zeros(self._shape), 0
 
-    def scenarios(self, anchor: float = 0.5) -> np.ndarray:
-        """float64 [S, L, E]: each window's shares of the load, `anchor` of it the mean of all windows.
-
-        The mean is more certain than any window, of which part is only noise. Without traffic one even scenario.
-        """
+    def counts(self) -> np.ndarray:
+        """float64 [S, L, E] of the windows that count, oldest first; without traffic one of zeros."""
         windows = [*self._full]
         if 2 * self._seen >= self._tokens or not windows:
-            windows.append(self._current)
-        counts = np.stack(windows)
-        totals = counts.sum(axis=2, keepdims=True)
-        shares = np.divide(counts, totals, out=np.full_like(counts, 1 / self._shape[1]), where=totals > 0)
-        return anchor * shares.mean(axis=0, keepdims=True) + (1 - anchor) * shares
+            windows.append(self._current.copy())
+        return np.stack(windows)

@@ -18,22 +18,20 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import ConfigError
-from cluster.fleet import FleetHost, LayerLoad, PlanSettings, layer_load
+from cluster.fleet import FleetHost, PlanSettings
 from cluster.planner import FleetPlan, plan
 from cluster.split import LayerSplit
 from workloads.bench.placement_baselines import Copies, at_random, eplb, round_robin
 from workloads.bench.placement_fleet import equal_hosts, read_fleet, slots_of
 from workloads.bench.placement_replay import EvenLevels, Levels, SplitLevels, judge
 from workloads.bench.placement_shift import Shift, shifted
-from workloads.bench.placement_trace import Trace, read_trace, scaled
+from workloads.bench.placement_trace import Trace, loads_of, read_trace, scaled
 from workloads.bench.report import Bar, envelope, now
 
 BARS = {8: 0.90, 16: 0.60, 32: 0.45}
 """By number of hosts, at 1.25 copies: the part of EPLB's distance to an even load that is to be closed."""
 _BAR_REDUNDANCY = 1.25
 _SPLIT_HOSTS, _SPLIT_EXPERTS = 32, 64
-_WINDOWS = 8
-_ANCHOR = 0.9
 _EXACT_SWEEPS = 500
 
 
@@ -68,18 +66,6 @@ class Result:
     step_time_p99: float
     moved_blobs: int
     plan_s: float
-
-
-def scenarios(trace: Trace, first: int, last: int) -> np.ndarray:
-    """float64 [S, L, E]: windows of a stretch, each drawn halfway to the mean of all."""
-    windows = trace.windows(first, last, _WINDOWS)
-    shares = windows / np.maximum(windows.sum(axis=2, keepdims=True), 1.0)
-    return _ANCHOR * shares.mean(axis=0, keepdims=True) + (1 - _ANCHOR) * shares
-
-
-def loads_of(scenarios: np.ndarray, rows_per_step: float) -> list[LayerLoad]:
-    """The planner's loads of all layers, blobs of one byte each, from scenarios [S, L, E]."""
-    return [layer_load(layer, 1, scenarios[:, layer], rows_per_step) for layer in range(scenarios.shape[1])]
 
 
 def measure(settings: Settings, note: Callable[[str], None]) -> tuple[dict[str, Any], FleetPlan]:
@@ -163,7 +149,7 @@ def compare(
     begin = time.perf_counter()
     planned = plan(
         hosts,
-        loads_of(scenarios(trace, 0, half), settings.batch * trace.top_k),
+        loads_of(trace.windows(0, half), settings.batch * trace.top_k),
         None,
         PlanSettings(tries=settings.tries, seed=settings.seed),
     )
@@ -191,7 +177,7 @@ def split_cost(trace: Trace, steps: int = 2000) -> list[float]:
     hosts = equal_hosts(_SPLIT_HOSTS, slots_of(trace.num_experts, _BAR_REDUNDANCY, _SPLIT_HOSTS), 1)
     first = Trace(trace.name, trace.expert_ids[:1], trace.num_experts)
     planned = plan(
-        hosts, loads_of(scenarios(first, 0, half), batch * trace.top_k), None, PlanSettings(tries=500)
+        hosts, loads_of(first.windows(0, half), batch * trace.top_k), None, PlanSettings(tries=500)
     )
     split = LayerSplit(planned.layers[0].holders, [host.cost for host in hosts])
     starts = half + np.arange(steps) * batch % max(1, trace.tokens - half - batch)

@@ -35,17 +35,17 @@ class Judged:
 
 def judge(trace: Trace, first: int, last: int, batch: int, whole: Levels, step: Levels) -> Judged:
     """Balancedness of the whole stretch of tokens, and quantiles of its steps of `batch` tokens each."""
-    balance = [_balance(whole(layer, load)) for layer, load in enumerate(trace.counts(first, last))]
+    balances = [balance(whole(layer, load)) for layer, load in enumerate(trace.counts(first, last))]
     steps = [
         sum(float(step(layer, load).max()) for layer, load in enumerate(trace.counts(at, at + batch)))
         for at in range(first, last - batch + 1, batch)
     ]
     p50, p99 = np.quantile(steps or [0.0], (0.5, 0.99)).tolist()
-    return Judged(float(np.mean(balance)), p50, p99)
+    return Judged(float(np.mean(balances)), p50, p99)
 
 
 class SplitLevels:
-    """Replicas share an expert's load so that the slowest host is done early, as the dispatcher has them."""
+    """Replicas share an expert's load so that the slowest host is done early, as the dispatcher is to have them."""
 
     def __init__(self, placed: Placed, costs: Sequence[HostCost], **settings: int) -> None:
         self._splits = [LayerSplit(holders, costs, **settings) for holders in placed]
@@ -75,6 +75,7 @@ class EvenLevels:
         return self._fixed + self._per_touch * touched + self._per_row * np.bincount(hosts, rows, wide)
 
 
-def _balance(seconds: np.ndarray) -> float:
+def balance(seconds: np.ndarray) -> float:
+    """Mean over longest of the hosts' times; 1 where nobody has anything to do."""
     longest = float(seconds.max())
     return float(seconds.mean()) / longest if longest > 0 else 1.0

@@ -6,16 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.fleet import FleetHost, HostCost, LayerLoad, PlanSettings, layer_load
+from cluster.fleet import FleetHost, HostCost, PlanSettings
 from cluster.planner import FleetPlan, plan
 from cluster.routing_windows import RoutingWindows
-from workloads.bench.placement_replay import SplitLevels
-from workloads.bench.placement_trace import Trace
+from workloads.bench.placement_replay import SplitLevels, balance
+from workloads.bench.placement_trace import Trace, loads_of
 
 _HOSTS, _SLOTS = 16, 5
 _EVERY, _UNTIL = 500, 2000
 _BATCH = 256
 _SWEEPS = 500
+_GAIN = 0.0005
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Shift:
     before: float
     """Under the old task's placement."""
     known: float
-    """Under the placement of a planner that has seen the new task's first tokens all along."""
+    """Under the placement of a planner that knew the very tokens that are judged."""
     online: float
     """Under what online rebalancing had made by then."""
     recovered: float
@@ -44,35 +45,34 @@ def shifted(old: Trace, new: Trace, seed: int) -> Shift:
     windows = RoutingWindows(old.layers, old.num_experts, windows=8, tokens=_EVERY // 2)
     for at in range(0, old.tokens, _EVERY // 2):
         windows.add(old.counts(at, min(at + _EVERY // 2, old.tokens)), min(_EVERY // 2, old.tokens - at))
-    first = plan(hosts, _loads(_whole(old, 0, old.tokens), old.top_k), None, PlanSettings(seed=seed))
+    first = plan(
+        hosts, loads_of(old.windows(0, old.tokens), _BATCH * old.top_k), None, PlanSettings(seed=seed)
+    )
     rest = (_UNTIL, new.tokens)
     knowing = plan(
         hosts,
-        _loads(_whole(new, *rest), new.top_k),
+        loads_of(new.windows(*rest), _BATCH * new.top_k),
         placed(first),
         PlanSettings(seed=seed, gain_per_move=_GAIN),
     )
     now, moved = first, 0
-    over_time = [(0, balance(new, 0, _EVERY, now, costs))]
+    over_time = [(0, balancedness(new, 0, _EVERY, now, costs))]
     for at in range(0, _UNTIL, _EVERY // 2):
         windows.add(new.counts(at, at + _EVERY // 2), _EVERY // 2)
         if (at + _EVERY // 2) % _EVERY:
             continue
         now = plan(
             hosts,
-            _loads(windows.scenarios(), new.top_k),
+            loads_of(windows.counts(), _BATCH * new.top_k),
             placed(now),
             PlanSettings(seed=seed, gain_per_move=_GAIN),
         )
         moved += now.moved
         end = at + _EVERY // 2
-        over_time.append((end, balance(new, end, min(end + _EVERY, new.tokens), now, costs)))
-    before, known, online = (balance(new, *rest, p, costs) for p in (first, knowing, now))
+        over_time.append((end, balancedness(new, end, min(end + _EVERY, new.tokens), now, costs)))
+    before, known, online = (balancedness(new, *rest, p, costs) for p in (first, knowing, now))
     recovered = (online - before) / max(known - before, 1e-12)
     return Shift(before, known, online, recovered, moved, knowing.moved, over_time)
-
-
-_GAIN = 0.0005
 
 
 def placed(planned: FleetPlan) -> dict[int, list[list[str]]]:
@@ -82,21 +82,9 @@ def placed(planned: FleetPlan) -> dict[int, list[list[str]]]:
     }
 
 
-def balance(trace: Trace, first: int, last: int, planned: FleetPlan, costs: list[HostCost]) -> float:
-    """Mean over longest host time, per layer, then averaged."""
+def balancedness(trace: Trace, first: int, last: int, planned: FleetPlan, costs: list[HostCost]) -> float:
+    """Of a stretch of tokens under a plan: per layer, then averaged."""
     levels = SplitLevels([layer.holders for layer in planned.layers], costs, sweeps=_SWEEPS)
-    values = []
-    for layer, load in enumerate(trace.counts(first, last)):
-        seconds = levels(layer, load)
-        values.append(float(seconds.mean() / seconds.max()))
-    return float(np.mean(values))
-
-
-def _whole(trace: Trace, first: int, last: int) -> np.ndarray:
-    windows = trace.windows(first, last, 8)
-    shares = windows / np.maximum(windows.sum(axis=2, keepdims=True), 1.0)
-    return 0.5 * shares.mean(axis=0, keepdims=True) + 0.5 * shares
-
-
-def _loads(scenarios: np.ndarray, top_k: int) -> list[LayerLoad]:
-    return [layer_load(layer, 1, scenarios[:, layer], _BATCH * top_k) for layer in range(scenarios.shape[1])]
+    return float(
+        np.mean([balance(levels(layer, load)) for layer, load in enumerate(trace.counts(first, last))])
+    )

@@ -9,6 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from cluster.errors import ConfigError
+from cluster.fleet import LayerLoad, layer_load
+from cluster.routing_windows import scenarios
+
+_WINDOWS = 8
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,16 @@ class Trace:
         counted = np.bincount(flat.ravel(), minlength=self.layers * self.num_experts)
         return counted.reshape(self.layers, self.num_experts).astype(np.float64)
 
-    def windows(self, first: int, last: int, number: int) -> np.ndarray:
+    def windows(self, first: int, last: int, number: int = _WINDOWS) -> np.ndarray:
         """float64 [S, L, E]: counts of `number` windows, equally long but for one token, in the tokens' order."""
         edges = np.linspace(first, last, number + 1).astype(int)
         return np.stack([self.counts(a, b) for a, b in pairwise(edges)])
+
+
+def loads_of(counts: np.ndarray, rows_per_step: float) -> list[LayerLoad]:
+    """The planner's loads of all layers, blobs of one byte each, from the counts of windows [S, L, E]."""
+    shares = scenarios(counts)
+    return [layer_load(layer, 1, shares[:, layer], rows_per_step) for layer in range(shares.shape[1])]
 
 
 def scaled(trace: Trace, layers: int, experts: int) -> Trace:

@@ -5,35 +5,35 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cluster.routing_windows import RoutingWindows, summary
+from cluster.routing_windows import RoutingWindows, scenarios, summary
 
 
 def test_windows_forget_the_oldest() -> None:
     windows = RoutingWindows(1, 2, windows=2, tokens=10)
     for counts in ([10, 0], [5, 5], [0, 10]):
         windows.add(np.array([counts]), 10)
-    assert windows.scenarios(anchor=0.0)[:, 0].tolist() == [[0.5, 0.5], [0.0, 1.0]]
+    assert scenarios(windows.counts(), 0.0)[:, 0].tolist() == [[0.5, 0.5], [0.0, 1.0]]
 
 
 def test_scenarios_are_drawn_to_their_mean() -> None:
     windows = RoutingWindows(1, 2, windows=2, tokens=10)
     windows.add(np.array([[10, 0]]), 10)
     windows.add(np.array([[0, 10]]), 10)
-    assert windows.scenarios(anchor=1.0)[:, 0].tolist() == [[0.5, 0.5], [0.5, 0.5]]
-    assert windows.scenarios(anchor=0.5)[:, 0].tolist() == [[0.75, 0.25], [0.25, 0.75]]
+    assert scenarios(windows.counts(), 1.0)[:, 0].tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    assert scenarios(windows.counts(), 0.5)[:, 0].tolist() == [[0.75, 0.25], [0.25, 0.75]]
 
 
 def test_without_traffic_all_experts_are_alike() -> None:
-    assert RoutingWindows(2, 4).scenarios().tolist() == [[[0.25] * 4] * 2]
+    assert scenarios(RoutingWindows(2, 4).counts()).tolist() == [[[0.25] * 4] * 2]
 
 
 def test_a_window_counts_once_it_is_half_full() -> None:
     windows = RoutingWindows(1, 2, windows=4, tokens=10)
     windows.add(np.array([[10, 0]]), 10)
     windows.add(np.array([[0, 4]]), 4)
-    assert len(windows.scenarios()) == 1
+    assert len(windows.counts()) == 1
     windows.add(np.array([[0, 1]]), 1)
-    assert len(windows.scenarios()) == 2
+    assert len(windows.counts()) == 2
 
 
 def test_a_layer_in_three_numbers() -> None:
