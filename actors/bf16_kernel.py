@@ -23,6 +23,7 @@ import structlog
 import torch
 
 from actors.expert_maths import ExpertMaths
+from actors.stored_expert import ExpertMatrices
 from cluster.cache_folder import cache_folder
 
 log = structlog.get_logger()
@@ -68,7 +69,7 @@ def _compiled(compiler: list[str]) -> Path:
         [*compiler, "--version"], capture_output=True, check=True, timeout=_COMPILE_S
     ).stdout
     sources = [path.read_bytes() for path in sorted(_SOURCE.parent.iterdir())]
-    identity = [*sources, version, " ".join(_FLAGS).encode(), _processor().encode()]
+    identity = [*sources, version, " ".join(_FLAGS).encode(), processor().encode()]
     folder = cache_folder() / "kernels"
     library = folder / f"bf16-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:16]}.so"
     if not library.exists():
@@ -82,7 +83,7 @@ def _compiled(compiler: list[str]) -> Path:
     return library
 
 
-def _processor() -> str:
+def processor() -> str:
     """What -march=native looks at: a home folder may be shared by unlike machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -125,7 +126,9 @@ class Bf16WeightsLayer:
         self._down = torch.empty(
             num_experts, hidden // _LANES, intermediate // 2, _LANES, 2, dtype=torch.bfloat16
         )
+        self.stores = self._up, self._down
         self.weight_bytes = self._up.nbytes + self._down.nbytes
+        self._vectors_only = vectors_only
         self._run = run
         self._weights = (
             self._up.data_ptr(),
@@ -136,11 +139,20 @@ class Bf16WeightsLayer:
         )
         self._options = torch.get_num_threads(), int(vectors_only)
 
-    def put(self, slot: int, gate_IH: torch.Tensor, up_IH: torch.Tensor, down_HI: torch.Tensor) -> None:
+    def put(self, slot: int, matrices: ExpertMatrices) -> None:
         """Load one expert's matrices: bfloat16, or widened by a host that gave them on, which loses nothing."""
-        pack(gate_IH, self._up[slot, :, 0])
-        pack(up_IH, self._up[slot, :, 1])
-        pack(down_HI, self._down[slot])
+        assert matrices.gate_IH is not None
+        pack(matrices.gate_IH, self._up[slot, :, 0])
+        pack(matrices.up_IH, self._up[slot, :, 1])
+        pack(matrices.down_HI, self._down[slot])
+
+    def sized(self, num_experts: int) -> Bf16WeightsLayer:
+        """See `actors.expert_kernels.LayerExperts`."""
+        _, _, _, hidden, intermediate = self._weights
+        made = Bf16WeightsLayer(num_experts, hidden, intermediate, vectors_only=self._vectors_only)
+        # Whoever makes it may be another thread, with another number of its own.
+        made._options = self._options
+        return made
 
     def parts(self, slot: int) -> dict[str, torch.Tensor]:
         """See `actors.expert_kernels.Plain`."""

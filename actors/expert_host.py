@@ -16,23 +16,30 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import psutil
 import structlog
 import torch
 
+from actors.adoption import Adoption
 from actors.blob_server import Blobs
 from actors.blob_source import FolderBlobs, HeldBlobs
 from actors.expert_weights import build_layer
 from actors.failpoints import Failpoints
+from actors.host_cost import measured_cost
 from actors.host_server import HostedLayer, HostServer
 from actors.peer_copy import NoSourceError, Patience, PeerCopy, copied_checkpoint
 from cluster.checkpoint import Checkpoint
 from cluster.errors import CheckpointError, ExpertmeshError, HostError
 from cluster.frame import manifest_id
-from cluster.messages import HostAddress, HostProgress, HostReport, HostSpec, Sources
+from cluster.holdings import Holdings
+from cluster.messages import HostAddress, HostCost, HostProgress, HostReport, HostSpec, Sources
 
 log = structlog.get_logger()
+
+# Experts that a host loads to measure itself if it is to hold none yet.
+_TO_MEASURE: Final = 8
 
 
 class ExpertHost:
@@ -59,8 +66,8 @@ class ExpertHost:
         self._server: HostServer | None = None
         self._address: HostAddress | None = None
         self._layers: dict[int, HostedLayer] = {}
-        self._weight_bytes = 0
-        self._kernels: set[str] = set()
+        self._adoption: Adoption | None = None
+        self._cost: HostCost | None = None
         self._load_seconds = 0.0
         self._error: Exception | None = None
         self._done = threading.Event()
@@ -74,7 +81,15 @@ class ExpertHost:
         """How far loading is; `error` says why it ended, if it failed."""
         ready = self._done.is_set() and self._error is None
         error = str(self._error) if self._error else ""
-        return HostProgress(self.spec.host_id, len(self._layers), len(self.spec.experts), ready, error)
+        holds = self._adoption.state() if ready and self._adoption is not None else None
+        layers = len(self.spec.experts)
+        return HostProgress(self.spec.host_id, min(len(self._layers), layers), layers, ready, error, holds)
+
+    def adopt(self, experts: Holdings, number: int, bandwidth: int) -> None:
+        """Hold these experts from now on, loading what is new at so many bytes a second; returns at once."""
+        self.wait_ready(0)
+        assert self._adoption is not None
+        self._adoption.ask(experts, number, bandwidth)
 
     def wait_ready(self, timeout_s: float) -> HostAddress:
         """Where the host listens, once it does. Raises what made loading fail; TimeoutError past the time."""
@@ -88,20 +103,21 @@ class ExpertHost:
     def report(self) -> HostReport:
         """Sizes, kernel and counters of a ready host."""
         address = self.wait_ready(0)
-        server = self._server
-        assert server is not None
+        server, adoption = self._server, self._adoption
+        assert server is not None and adoption is not None
         return HostReport(
             address=address,
-            experts_loaded=sum(len(experts) for experts in self.spec.experts.values()),
-            weight_bytes=self._weight_bytes,
+            experts_loaded=adoption.count,
+            weight_bytes=adoption.state().weight_bytes,
             rss_bytes=psutil.Process().memory_info().rss,
             load_seconds=self._load_seconds,
-            kernel=", ".join(sorted(self._kernels)),
+            kernel=", ".join(sorted({layer.experts.kernel for layer in list(self._layers.values())})),
             connections=server.connections,
             dispatches=server.dispatches_served,
             rows=server.rows_served,
             compute_seconds=server.compute_ns / 1e9,
             copied_from=self._copied_from,
+            cost=self._cost,
         )
 
     def failpoint(self, name: str, value: float) -> None:
@@ -133,15 +149,30 @@ class ExpertHost:
         spec = self.spec
         torch.set_num_threads(spec.threads)
         with self._opened() as checkpoint:
-            sizes = {layer.index: layer.num_experts for layer in checkpoint.moe_layers}
             for layer, experts in spec.experts.items():
-                built = build_layer(
-                    checkpoint, layer, experts, getattr(torch, spec.dtype), spec.device, kernel=spec.kernel
-                )
-                self._layers[layer] = HostedLayer(built, tuple(experts), sizes[layer])
-                self._weight_bytes += built.weight_bytes
-                self._kernels.add(built.kernel)
+                self._layers[layer] = self._build(checkpoint, layer, tuple(experts))
             self._hidden = checkpoint.hidden_size
+            self._cost = self._measured(checkpoint)
+        self._adoption = Adoption(self._layers, spec.experts, self._opened, self._build)
+
+    def _build(self, checkpoint: Checkpoint, layer: int, experts: tuple[int, ...]) -> HostedLayer:
+        spec = self.spec
+        dtype = getattr(torch, spec.dtype)
+        built = build_layer(checkpoint, layer, experts, dtype, spec.device, kernel=spec.kernel)
+        return HostedLayer(built, experts, checkpoint.layout(layer).num_experts)
+
+    def _measured(self, checkpoint: Checkpoint) -> HostCost | None:
+        """What a layer's experts cost here; of a host that holds none yet, with some that it loads for that."""
+        layer = next(iter(self._layers), None)
+        if layer is None:
+            layer = checkpoint.moe_layers[0].index
+            experts = range(min(_TO_MEASURE, checkpoint.moe_layers[0].num_experts))
+            hosted = self._build(checkpoint, layer, tuple(experts))
+        else:
+            hosted = self._layers[layer]
+        return measured_cost(
+            self.spec, hosted.experts, len(hosted.slot_by_id) - 1, self._hidden, checkpoint.top_k
+        )
 
     @contextmanager
     def _opened(self) -> Iterator[Checkpoint]:

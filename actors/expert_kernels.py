@@ -11,13 +11,14 @@ I intermediate, U = 2·I with a gate and I without.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from actors.expert_maths import ExpertMaths
+from actors.stored_expert import ExpertMatrices
+from actors.vllm_cpu_kernel import VllmCpuOps, padded_intermediate
 
 
 class LayerExperts(Protocol):
@@ -38,6 +39,16 @@ class LayerExperts(Protocol):
         shared memory; ``out_NH`` must not overlap ``x_NH``.
         """
         ...
+
+    @property
+    def stores(self) -> tuple[torch.Tensor, ...]:
+        """Every tensor of weights, whose first dimension is the slot."""
+
+    def put(self, slot: int, matrices: ExpertMatrices) -> None:
+        """Load one expert into a slot."""
+
+    def sized(self, num_experts: int) -> LayerExperts:
+        """A layer of the same kind with so many slots, which hold nothing yet."""
 
 
 @runtime_checkable
@@ -81,24 +92,47 @@ class PairBuffers:
 
 
 class VllmCpuLayer:
-    """vLLM's CPU kernel over packed weights: w13 [E, 2I, H], w2 [E, H, I], biases alike or ``None``."""
+    """vLLM's CPU kernel over packed weights: w13 [E, 2I, H], w2 [E, H, I], biases alike if there are any."""
 
     def __init__(
-        self,
-        op: Callable[..., None],
-        isa: str,
-        activation: str,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
-        b13: torch.Tensor | None,
-        b2: torch.Tensor | None,
+        self, ops: VllmCpuOps, isa: str, maths: ExpertMaths, num_experts: int, dtype: torch.dtype
     ) -> None:
+        assert maths.activation is not None
+        hidden, padded = maths.hidden, padded_intermediate(maths)
+        w13 = torch.empty(num_experts, 2 * padded, hidden, dtype=dtype)
+        w2 = torch.empty(num_experts, hidden, padded, dtype=dtype)
+        b13 = torch.zeros(num_experts, 2 * padded, dtype=dtype) if maths.has_bias else None
+        b2 = torch.empty(num_experts, hidden, dtype=dtype) if maths.has_bias else None
         self.kernel = f"vllm-cpu-{isa}"
-        self.weight_bytes = sum(t.nbytes for t in (w13, w2, b13, b2) if t is not None)
-        self._op, self._isa, self._activation = op, isa, activation
+        self._ops, self._isa, self._maths, self._activation = ops, isa, maths, maths.activation
+        self._op = ops.fused_moe
         self._packed: Final = (w13, w2, b13, b2)
-        hidden = w2.shape[1]
-        self._buffers = PairBuffers(w2.dtype, (hidden, hidden))
+        self.stores = tuple(tensor for tensor in self._packed if tensor is not None)
+        self.weight_bytes = sum(tensor.nbytes for tensor in self.stores)
+        # One expert before packing; zeros stay where the padding is.
+        self._staged: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._buffers = PairBuffers(dtype, (hidden, hidden))
+
+    def put(self, slot: int, matrices: ExpertMatrices) -> None:
+        """See :class:`LayerExperts`."""
+        w13, w2, b13, b2 = self._packed
+        up, down = self._staged = self._staged or (torch.zeros_like(w13[:1]), torch.zeros_like(w2[:1]))
+        alternate = self._activation == "swigluoai"
+        matrices.copy_up(up[0], alternate=alternate)
+        down[0, :, : self._maths.intermediate].copy_(matrices.down_HI)
+        self._ops.prepack(up, w13[slot : slot + 1], self._isa)
+        self._ops.prepack(down, w2[slot : slot + 1], self._isa)
+        if b13 is not None and b2 is not None and matrices.down_H is not None:
+            matrices.copy_up_bias(b13[slot], alternate=alternate)
+            b2[slot].copy_(matrices.down_H)
+
+    def loaded(self) -> None:
+        """Give back what loading took."""
+        self._staged = None
+
+    def sized(self, num_experts: int) -> VllmCpuLayer:
+        """See :class:`LayerExperts`."""
+        return VllmCpuLayer(self._ops, self._isa, self._maths, num_experts, self.stores[0].dtype)
 
     def compute(
         self, x_NH: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor, out_NH: torch.Tensor
@@ -141,17 +175,16 @@ class GroupedLayer:
 
     kernel = "grouped-mm"
 
-    def __init__(
-        self,
-        maths: ExpertMaths,
-        up_EUH: torch.Tensor,
-        down_EHI: torch.Tensor,
-        up_bias_EU: torch.Tensor | None,
-        down_bias_EH: torch.Tensor | None,
-    ) -> None:
+    def __init__(self, maths: ExpertMaths, num_experts: int, dtype: torch.dtype) -> None:
+        up_EUH = torch.empty(num_experts, maths.up_rows, maths.hidden, dtype=dtype)
+        down_EHI = torch.empty(num_experts, maths.hidden, maths.intermediate, dtype=dtype)
+        up_bias_EU = torch.empty(num_experts, maths.up_rows, dtype=dtype) if maths.has_bias else None
+        down_bias_EH = torch.empty(num_experts, maths.hidden, dtype=dtype) if maths.has_bias else None
         tensors = (up_EUH, down_EHI, up_bias_EU, down_bias_EH)
-        self.weight_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-        self._activate = maths.loaded().activate
+        self.stores = tuple(tensor for tensor in tensors if tensor is not None)
+        self.weight_bytes = sum(tensor.nbytes for tensor in self.stores)
+        self._maths = maths.loaded()
+        self._activate = self._maths.activate
         self._first = "gate_up" if maths.has_gate else "up"
         # Views made once: a view per expert and step would cost more than the product of a small batch.
         self._up = [matrix.t() for matrix in up_EUH]
@@ -159,7 +192,15 @@ class GroupedLayer:
         self._up_bias = None if up_bias_EU is None else list(up_bias_EU)
         self._down_bias = None if down_bias_EH is None else list(down_bias_EH)
         hidden, up_rows = maths.hidden, maths.up_rows
-        self._buffers = PairBuffers(up_EUH.dtype, (hidden, up_rows, hidden))
+        self._buffers = PairBuffers(dtype, (hidden, up_rows, hidden))
+
+    def put(self, slot: int, matrices: ExpertMatrices) -> None:
+        """See :class:`LayerExperts`."""
+        _fill(matrices, self._maths, *(store[slot] for store in self.stores))
+
+    def sized(self, num_experts: int) -> GroupedLayer:
+        """See :class:`LayerExperts`."""
+        return GroupedLayer(self._maths, num_experts, self.stores[0].dtype)
 
     def parts(self, slot: int) -> dict[str, torch.Tensor]:
         """See :class:`Plain`."""
@@ -207,6 +248,23 @@ def _multiply(
         start += count
 
 
+def _fill(
+    matrices: ExpertMatrices,
+    maths: ExpertMaths,
+    up_UH: torch.Tensor,
+    down_HI: torch.Tensor,
+    up_U: torch.Tensor | None = None,
+    down_H: torch.Tensor | None = None,
+) -> None:
+    """Copy one expert into its place, with gate and up in the order that the model's own gate wants."""
+    alternate = not maths.is_concatenated
+    matrices.copy_up(up_UH, alternate=alternate)
+    down_HI.copy_(matrices.down_HI)
+    if up_U is not None and down_H is not None and matrices.down_H is not None:
+        matrices.copy_up_bias(up_U, alternate=alternate)
+        down_H.copy_(matrices.down_H)
+
+
 class ModuleLayer:
     """The model's own experts module with only the local experts, run by transformers' ``grouped_mm``.
 
@@ -216,13 +274,34 @@ class ModuleLayer:
 
     kernel = "grouped-mm"
 
-    def __init__(self, module: torch.nn.Module, num_experts: int, device: str) -> None:
+    def __init__(self, maths: ExpertMaths, num_experts: int, dtype: torch.dtype, device: str) -> None:
         from transformers.integrations.moe import grouped_mm_experts_forward
 
-        self.weight_bytes = sum(parameter.nbytes for parameter in module.parameters())
+        self._maths = maths.loaded()
+        parameters = {
+            name: torch.empty(num_experts, *parameter.shape[1:], dtype=dtype, device=device)
+            for name, parameter in self._maths.module.named_parameters()
+        }
+        self.stores = tuple(parameters.values())
+        self.weight_bytes = sum(tensor.nbytes for tensor in self.stores)
+        first = "gate_up_proj" if maths.has_gate else "up_proj"
+        up, down = parameters[first], parameters["down_proj"]
+        if maths.is_transposed:
+            up, down = up.transpose(1, 2), down.transpose(1, 2)
+        biases = [parameters[name] for name in (f"{first}_bias", "down_proj_bias") if name in parameters]
+        self._targets = (up, down, *biases)
+        module = self._maths.instantiate(parameters, num_experts)
         module._is_expert_parallel = True  # type: ignore[assignment]
         self._module, self._num_experts, self._device = module, num_experts, device
         self._forward = grouped_mm_experts_forward
+
+    def put(self, slot: int, matrices: ExpertMatrices) -> None:
+        """See :class:`LayerExperts`."""
+        _fill(matrices, self._maths, *(target[slot] for target in self._targets))
+
+    def sized(self, num_experts: int) -> ModuleLayer:
+        """See :class:`LayerExperts`."""
+        return ModuleLayer(self._maths, num_experts, self.stores[0].dtype, self._device)
 
     @torch.inference_mode()
     def compute(
@@ -251,9 +330,17 @@ class NoopLayer:
 
     kernel = "noop"
     weight_bytes = 0
+    stores: tuple[torch.Tensor, ...] = ()
 
     def __init__(self, *, weighted: bool = False) -> None:
         self._weighted = weighted
+
+    def put(self, slot: int, matrices: ExpertMatrices) -> None:
+        """Nothing is kept of it."""
+
+    def sized(self, num_experts: int) -> NoopLayer:
+        """See :class:`LayerExperts`."""
+        return NoopLayer(weighted=self._weighted)
 
     def compute(
         self, x_NH: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor, out_NH: torch.Tensor

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from actors.expert_kernels import LayerExperts
 from cluster.errors import HostError
 
 # slot_of's mark for an expert of the layer that this host does not hold.
@@ -21,20 +22,13 @@ _minimum, _maximum = np.minimum.reduce, np.maximum.reduce
 FEW = 32
 
 
-class Experts(Protocol):
-    """One layer's local experts; see `actors.expert_kernels`."""
-
-    def compute(
-        self, x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
-    ) -> None: ...
-
-
 class HostedLayer:
     """A layer's experts and the map from the model's expert numbers to the host's slots."""
 
-    def __init__(self, experts: Experts, expert_ids: tuple[int, ...], num_experts: int) -> None:
+    def __init__(self, experts: LayerExperts, expert_ids: tuple[int, ...], num_experts: int) -> None:
         self.experts = experts
         self.compute = experts.compute
+        self.num_experts = num_experts
         # By id + 1 as an unsigned number: -1 ("not for this host") comes first, and no other id wraps around.
         self.slot_of = np.full(num_experts + 1, _ABSENT, np.int32)
         self.slot_of[[expert + 1 for expert in expert_ids]] = np.arange(len(expert_ids), dtype=np.int32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors import failpoints, gentle_start, memory_guard, openmp
 from cluster.auth import data_plane_key
 from cluster.compute_environment import compute_environment
+from cluster.holdings import Holdings
 from cluster.inventory import nodes_from_ray
 from cluster.listening import Listening
 from cluster.messages import HostProgress, HostReport, HostSpec, NodeInfo, Sources
@@ -62,6 +64,9 @@ class HostActor:
     def report(self) -> HostReport:
         return self._host.report()
 
+    def adopt(self, experts: Holdings, number: int, bandwidth: int) -> None:
+        self._host.adopt(experts, number, bandwidth)
+
     def failpoint(self, name: str, value: float) -> None:
         self._host.failpoint(name, value)
 
@@ -73,6 +78,7 @@ class HostActor:
         ):  # not there yet, or a connection came this moment
             self._host.close()
         _leave_word(reason)
+        gentle_start.give_way()
         os._exit(1)
 
 
@@ -102,13 +108,21 @@ class RayHost:
                 return HostFailed(self.host_id, self.generation, _first_line(state.error))
             if state.ready and self._ready is None:
                 report = self.report(timeout_s)
-                self._ready = HostReady(self.host_id, self.generation, report.address, report.weight_bytes)
+                self._ready = HostReady(
+                    self.host_id, self.generation, report.address, report.weight_bytes, cost=report.cost
+                )
         except (ActorDiedError, ActorUnschedulableError) as error:
             reason = _last_words(self.host_id, self.generation) or cause_of_death(str(error))
             return HostDead(self.host_id, self.generation, reason)
         except (ActorUnavailableError, TimeoutError, RayTaskError):
             return None
-        return self._ready
+        if self._ready is None or state.holds is None:
+            return self._ready
+        return replace(self._ready, holds=state.holds, weight_bytes=state.holds.weight_bytes)
+
+    def adopt(self, experts: Holdings, number: int, bandwidth: int) -> None:
+        """Ask it to hold these experts; its answer is in what it says at the next probe."""
+        self._actor.adopt.remote(experts, number, bandwidth)
 
     def stop(self) -> None:
         ray.kill(self._actor, no_restart=True)

@@ -24,6 +24,7 @@ from cluster.config_values import (
     Duration,
     EngineOptions,
     GroupName,
+    HostCount,
     Name,
     Port,
     RayAddress,
@@ -61,10 +62,13 @@ class EngineConfig(_Section):
 
 
 class HostGroup(_Section):
-    """Expert hosts of one kind; ``selector`` limits the nodes they may run on."""
+    """Expert hosts of one kind; ``selector`` limits the nodes they may run on.
+
+    ``count: per_node`` is one on every node that matches, on those that join later too.
+    """
 
     name: GroupName = "local"
-    count: Count = 1
+    count: HostCount = 1
     device: Literal["cpu", "cuda"] = "cpu"
     memory: AutoSize = "auto"
     memory_limit: Size | None = None
@@ -144,7 +148,9 @@ class Config(_Section):
     @field_validator("placement")
     @classmethod
     def _enough_hosts(cls, placement: PlacementConfig, info: ValidationInfo) -> PlacementConfig:
-        count = sum(group.count for group in info.data.get("hosts", ()))
+        counts = [group.count for group in info.data.get("hosts", ())]
+        # How many nodes match is not known yet.
+        count = 0 if "per_node" in counts else sum(int(count) for count in counts)
         below, copies = max(placement.rules.numbers(), key=lambda number: number[1])
         if count and copies > count:
             plain = isinstance(placement.replicas, int)

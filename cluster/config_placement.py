@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter
 
 from cluster.config_sources import KeyPath
-from cluster.config_values import SECTION, Count, LayerIndex, Name, Share
+from cluster.config_values import SECTION, Count, Duration, LayerIndex, Name, Share, Size, parse_size
 
 
 class _Section(BaseModel):
@@ -49,12 +50,28 @@ def _replicas(value: object) -> int | ReplicaRules:
     return _COUNT.validate_python(value)
 
 
+class RebalanceConfig(_Section):
+    """When a placement is changed while it serves: by itself, or only by `expertmesh rebalance`.
+
+    ``min_gain``: share of the predicted time of the experts that a change must save; ``bandwidth``: bytes a second at
+    which a host loads what is moved to it; ``max_moves``: most experts that one change moves.
+    """
+
+    mode: Literal["auto", "manual"] = "auto"
+    interval: Duration = 30.0
+    min_gain: Share = Decimal("0.05")
+    bandwidth: Size = parse_size("256MiB")
+    max_moves: Count | None = None
+
+
 class PlacementConfig(_Section):
     """Which expert goes to which host."""
 
     strategy: Literal["balanced"] = "balanced"
     replicas: Annotated[int | ReplicaRules, BeforeValidator(_replicas)] = 1
     spread: Literal["node", "host"] = "node"
+    redundancy: Annotated[float, Field(ge=1, le=1024)] = 1.0
+    rebalance: RebalanceConfig = RebalanceConfig()
     no_replica: Literal["fail", "reroute", "drop"] = "fail"
 
     @property

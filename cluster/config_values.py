@@ -83,6 +83,14 @@ def _auto_count(value: object) -> int | Literal["auto"]:
     return int(str(value))
 
 
+def _host_count(value: object) -> int | Literal["per_node"]:
+    if value == "per_node":
+        return "per_node"
+    if isinstance(value, bool) or not str(value).isdecimal() or int(str(value)) < 1:
+        raise BadValue('should be "per_node" or a whole number of at least 1')
+    return int(str(value))
+
+
 def _share(value: object) -> Decimal:
     # The decimal that was written: a tenth of 30 experts is 3 of them, where the float's is 3.0000000000000004.
     try:
@@ -158,6 +166,7 @@ def resolve_key(item: object, environ: Mapping[str, str]) -> list[SecretStr]:
 Size = Annotated[ByteSize, PlainValidator(parse_size)]
 AutoSize = Annotated[ByteSize | Literal["auto"], PlainValidator(_auto_size)]
 AutoCount = Annotated[int | Literal["auto"], PlainValidator(_auto_count)]
+HostCount = Annotated[int | Literal["per_node"], PlainValidator(_host_count)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 LayerIndex = Annotated[int, Field(ge=0)]
 Share = Annotated[Decimal, BeforeValidator(_share)]

@@ -9,21 +9,36 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import structlog
 
 from cluster import repair, rounds
-from cluster.deployment import Deployment, complete, from_document, to_document
+from cluster.deployment import (
+    Deployment,
+    complete,
+    flipped,
+    followed_by,
+    from_document,
+    joined,
+    left,
+    to_document,
+    to_leave,
+)
 from cluster.errors import HostError
-from cluster.messages import HostProgress, HostReport, Sources
+from cluster.in_use import TablesInUse
+from cluster.messages import HostCost, HostHolds, HostProgress, HostReport, HostSpec, NodeInfo, Sources
 from cluster.ports import Host, Hosts, Nodes, Store
+from cluster.reconcile import Abandon, Adopt, Flip, Todo, todo
 from cluster.repair_state import (
     RUNNING,
     Backoff,
     End,
     HostDead,
+    HostReady,
+    HostState,
     HostStatus,
     Launch,
     NodesSeen,
@@ -50,6 +65,19 @@ _WAIT_S = 0.2
 # While hosts load somebody waits for them.
 _EAGER_S = 0.2
 
+_read_table = lru_cache(maxsize=4)(PlacementTable.from_json)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a controller knows, for whoever plans a placement."""
+
+    deployment: Deployment
+    hosts: Mapping[str, HostState]
+    nodes: tuple[NodeInfo, ...]
+    costs: Mapping[str, HostCost]
+    """Of hosts that were measured."""
+
 
 class Controller:
     """Owns one deployment. Calls may come from several threads; changes are made one at a time.
@@ -65,7 +93,9 @@ class Controller:
         *,
         clock: Callable[[], float] = time.monotonic,
         backoff: Backoff | None = None,
+        silence_s: float = 45.0,
     ) -> None:
+        """`silence_s`: an engine that has not asked for the next table for so long is gone."""
         self._hosts = hosts
         self._store = store
         self._nodes = nodes
@@ -81,6 +111,12 @@ class Controller:
         self._running: dict[str, Host] = {}
         # Hosts that load and asked for sources. Not saved: they ask again and again.
         self._lacking: set[str] = set()
+        # What hosts that are ready last said of themselves. Not saved: they say it again with every look.
+        self._said: dict[str, HostReady] = {}
+        self._in_use = TablesInUse(self._clock(), silence_s)
+        self._settled: object = None
+        self.abandoned = ""
+        """Why the last change of the placement did not come about."""
         self._recover()
 
     def deploy(self, deployment: Deployment) -> None:
@@ -138,7 +174,10 @@ class Controller:
                     # Another deployment's host may have the name meanwhile.
                     if answer is not None and self._running.get(host_id) is host:
                         self._feed(answer)
+                        if isinstance(answer, HostReady):
+                            self._said[host_id] = answer
             self._feed(Tick())
+            self._reconcile()
         finally:
             self._looking.release()
 
@@ -176,9 +215,14 @@ class Controller:
                     raise HostError(f"host {host_id} was not ready within {timeout_s:g} s{why}")
                 self._change.wait(min(left, _WAIT_S))
 
-    def next_table(self, after_epoch: int, timeout_s: float) -> str:
-        """JSON of the current table as soon as its epoch is later than `after_epoch`; "" if it is not in time."""
+    def next_table(self, after_epoch: int, timeout_s: float, engine: str = "") -> str:
+        """JSON of the current table as soon as its epoch is later than `after_epoch`; "" if it is not in time.
+
+        `engine` names who asks, and uses `after_epoch` meanwhile.
+        """
         with self._change:
+            if engine:
+                self._in_use.heard(engine, after_epoch, self._clock())
             later = self._change.wait_for(
                 lambda: self._deployment is not None and self._repair.epoch > after_epoch, timeout_s
             )
@@ -209,6 +253,54 @@ class Controller:
         """What is deployed."""
         return self._deployment
 
+    def follow(self, experts: dict[int, tuple[tuple[str, ...], ...]], reason: str) -> None:
+        """Change to another placement: layer → per expert the ids of the hosts that are to hold it.
+
+        Hosts load what they lack while the current one serves. HostError while a change is under way.
+        """
+        with self._change:
+            deployment = self._changeable()
+            if deployment.following is not None:
+                raise HostError(
+                    f"the placement is being changed already ({deployment.following.reason})",
+                    "see `expertmesh status`, and try again when it is done",
+                )
+            self.abandoned = ""
+            self._save(followed_by(deployment, experts, reason), self._repair)
+
+    def join(self, spec: HostSpec) -> None:
+        """Start one more host, which holds no experts yet."""
+        with self._change:
+            deployment, state = self._changeable(), self._repair
+            if spec.host_id in state.hosts:
+                raise HostError(f"there is a host {spec.host_id} already")
+            new = HostState(spec.node_id, Phase.DOWN)
+            hosts = {**state.hosts, spec.host_id: new}
+            self._save(joined(deployment, spec), replace(state, hosts=hosts, epoch=state.epoch + 1))
+            log.info("host joins", host=spec.host_id, node=spec.node_id)
+
+    def leave(self, host_ids: Collection[str]) -> None:
+        """Let hosts leave as soon as no table names them any more: whoever plans the placements empties them."""
+        with self._change:
+            self._save(to_leave(self._changeable(), host_ids), self._repair)
+
+    def drain(self, node_ids: Collection[str], *, drained: bool) -> None:
+        """Place nothing on these nodes any more, or again."""
+        with self._change:
+            deployment = self._required()
+            kept = [node for node in deployment.limits.drained if node not in node_ids]
+            limits = replace(deployment.limits, drained=(*kept, *(node_ids if drained else ())))
+            self._save(replace(deployment, limits=limits), self._repair)
+
+    def snapshot(self) -> Snapshot | None:
+        """What a planner needs; None before every host was ready once, or without a deployment."""
+        with self._change:
+            deployment, state = self._deployment, self._repair
+            if deployment is None or not state.repairing or state.nodes is None:
+                return None
+            costs = {host_id: said.cost for host_id, said in self._said.items() if said.cost is not None}
+            return Snapshot(deployment, dict(state.hosts), state.nodes.living, costs)
+
     def stop(self) -> None:
         """End every host and forget the deployment; a `publish` that waits ends with an error."""
         with self._change:
@@ -216,6 +308,7 @@ class Controller:
             running, self._running, self._deployment = self._running, {}, None
             self._repair = Repair({})
             self._lacking.clear()
+            self._said.clear()
             self._change.notify_all()
             for host_id, host in running.items():
                 try:
@@ -258,11 +351,69 @@ class Controller:
                 if host.phase not in RUNNING or host.generation != known[host_id].generation:
                     # What is at hand is of a launch that is over.
                     self._running.pop(host_id, None)
+                    self._said.pop(host_id, None)
             for action in actions:
                 if isinstance(action, Launch):
                     self._relaunch(action)
                 elif isinstance(action, End):
                     self._end(action)
+
+    def _reconcile(self) -> None:
+        """Bring what hosts hold nearer to what the placements say."""
+        with self._change:
+            deployment, state = self._deployment, self._repair
+            if deployment is None or not state.repairing:
+                return
+            in_use = self._in_use.everywhere(state.epoch, self._clock())
+            hosts = {
+                host_id: self._holds(host_id) if host.phase is Phase.READY else None
+                for host_id, host in state.hosts.items()
+            }
+            seen = deployment.table, deployment.following, deployment.leaving, in_use, hosts
+            if seen == self._settled:
+                return
+            table = _read_table(deployment.table)
+            actions = todo(table.experts, deployment.following, hosts, deployment.leaving, in_use=in_use)
+            for action in actions:
+                self._do(action)
+            self._settled = seen if not actions else None
+
+    def _do(self, action: Todo) -> None:
+        assert self._deployment is not None
+        deployment, state = self._deployment, self._repair
+        if isinstance(action, Adopt):
+            bandwidth = int(deployment.placement.rebalance.bandwidth)
+            self._running[action.host_id].adopt(action.experts, action.number, bandwidth)
+        elif isinstance(action, Flip):
+            assert deployment.following is not None
+            log.info("placement changed", epoch=state.epoch + 1, reason=deployment.following.reason)
+            self._save(flipped(deployment), replace(state, epoch=state.epoch + 1))
+        elif isinstance(action, Abandon):
+            log.warning("placement not changed", reason=action.reason)
+            self.abandoned = action.reason
+            self._save(replace(deployment, following=None), state)
+        else:
+            hosts = {host_id: host for host_id, host in state.hosts.items() if host_id != action.host_id}
+            self._save(left(deployment, action.host_id), replace(state, hosts=hosts, epoch=state.epoch + 1))
+            self._said.pop(action.host_id, None)
+            host = self._running.pop(action.host_id, None)
+            log.info("host leaves", host=action.host_id)
+            try:
+                if host is not None:
+                    host.stop()
+            except Exception as error:
+                log.warning("host not ended", host=action.host_id, reason=str(error))
+
+    def _holds(self, host_id: str) -> HostHolds | None:
+        said = self._said.get(host_id)
+        return said.holds if said is not None and host_id in self._running else None
+
+    def _changeable(self) -> Deployment:
+        """The deployment. HostError before every host was ready once."""
+        deployment = self._required()
+        if not self._repair.repairing:
+            raise HostError("the hosts are still starting", "try again when `expertmesh status` says ready")
+        return deployment
 
     def _relaunch(self, action: Launch) -> None:
         spec = action.spec

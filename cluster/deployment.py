@@ -1,12 +1,21 @@
-"""What is to run, and the document that outlives the controller that runs it."""
+"""What a controller runs, and the one document that it leaves to its successor.
+
+Changes of a deployment are pure functions here; the controller saves what they return before it does anything.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from pydantic import TypeAdapter
 
-from cluster.messages import HostSpec
+from cluster.config import HostGroup
+from cluster.config_placement import PlacementConfig
+from cluster.errors import PlacementError
+from cluster.holdings import by_host
+from cluster.messages import HostSpec, MoeLayer
+from cluster.reconcile import Following
 from cluster.rehome import Limits
 from cluster.repair_state import Repair, rebased
 from cluster.table import PlacementTable
@@ -23,10 +32,86 @@ class Deployment:
     """JSON of the planned table; its addresses are filled in as hosts come up."""
     limits: Limits = field(default_factory=Limits)
     """Where hosts may be placed when their node is gone."""
+    run: str = ""
+    """Names this deployment, whatever becomes of its hosts."""
+    layers: tuple[MoeLayer, ...] = ()
+    item_bytes: int = 4
+    """Bytes of one parameter, as the hosts hold it."""
+    groups: tuple[HostGroup, ...] = ()
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    following: Following | None = None
+    """The placement that is to come, while hosts load for it."""
+    leaving: tuple[str, ...] = ()
+    """Hosts that are emptied, and then ended."""
+    changes: int = 0
+    """Number of the last change of the placement."""
 
     def same(self, other: Deployment) -> bool:
-        """Whether they are to run the same; their tables differ by the addresses that were filled in."""
-        return (self.served_name, self.hosts) == (other.served_name, other.hosts)
+        """Whether they are to run the same; hosts may have come and gone since."""
+        return (self.served_name, self.run) == (other.served_name, other.run)
+
+    def spec(self, host_id: str) -> HostSpec:
+        """A host's specification."""
+        return next(spec for spec in self.hosts if spec.host_id == host_id)
+
+    def group(self, name: str) -> HostGroup:
+        """A host group. PlacementError if there is none of that name."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        known = ", ".join(group.name for group in self.groups) or "none"
+        raise PlacementError(f"there is no host group {name}", f"groups: {known}")
+
+
+def followed_by(
+    deployment: Deployment, experts: dict[int, tuple[tuple[str, ...], ...]], reason: str
+) -> Deployment:
+    """With a placement that is to come; one that was to come before is forgotten."""
+    number = deployment.changes + 1
+    return replace(deployment, following=Following(number, experts, reason), changes=number)
+
+
+def flipped(deployment: Deployment) -> Deployment:
+    """With the placement that was to come as the current one, one epoch on."""
+    assert deployment.following is not None
+    table = PlacementTable.from_json(deployment.table)
+    experts = deployment.following.experts
+    table = replace(table, epoch=table.epoch + 1, experts=experts)
+    held = by_host(experts)
+    hosts = tuple(replace(spec, experts=held.get(spec.host_id, {})) for spec in deployment.hosts)
+    return replace(deployment, table=table.to_json(), hosts=hosts, following=None)
+
+
+def joined(deployment: Deployment, spec: HostSpec) -> Deployment:
+    """With one more host, which holds nothing yet, one epoch on."""
+    table = PlacementTable.from_json(deployment.table)
+    table = replace(table, epoch=table.epoch + 1, hosts={**table.hosts, spec.host_id: None})
+    limits = deployment.limits
+    selectors = {**limits.selectors, spec.host_id: deployment.group(spec.group).selector}
+    return replace(
+        deployment,
+        hosts=(*deployment.hosts, spec),
+        table=table.to_json(),
+        limits=replace(limits, selectors=selectors),
+    )
+
+
+def left(deployment: Deployment, host_id: str) -> Deployment:
+    """Without a host that holds nothing, one epoch on."""
+    table = PlacementTable.from_json(deployment.table)
+    assert host_id not in by_host(table.experts)
+    hosts = {name: address for name, address in table.hosts.items() if name != host_id}
+    return replace(
+        deployment,
+        hosts=tuple(spec for spec in deployment.hosts if spec.host_id != host_id),
+        table=replace(table, epoch=table.epoch + 1, hosts=hosts).to_json(),
+        leaving=tuple(name for name in deployment.leaving if name != host_id),
+    )
+
+
+def to_leave(deployment: Deployment, host_ids: Collection[str]) -> Deployment:
+    """With these hosts on their way out."""
+    return replace(deployment, leaving=tuple(dict.fromkeys((*deployment.leaving, *host_ids))))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,29 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-
-@dataclass(frozen=True, slots=True)
-class HostCost:
-    """Seconds that a host takes for its share of one layer: fixed + per_expert · experts touched + per_row · rows.
-
-    Decode is bound by the experts touched, whose weights are read; prefill by the rows, which are multiplied and
-    carried. A row counts once for each of its experts.
-    """
-
-    fixed_s: float = 0.0
-    per_expert_s: float = 0.0
-    per_row_s: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if (
-            min(self.fixed_s, self.per_expert_s, self.per_row_s) < 0
-            or not self.per_expert_s + self.per_row_s > 0
-        ):
-            raise ValueError(f"a host can't compute in no time: {self}")
-
-    def seconds(self, rows: float, experts: float) -> float:
-        """Predicted time of one dispatch."""
-        return self.fixed_s + self.per_expert_s * experts + self.per_row_s * rows
+from cluster.messages import HostCost
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +18,7 @@ class FleetHost:
     host_id: str
     memory_bytes: int
     """For blobs; 0 for a host that is to be emptied."""
-    cost: HostCost = HostCost()
+    cost: HostCost = field(default_factory=HostCost)
     group: str = "local"
     node: str = ""
     zone: str = ""

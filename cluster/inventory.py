@@ -99,36 +99,98 @@ def slots(
 
     Raises PlacementError if no node matches a group, or those that do have too little memory or GPUs.
     """
-    rooms = {
-        node.node_id: _Room(
-            node,
-            memory=max(0, node.memory_bytes - (reserved_memory or {}).get(node.node_id, 0)),
-            gpus=node.gpus - (reserved_gpus or {}).get(node.node_id, 0),
-        )
-        for node in nodes
-    }
+    rooms = _rooms(nodes, reserved_memory or {}, reserved_gpus or {})
     chosen: list[tuple[HostGroup, str, _Room]] = []
     for group in groups:
         matching = _matching(group, rooms)
         taken: Counter[str] = Counter()
-        for index in range(group.count):
+        wanted = len(matching) if group.count == "per_node" else group.count
+        for index in range(wanted):
             fitting = [room for room in matching if _fits(group, room)]
+            if group.count == "per_node":
+                fitting = [room for room in fitting if not taken[room.node.node_id]]
             if not fitting:
-                raise _no_room(group, index, matching)
+                raise _no_room(group, index, wanted, matching)
             room = min(fitting, key=lambda r: (taken[r.node.node_id], -r.share, r.hosts, r.node.node_id))
             taken[room.node.node_id] += 1
             _take(group, room)
             chosen.append((group, f"{group.name}-{index}", room))
-    return tuple(
-        HostSlot(
-            host_id=host_id,
-            group=group.name,
-            device=group.device,
-            node_id=room.node.node_id,
-            memory_bytes=_memory(group, room),
-            threads=max(1, int(room.node.cpus) // room.hosts) if group.threads == "auto" else group.threads,
+    return tuple(_slot(group, host_id, room) for group, host_id, room in chosen)
+
+
+def join(
+    group: HostGroup,
+    host_id: str,
+    placed: Sequence[tuple[HostGroup, str]],
+    nodes: Sequence[NodeInfo],
+    *,
+    reserved_memory: Mapping[str, int] | None = None,
+    reserved_gpus: Mapping[str, int] | None = None,
+) -> HostSlot:
+    """A slot for one more host, beside those that there are: (group, node id) of each.
+
+    On the node that has fewest of its group, then most memory for it. Raises PlacementError if none has room.
+    """
+    rooms = _filled(placed, nodes, reserved_memory or {}, reserved_gpus or {})
+    mine = Counter(node_id for other, node_id in placed if other.name == group.name)
+    matching = _matching(group, rooms)
+    fitting = [room for room in matching if _fits(group, room)]
+    if not fitting:
+        raise _no_room(group, sum(mine.values()), sum(mine.values()) + 1, matching)
+    room = min(fitting, key=lambda r: (mine[r.node.node_id], -r.share, r.hosts, r.node.node_id))
+    _take(group, room)
+    return _slot(group, host_id, room)
+
+
+def weight_limits(
+    placed: Sequence[tuple[HostGroup, str]],
+    nodes: Sequence[NodeInfo],
+    *,
+    reserved_memory: Mapping[str, int] | None = None,
+    reserved_gpus: Mapping[str, int] | None = None,
+) -> list[int]:
+    """Bytes of weights that each of these hosts, (group, node id), may hold; 0 on a node that is gone.
+
+    Hosts of ``auto`` memory share what their node has, so each may hold less when another one joins.
+    """
+    rooms = _filled(placed, nodes, reserved_memory or {}, reserved_gpus or {})
+    return [_memory(group, rooms[node_id]) if node_id in rooms else 0 for group, node_id in placed]
+
+
+def _rooms(
+    nodes: Sequence[NodeInfo], reserved_memory: Mapping[str, int], reserved_gpus: Mapping[str, int]
+) -> dict[str, _Room]:
+    return {
+        node.node_id: _Room(
+            node,
+            memory=max(0, node.memory_bytes - reserved_memory.get(node.node_id, 0)),
+            gpus=node.gpus - reserved_gpus.get(node.node_id, 0),
         )
-        for group, host_id, room in chosen
+        for node in nodes
+    }
+
+
+def _filled(
+    placed: Sequence[tuple[HostGroup, str]],
+    nodes: Sequence[NodeInfo],
+    reserved_memory: Mapping[str, int],
+    reserved_gpus: Mapping[str, int],
+) -> dict[str, _Room]:
+    rooms = _rooms(nodes, reserved_memory, reserved_gpus)
+    for group, node_id in placed:
+        if node_id in rooms:
+            _take(group, rooms[node_id])
+    return rooms
+
+
+def _slot(group: HostGroup, host_id: str, room: _Room) -> HostSlot:
+    return HostSlot(
+        host_id=host_id,
+        group=group.name,
+        device=group.device,
+        node_id=room.node.node_id,
+        memory_bytes=_memory(group, room),
+        threads=max(1, int(room.node.cpus) // room.hosts) if group.threads == "auto" else group.threads,
     )
 
 
@@ -198,16 +260,16 @@ def _memory(group: HostGroup, room: _Room) -> int:
     return int(_GPU_GIB[kind] * 2**30 * _WEIGHT_SHARE)
 
 
-def _no_room(group: HostGroup, placed: int, matching: Sequence[_Room]) -> PlacementError:
+def _no_room(group: HostGroup, placed: int, wanted: int, matching: Sequence[_Room]) -> PlacementError:
     if group.device == "cuda":
         total = sum(int(room.node.gpus) for room in matching)
         return PlacementError(
-            f"host group {group.name}: {placed} of {group.count} hosts have a GPU, the others none "
+            f"host group {group.name}: {placed} of {wanted} hosts have a GPU, the others none "
             f"(the matching nodes have {total}, engines included)",
             "lower the group's count, or add GPU nodes",
         )
     left = ", ".join(f"{room.node.hostname} {room.memory / 2**30:.1f} GiB" for room in matching)
     return PlacementError(
-        f"host group {group.name}: {placed} of {group.count} hosts fit; memory left: {left}",
+        f"host group {group.name}: {placed} of {wanted} hosts fit; memory left: {left}",
         "lower the group's memory or count, or leave memory at auto to share what there is",
     )

@@ -44,6 +44,30 @@ class HostSlot:
 
 
 @dataclass(frozen=True, slots=True)
+class HostCost:
+    """Seconds that a host takes for its share of one layer: fixed + per_expert · experts touched + per_row · rows.
+
+    Decode is bound by the experts touched, whose weights are read; prefill by the rows, which are multiplied and
+    carried. A row counts once for each of its experts.
+    """
+
+    fixed_s: float = 0.0
+    per_expert_s: float = 0.0
+    per_row_s: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if (
+            min(self.fixed_s, self.per_expert_s, self.per_row_s) < 0
+            or not self.per_expert_s + self.per_row_s > 0
+        ):
+            raise ValueError(f"a host can't compute in no time: {self}")
+
+    def seconds(self, rows: float, experts: float) -> float:
+        """Predicted time of one dispatch."""
+        return self.fixed_s + self.per_expert_s * experts + self.per_row_s * rows
+
+
+@dataclass(frozen=True, slots=True)
 class HostAddress:
     """Where a running expert host listens."""
 
@@ -73,6 +97,8 @@ class HostReport:
     compute_seconds: float
     copied_from: tuple[str, ...] = ()
     """Hosts that it copied its experts from; empty if it read them from the model's folder."""
+    cost: HostCost | None = None
+    """Measured at its start, or as it was at an earlier one on such a machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +166,23 @@ class HostSpec:
     tcp_port: int
     memory_limit_bytes: int = 0
     """Most that the process may take; 0 for no limit."""
+    group: str = ""
+    """Name of its host group."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostHolds:
+    """What a host that is ready says of its experts."""
+
+    holds: str
+    """Digest of them, see `cluster.holdings`."""
+    weight_bytes: int = 0
+    adopting: str = ""
+    """Digest of those that it is changing to; "" if it is not."""
+    failed: int = 0
+    """Number of the change that it could not make, if that was the last one that it was asked for."""
+    error: str = ""
+    """Why it could not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +194,8 @@ class HostProgress:
     layers: int
     ready: bool
     error: str
+    holds: HostHolds | None = None
+    """Its experts, once it is ready."""
 
 
 @dataclass(frozen=True, slots=True)

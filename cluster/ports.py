@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from cluster.holdings import Holdings
 from cluster.messages import HostProgress, HostReport, HostSpec, NodeInfo
 from cluster.repair_state import HostDead, HostFailed, HostReady
 
@@ -16,6 +17,12 @@ class Host(Protocol):
 
     def probe(self, timeout_s: float) -> HostReady | HostFailed | HostDead | None:
         """How it is; None while it loads, or if it doesn't answer: a process that is frozen is not dead."""
+
+    def adopt(self, experts: Holdings, number: int, bandwidth: int) -> None:
+        """Ask it to hold these experts, loading at most so many bytes a second; does not wait.
+
+        `number` is repeated in what it says of itself if it can't; see `cluster.messages.HostHolds`.
+        """
 
     def stop(self) -> None: ...
 

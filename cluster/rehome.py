@@ -26,6 +26,8 @@ class Limits:
     reserved_bytes: Mapping[str, int] = field(default_factory=dict)
     """Node id → bytes that the engines take there."""
     reserved_gpus: Mapping[str, int] = field(default_factory=dict)
+    drained: tuple[str, ...] = ()
+    """Ids of nodes that nothing is placed on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,8 @@ def new_home(
     able = [
         node
         for node in nodes
-        if matches(limits.selectors.get(moving.spec.host_id, {}), node.labels)
+        if node.node_id not in limits.drained
+        and matches(limits.selectors.get(moving.spec.host_id, {}), node.labels)
         and has_room(moving, node, residents, limits)
     ]
     return min(

@@ -25,6 +25,7 @@ from cluster.repair_state import (
     End,
     HostDead,
     HostFailed,
+    HostReady,
     HostState,
     Launch,
     NodesSeen,
@@ -82,6 +83,10 @@ def _observed(wanted: Wanted, state: Repair, seen: Observation, now: float) -> R
     if isinstance(seen, HostDead):
         reason = host.reason if host.phase is Phase.ENDING else seen.reason
         after = _died(host, reason, now, wanted.backoff)
+    elif host.phase is Phase.READY and isinstance(seen, HostReady):
+        if seen.weight_bytes == host.weight_bytes:
+            return state
+        after = replace(host, weight_bytes=seen.weight_bytes)
     elif host.phase is not Phase.STARTING:
         return state
     elif isinstance(seen, HostFailed):

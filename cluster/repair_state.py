@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from cluster.messages import HostAddress, HostSpec, NodeInfo, Sources
+from cluster.messages import HostAddress, HostCost, HostHolds, HostSpec, NodeInfo, Sources
 from cluster.rehome import Limits
 
 
@@ -91,6 +91,10 @@ class HostReady:
     generation: int
     address: HostAddress
     weight_bytes: int
+    holds: HostHolds | None = None
+    """Its experts; None from a host that was made for one placement."""
+    cost: HostCost | None = None
+    """Measured, if it was."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import pytest
 
 from cluster.controller import Controller, Deployment
+from cluster.deployment import complete
 from cluster.errors import HostError
-from cluster.messages import HostReport
+from cluster.holdings import by_host
+from cluster.messages import HostReport, HostSpec
 from cluster.repair_state import HostStatus
 from cluster.table import PlacementTable
 
@@ -47,6 +50,12 @@ class World(Protocol):
 
     def living(self) -> set[str]:
         """Ids of the hosts that run."""
+
+    def held(self, host_id: str) -> dict[int, tuple[int, ...]]:
+        """Experts that a running host says it holds."""
+
+    def spec(self, host_id: str) -> HostSpec:
+        """Of one more host."""
 
 
 def looked_until(world: World, controller: Controller, done: Callable[[], bool]) -> None:
@@ -290,3 +299,116 @@ class ControllerContract:
 
         controller.deploy(world.deployment("next"))
         assert published(controller).running
+
+
+class ChangeContract:
+    """What a controller promises of changes of the placement; apart, since hosts must really hold experts."""
+
+    def test_experts_are_loaded_first_then_the_table_is_flipped_then_the_old_ones_go(
+        self, world: World
+    ) -> None:
+        controller, table = serving(world)
+        giver, taker = list(table.hosts)[:2]
+        following = moved(table, giver, taker)
+        controller.follow(following, "a test")
+        looked_until(world, controller, lambda: current(controller).experts == following)
+        after = current(controller)
+        assert after == replace(table, epoch=table.epoch + 1, experts=following)
+        # No engine was heard for long enough: nobody asks for the old ones any more.
+        held = by_host(following)
+        looked_until(world, controller, lambda: world.held(giver) == held.get(giver, {}))
+        assert world.held(taker) == held[taker]
+        assert world.living() == set(table.hosts)
+
+    def test_old_experts_stay_while_an_engine_uses_the_old_table(self, world: World) -> None:
+        controller, table = serving(world)
+        giver, taker = list(table.hosts)[:2]
+        before = world.held(giver)
+        following = moved(table, giver, taker)
+        assert controller.next_table(table.epoch, 0, "engine") == ""
+        controller.follow(following, "a test")
+        looked_until(world, controller, lambda: current(controller).experts == following)
+        controller.next_table(table.epoch, 0, "engine")
+        for _ in range(3):
+            controller.look()
+        assert world.held(giver) == before
+        controller.next_table(table.epoch + 1, 0, "engine")
+        looked_until(world, controller, lambda: world.held(giver) == by_host(following).get(giver, {}))
+
+    def test_one_change_at_a_time(self, world: World) -> None:
+        controller, table = serving(world)
+        giver, taker = list(table.hosts)[:2]
+        controller.follow(moved(table, giver, taker), "the first")
+        with pytest.raises(HostError, match=r"being changed already .the first."):
+            controller.follow(moved(table, taker, giver), "the second")
+
+    def test_a_host_joins_and_holds_nothing_and_another_leaves_when_it_is_empty(self, world: World) -> None:
+        controller, table = serving(world)
+        first = next(iter(table.hosts))
+        spec = replace(world.spec("late-0"), experts={})
+        controller.join(spec)
+        with pytest.raises(HostError, match="a host late-0 already"):
+            controller.join(spec)
+        looked_until(world, controller, lambda: current(controller).hosts.get("late-0") is not None)
+        assert current(controller).experts == table.experts
+        assert world.living() == {*table.hosts, "late-0"}
+
+        controller.leave([first])
+        for _ in range(3):
+            controller.look()
+        assert first in current(controller).hosts, "it still holds experts"
+        controller.follow(
+            {
+                layer: tuple(tuple(replaced(hosts, first, "late-0")) for hosts in rows)
+                for layer, rows in table.experts.items()
+            },
+            "a test",
+        )
+        looked_until(world, controller, lambda: first not in current(controller).hosts)
+        looked_until(world, controller, lambda: first not in world.living())
+        assert first not in {state.host_id for state in controller.states()}
+        assert world.living() == {*table.hosts, "late-0"} - {first}
+        assert complete(current(controller))
+
+    def test_a_new_controller_goes_on_with_the_change(self, world: World) -> None:
+        controller, table = serving(world)
+        giver, taker = list(table.hosts)[:2]
+        following = moved(table, giver, taker)
+        controller.follow(following, "a test")
+        controller = world.controller()
+        looked_until(world, controller, lambda: current(controller).experts == following)
+        controller = world.controller()
+        looked_until(world, controller, lambda: world.held(giver) == by_host(following).get(giver, {}))
+        assert current(controller).epoch == table.epoch + 1
+
+    def test_a_host_that_dies_is_launched_with_what_the_current_table_gives_it(self, world: World) -> None:
+        controller, table = serving(world)
+        giver, taker = list(table.hosts)[:2]
+        following = moved(table, giver, taker)
+        controller.follow(following, "a test")
+        looked_until(world, controller, lambda: current(controller).experts == following)
+        world.kill(taker)
+        looked_until(world, controller, lambda: state_of(controller, taker).launches == 2)
+        looked_until(world, controller, lambda: state_of(controller, taker).state == "ready")
+        assert world.held(taker) == by_host(following)[taker]
+
+
+def serving(world: World) -> tuple[Controller, PlacementTable]:
+    controller = world.controller()
+    controller.deploy(world.deployment())
+    table = published(controller)
+    controller.look()
+    return controller, table
+
+
+def replaced(hosts: tuple[str, ...], old: str, new: str) -> Iterator[str]:
+    return (new if host == old else host for host in hosts)
+
+
+def moved(table: PlacementTable, giver: str, taker: str) -> dict[int, tuple[tuple[str, ...], ...]]:
+    """The table's placement with the first expert that `giver` alone holds of each layer at `taker`."""
+    changed = {}
+    for layer, rows in table.experts.items():
+        number = next(n for n, hosts in enumerate(rows) if hosts == (giver,))
+        changed[layer] = (*rows[:number], (taker,), *rows[number + 1 :])
+    return changed

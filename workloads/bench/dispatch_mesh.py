@@ -10,6 +10,7 @@ import torch
 
 from actors.buffers import Layout
 from actors.dispatch import Dispatcher
+from actors.expert_kernels import NoopLayer
 from actors.host_server import HostServer
 from actors.hosted_layer import HostedLayer
 from actors.route import fixed_route
@@ -44,7 +45,7 @@ class HostJob:
         return tuple(range(self.position * share, (self.position + 1) * share))
 
 
-class Nothing:
+class Nothing(NoopLayer):
     """Experts that do not even touch the rows: what is left is the transport."""
 
     def compute(self, x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from actors import bf16_kernel
 from actors.bf16_kernel import Bf16WeightsLayer, pack, unpack
 from actors.expert_kernels import LayerExperts
 from actors.expert_weights import build_layer
+from actors.stored_expert import ExpertMatrices
 from cluster.checkpoint import Checkpoint
 from cluster.errors import HostError
 from tests.tiny_models import make_tiny
@@ -34,7 +35,7 @@ class Weights:
     def layer(self, experts: list[int], *, vectors_only: bool) -> Bf16WeightsLayer:
         layer = Bf16WeightsLayer(len(experts), HIDDEN, INNER, vectors_only=vectors_only)
         for slot, expert in enumerate(experts):
-            layer.put(slot, self.gate[expert], self.up[expert], self.down[expert])
+            layer.put(slot, ExpertMatrices(self.gate[expert], self.up[expert], self.down[expert]))
         return layer
 
     def expected(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -13,17 +13,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from cluster.config import HostGroup
 from cluster.controller import Controller, Deployment
 from cluster.errors import HostError
-from cluster.messages import HostAddress, HostProgress, HostReport, HostSpec, NodeInfo, Sources
+from cluster.holdings import Holdings, digest
+from cluster.messages import HostAddress, HostHolds, HostProgress, HostReport, HostSpec, NodeInfo, Sources
 from cluster.ports import Host
 from cluster.repair_state import HostDead, HostFailed, HostReady
 from cluster.table import PlacementTable
-from tests.controller_contract import TIMEOUT_S, ControllerContract, published
+from tests.controller_contract import TIMEOUT_S, ChangeContract, ControllerContract, moved, published, serving
 
 MODEL = "ab" * 32
 HANGS = "/where/reading/hangs"
 BROKEN = "/where/weights/are/broken"
+SILENCE_S = 1.0
 NODE = NodeInfo("node", "10.0.0.1", "one", 8, 0, 2**30)
 EXPERTS = {2: (0, 1), 3: (0, 1)}
 
@@ -37,6 +40,9 @@ class MemoryHost:
         self.answers = True
         self.alive = True
         self.address = HostAddress(spec.host_id, spec.node_id, spec.unix, "", pid)
+        self.held = dict(spec.experts)
+        self.fails_to_adopt = False
+        self.failed = 0
 
     def progress(self, timeout_s: float) -> HostProgress:
         self._check()
@@ -52,7 +58,16 @@ class MemoryHost:
             return HostDead(host_id, self.generation, f"the actor of {host_id} is dead")
         if path == BROKEN:
             return HostFailed(host_id, self.generation, "the model is broken")
-        return None if path == HANGS else HostReady(host_id, self.generation, self.address, 1024)
+        holds = HostHolds(
+            digest(self.held), 1024, failed=self.failed, error="no such file" if self.failed else ""
+        )
+        return None if path == HANGS else HostReady(host_id, self.generation, self.address, 1024, holds)
+
+    def adopt(self, experts: Holdings, number: int, bandwidth: int) -> None:
+        if self.fails_to_adopt:
+            self.failed = number
+        else:
+            self.held, self.failed = dict(experts), 0
 
     def report(self, timeout_s: float) -> HostReport:
         self._check()
@@ -114,7 +129,7 @@ class MemoryWorld:
         self.document = document
 
     def controller(self) -> Controller:
-        return Controller(self, self, MemoryNodes(self), clock=lambda: self.now)
+        return Controller(self, self, MemoryNodes(self), clock=lambda: self.now, silence_s=SILENCE_S)
 
     def kill(self, host_id: str) -> None:
         host = self.find(host_id)
@@ -150,16 +165,24 @@ class MemoryWorld:
                 "cpu",
                 "auto",
                 1,
-                EXPERTS,
+                {layer: (number, number + 3) for layer in EXPERTS},
                 f"x-{host_id}",
                 "",
                 0,
             )
-            for host_id in ids
+            for number, host_id in enumerate(ids)
         )
         rows = tuple((ids[expert % 3],) for expert in range(6))
         table = PlacementTable(MODEL, 0, dict.fromkeys(ids), dict.fromkeys(EXPERTS, rows))
-        return Deployment(name, specs, table.to_json())
+        return Deployment(name, specs, table.to_json(), groups=(HostGroup(name="a"), HostGroup(name="b")))
+
+    def held(self, host_id: str) -> dict[int, tuple[int, ...]]:
+        host = self.find(host_id)
+        assert host is not None
+        return host.held
+
+    def spec(self, host_id: str) -> HostSpec:
+        return replace(self.deployment().hosts[0], host_id=host_id, unix=f"x-{host_id}", group="b")
 
     def broken(self) -> Deployment:
         """The same, but its first host can't load."""
@@ -178,8 +201,42 @@ def world() -> MemoryWorld:
     return MemoryWorld()
 
 
-class TestController(ControllerContract):
+class TestController(ControllerContract, ChangeContract):
     """The contract, in memory."""
+
+
+def test_a_host_that_cannot_load_its_experts_ends_the_change(world: MemoryWorld) -> None:
+    controller, table = serving(world)
+    giver, taker = list(table.hosts)[:2]
+    host = world.find(taker)
+    assert host is not None
+    host.fails_to_adopt = True
+    controller.follow(moved(table, giver, taker), "a test")
+    for _ in range(4):
+        controller.look()
+    assert controller.abandoned == f"host {taker} could not load its experts: no such file"
+    assert PlacementTable.from_json(controller.table()) == table
+    deployment = controller.deployment()
+    assert deployment is not None and deployment.following is None
+    host.fails_to_adopt = False
+    # What it said of the last change is not taken for this one's.
+    controller.follow(moved(table, giver, taker), "again")
+    for _ in range(4):
+        controller.look()
+    assert PlacementTable.from_json(controller.table()).epoch == table.epoch + 1
+
+
+def test_a_change_that_needs_a_host_which_is_not_ready_is_given_up(world: MemoryWorld) -> None:
+    controller, table = serving(world)
+    giver, taker = list(table.hosts)[:2]
+    for _ in range(2):
+        world.kill(taker)
+        controller.look()
+        controller.look()
+    controller.follow(moved(table, giver, taker), "a test")
+    controller.look()
+    assert controller.abandoned == f"host {taker} is not ready"
+    assert PlacementTable.from_json(controller.table()).experts == table.experts
 
 
 def test_a_launch_that_fails_leaves_no_host_behind(world: MemoryWorld) -> None:

@@ -1,0 +1,135 @@
+"""A host that serves comes to hold other experts: layer by layer, beside what it holds, while it goes on computing.
+
+What a layer keeps is copied in memory; what is new is read at a limited pace, so that the cores and the disk stay
+those of the requests. Then one assignment puts the new layer in the old one's place: the next dispatch finds it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Final
+
+import structlog
+
+from actors.expert_maths import layer_maths
+from actors.expert_reader import open_layer
+from actors.expert_weights import rebuilt_layer
+from actors.hosted_layer import HostedLayer
+from cluster.checkpoint import Checkpoint
+from cluster.errors import ExpertmeshError
+from cluster.holdings import Holdings, digest
+from cluster.messages import HostHolds
+
+log = structlog.get_logger()
+
+Build = Callable[[Checkpoint, int, tuple[int, ...]], HostedLayer]
+
+# How long a pause for the pace may be at once.
+_LONGEST_PAUSE_S: Final = 1.0
+
+
+class Adoption:
+    """Changes `layers` in place; `held` is what they hold now."""
+
+    def __init__(
+        self,
+        layers: dict[int, HostedLayer],
+        held: Holdings,
+        opened: Callable[[], AbstractContextManager[Checkpoint]],
+        build: Build,
+        *,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """`opened` gives the checkpoint for a block; `build` makes a layer of which the host holds nothing."""
+        self._layers, self._opened, self._build, self._sleep = layers, opened, build, sleep
+        self._change = threading.Condition()
+        self._held = {layer: tuple(experts) for layer, experts in held.items() if experts}
+        self._wanted: tuple[dict[int, tuple[int, ...]], int, int] | None = None
+        self._working = False
+        self._failed, self._error = 0, ""
+
+    def ask(self, experts: Holdings, number: int, bandwidth: int) -> None:
+        """Hold these experts from now on; returns at once. What was asked for before is forgotten."""
+        wanted = {layer: tuple(sorted(ids)) for layer, ids in sorted(experts.items()) if ids}
+        with self._change:
+            self._wanted = wanted, number, bandwidth
+            self._failed, self._error = 0, ""
+            if not self._working:
+                self._working = True
+                threading.Thread(target=self._work, name="expertmesh-adopt", daemon=True).start()
+
+    def state(self) -> HostHolds:
+        """What is held, and what it is changing to."""
+        with self._change:
+            adopting = digest(self._wanted[0]) if self._wanted is not None else ""
+            weights = sum(layer.experts.weight_bytes for layer in list(self._layers.values()))
+            return HostHolds(digest(self._held), weights, adopting, self._failed, self._error)
+
+    @property
+    def count(self) -> int:
+        """Number of experts that are held."""
+        return sum(map(len, self._held.values()))
+
+    def _work(self) -> None:
+        while True:
+            with self._change:
+                if self._wanted is None or self._wanted[0] == self._held:
+                    self._wanted, self._working = None, False
+                    return
+                asked = wanted, number, bandwidth = self._wanted
+            try:
+                self._change_to(wanted, bandwidth)
+            except Exception as error:
+                said = (
+                    error.message
+                    if isinstance(error, ExpertmeshError)
+                    else f"{type(error).__name__}: {error}"
+                )
+                log.warning("experts not loaded", reason=said)
+                with self._change:
+                    if self._wanted is asked:
+                        self._wanted, self._failed, self._error = None, number, said
+
+    def _change_to(self, wanted: dict[int, tuple[int, ...]], bandwidth: int) -> None:
+        # First what needs no files: it makes room.
+        for layer in [layer for layer in self._held if set(wanted.get(layer, ())) < set(self._held[layer])]:
+            self._put(layer, wanted.get(layer, ()), None, bandwidth)
+        changed = [layer for layer, experts in wanted.items() if self._held.get(layer) != experts]
+        if not changed:
+            return
+        with self._opened() as checkpoint:
+            for layer in changed:
+                if self._wanted is None or self._wanted[0] is not wanted:
+                    return  # something else was asked for
+                self._put(layer, wanted[layer], checkpoint, bandwidth)
+
+    def _put(
+        self, layer: int, experts: tuple[int, ...], checkpoint: Checkpoint | None, bandwidth: int
+    ) -> None:
+        old = self._layers.get(layer)
+        if not experts:
+            self._layers.pop(layer, None)
+        elif old is None:
+            assert checkpoint is not None
+            self._layers[layer] = self._build(checkpoint, layer, experts)
+            self._pause(self._layers[layer].experts.weight_bytes, bandwidth)
+        elif checkpoint is None:
+            made = rebuilt_layer(old.experts, old.slot_by_id, experts, None)
+            self._layers[layer] = HostedLayer(made, experts, old.num_experts)
+        else:
+            with open_layer(checkpoint, layer, layer_maths(checkpoint, layer)) as read:
+                made = rebuilt_layer(
+                    old.experts, old.slot_by_id, experts, read, lambda size: self._pause(size, bandwidth)
+                )
+            self._layers[layer] = HostedLayer(made, experts, old.num_experts)
+        with self._change:
+            self._held = {key: value for key, value in self._held.items() if key != layer}
+            if experts:
+                self._held[layer] = experts
+
+    def _pause(self, size: int, bandwidth: int) -> None:
+        if bandwidth:
+            self._sleep(min(size / bandwidth, _LONGEST_PAUSE_S))
