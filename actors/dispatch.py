@@ -12,6 +12,7 @@ Shape suffixes: T = tokens of the step, K = top-k, H = hidden size, E = experts 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from time import perf_counter_ns
 
@@ -24,9 +25,14 @@ from actors.operands import check_operands
 from actors.peers import KeepOff, Peers
 from actors.rescue import Operands, Outage, Rescue
 from actors.route import NOBODY, Route, owners
+from actors.routing_counts import RoutingCounts
 from actors.share import Share, combine, shares
 from cluster.errors import HostError
 from cluster.frame import ITEM_BYTES
+from cluster.messages import DispatchSample, HostWork, Traffic
+
+# One dispatch in so many is timed; so many are kept until somebody asks.
+_SAMPLED, _SAMPLES = 32, 512
 
 
 def _raise_outage(outage: Outage) -> None:
@@ -72,6 +78,9 @@ class Dispatcher:
             keep_off=keep_off,
         )
         self.stats = self.peers.stats
+        self.routing = RoutingCounts({layer: len(experts) for layer, experts in route.replicas.items()})
+        self._samples: deque[DispatchSample] = deque(maxlen=_SAMPLES)
+        self._taken = 0
         self._on_outage = on_outage
         self._rescue = Rescue(self, drop=drop, on_outage=on_outage)
 
@@ -114,9 +123,9 @@ class Dispatcher:
         peers = self.peers
         if peers.unsettled:
             peers.catch_up()
-        link = peers.only
+        link, done = peers.only, None
         if link is None:
-            self._spread(layer, x_TH, weights_TK, ids_TK, out_TH, first_row)
+            done = self._spread(layer, x_TH, weights_TK, ids_TK, out_TH, first_row)
         else:
             # One host holds every expert: all rows go there as they are, one copy each way.
             addresses = x_TH.data_ptr(), weights_TK.data_ptr(), ids_TK.data_ptr(), out_TH.data_ptr()
@@ -138,6 +147,32 @@ class Dispatcher:
         stats.nanoseconds += elapsed
         if elapsed > stats.slowest_ns:
             stats.slowest_ns = elapsed
+        if not stats.dispatches % _SAMPLED:
+            self._sample(link, done, ids_TK, rows, elapsed)
+        self.routing.note(layer, ids_TK)
+
+    def take_traffic(self) -> Traffic:
+        """What was counted since the last call; between two steps."""
+        before, self._taken = self._taken, self.stats.dispatches
+        samples = tuple(self._samples)
+        self._samples.clear()
+        return Traffic(self._taken - before, self.routing.take(), samples)
+
+    def _sample(
+        self, only: HostLink | None, done: list[Share] | None, ids_TK: torch.Tensor, rows: int, elapsed: int
+    ) -> None:
+        """Keep how long this dispatch took, and whose work it was."""
+        if only is not None:
+            work = HostWork(
+                only.address.host_id, rows, ids_TK.numel(), len(ids_TK.unique()), only.compute_ns / 1e9
+            )
+            self._samples.append(DispatchSample((work,), elapsed / 1e9))
+        elif done:
+            works = tuple(
+                HostWork(part.link.address.host_id, part.rows, *part.work(), part.link.compute_ns / 1e9)
+                for part in done
+            )
+            self._samples.append(DispatchSample(works, elapsed / 1e9))
 
     def _spread(
         self,
@@ -147,7 +182,8 @@ class Dispatcher:
         ids_TK: torch.Tensor,
         out_TH: torch.Tensor,
         first_row: int,
-    ) -> None:
+    ) -> list[Share] | None:
+        """Ask every host for its share; the shares, if all came in time and every expert has an owner."""
         peers = self.peers
         of_layer = peers.owners(layer)
         sent: list[Share] = []
@@ -175,9 +211,10 @@ class Dispatcher:
             error = failed or error
         if error is None and of_layer.complete:
             combine(done, out_TH)
-        else:
-            operands = Operands(layer, x_TH, weights_TK, ids_TK, out_TH, first_row)
-            self._rescue(operands, done, late, refusing, error)
+            return done
+        operands = Operands(layer, x_TH, weights_TK, ids_TK, out_TH, first_row)
+        self._rescue(operands, done, late, refusing, error)
+        return None
 
     def send(self, layer: int, part: Share) -> Exception | None:
         """Send a share; what went wrong, after the host was put out for it."""

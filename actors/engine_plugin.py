@@ -48,6 +48,7 @@ from cluster.checkpoint import Checkpoint
 from cluster.errors import CheckpointError
 from cluster.messages import EngineSettings
 from cluster.table import PlacementTable
+from cluster.traffic import TRAFFIC
 
 log = structlog.get_logger()
 
@@ -272,6 +273,13 @@ class WorkerExtension:
     def expertmesh_attach(self) -> None:
         """Tell the process which rows of a step are whose; once, before the first request."""
         outages.attach(self.model_runner)  # type: ignore[attr-defined]
+        if _dispatcher is not None:
+            _dispatcher.take_traffic()  # of the warm-up, which is nobody's
+
+    def expertmesh_traffic(self) -> str:
+        """What was counted since the last call, JSON of a Traffic."""
+        assert _dispatcher is not None
+        return TRAFFIC.dump_json(_dispatcher.take_traffic()).decode()
 
     def expertmesh_reachable(self) -> dict[str, float]:
         """Round-trip seconds per expert host that is asked; raises if an expert has no living replica."""

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
+import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import ray
+import structlog
 from ray.experimental import internal_kv
 
 from actors.ray_hosts import RayHosts, RayNodes
-from cluster.controller import Controller, Deployment
-from cluster.messages import HostProgress, HostReport, Sources
+from cluster.controller import ChangeStatus, Controller, Deployment
+from cluster.experts_report import ExpertsReport, experts_report
+from cluster.messages import HostProgress, HostReport, Sources, Traffic
+from cluster.moves import Proposal
+from cluster.rebalancer import Rebalancer
 from cluster.repair_state import HostStatus
 
 NAME = "controller"
@@ -21,6 +28,10 @@ NAME = "controller"
 _PERIOD_S = 0.5
 # A controller that is being replaced answers after some seconds, or is asked again.
 _CALL_S = 15.0
+# How often somebody looks whether it is time to plan anew.
+_LOOK_S = 1.0
+
+log = structlog.get_logger()
 
 
 # Ray's types know neither max_concurrency nor groups. Threads, so that status answers while a publish waits;
@@ -55,6 +66,8 @@ class ControllerActor:
         store = KvStore(f"expertmesh:{namespace}:deployment")
         self._controller = Controller(RayHosts(namespace, partial(sources, namespace)), store, RayNodes())
         self._controller.supervise(_PERIOD_S)
+        self._rebalancer = Rebalancer(self._controller)
+        threading.Thread(target=self._rebalance, name="expertmesh-rebalance", daemon=True).start()
 
     def deploy(self, deployment: Deployment) -> None:
         self._controller.deploy(deployment)
@@ -67,8 +80,8 @@ class ControllerActor:
         return self._controller.publish(timeout_s)
 
     @ray.method(concurrency_group="watch")
-    def next_table(self, after_epoch: int, timeout_s: float) -> str:
-        return self._controller.next_table(after_epoch, timeout_s)
+    def next_table(self, after_epoch: int, timeout_s: float, engine: str = "") -> str:
+        return self._controller.next_table(after_epoch, timeout_s, engine)
 
     def table(self) -> str:
         return self._controller.table()
@@ -84,6 +97,42 @@ class ControllerActor:
 
     def deployment(self) -> Deployment | None:
         return self._controller.deployment()
+
+    def count(self, traffic: Traffic) -> None:
+        self._rebalancer.count(traffic)
+
+    def experts(self) -> ExpertsReport:
+        return experts_report(self._controller, self._rebalancer)
+
+    def propose(self) -> Proposal:
+        return self._rebalancer.propose(must=True, explain=True)
+
+    def rebalance(self) -> Proposal:
+        return self._rebalancer.rebalance()
+
+    def drain(self, node: str) -> list[str]:
+        return self._rebalancer.drain(node)
+
+    def undrain(self, node: str) -> None:
+        self._rebalancer.undrain(node)
+
+    def scale(self, group: str, count: int) -> tuple[list[str], list[str]]:
+        return self._rebalancer.scale(group, count)
+
+    def change(self) -> ChangeStatus:
+        return self._controller.change()
+
+    def _rebalance(self) -> None:
+        """Take in nodes that joined and look at the placement, on cores that nobody else wants."""
+        # Of this thread alone, and of those that the planner starts from it.
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        while True:
+            time.sleep(_LOOK_S)
+            try:
+                self._rebalancer.take_in()
+                self._rebalancer.look()
+            except Exception:
+                log.exception("rebalancing failed")
 
     def pid(self) -> int:
         return os.getpid()
@@ -102,9 +151,19 @@ def published_table(namespace: str, timeout_s: float) -> str:
 def next_table(namespace: str, after_epoch: int, timeout_s: float) -> str:
     """JSON of the first table after an epoch, or nothing in time; called in the router's process."""
     controller: Any = ray.get_actor(NAME, namespace=namespace)
-    answer: Any = controller.next_table.remote(after_epoch, timeout_s)
+    answer: Any = controller.next_table.remote(after_epoch, timeout_s, _this_process())
     # The controller may be gone for good: a new one has the same name, and is found by the next call.
     return str(ray.get(answer, timeout=timeout_s + 10))
+
+
+def report_traffic(namespace: str, traffic: Traffic) -> None:
+    """Tell the controller what an engine counted; called in the router's process. Does not wait for an answer."""
+    controller: Any = ray.get_actor(NAME, namespace=namespace)
+    controller.count.remote(traffic)
+
+
+def _this_process() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 def sources(namespace: str, host_id: str) -> Sources:

@@ -142,7 +142,7 @@ class RayHosts:
     def launch(self, spec: HostSpec, generation: int) -> RayHost:
         """Start the host on its node. ValueError if this launch was made already.
 
-        One that takes the place of another leaves the cores to those that serve, until it does.
+        One that takes the place of another, or joins those that serve, leaves them the cores until it is ready.
         """
         allowed_faults = {failpoints.VARIABLE: "1"} if failpoints.enabled(os.environ) else {}
         options = {
@@ -155,7 +155,9 @@ class RayHosts:
         }
         actor: Any = HostActor
         return RayHost(
-            actor.options(**options).remote(spec, generation > FIRST_LAUNCH, self._sources),
+            actor.options(**options).remote(
+                spec, generation > FIRST_LAUNCH or not spec.experts, self._sources
+            ),
             spec.host_id,
             generation,
         )

@@ -35,8 +35,9 @@ from actors.http_server import HttpServer
 from actors.router_metrics import MeshMetrics
 from actors.single_flight import SingleFlight
 from cluster.auth import data_plane_key
-from cluster.messages import RouterSpec
+from cluster.messages import RouterSpec, Traffic
 from cluster.table import PlacementTable
+from cluster.traffic import TRAFFIC
 
 log = structlog.get_logger()
 
@@ -59,9 +60,13 @@ class Router:
         fetch_table: Callable[[], str],
         node_id: str,
         next_table: Callable[[int, float], str] | None = None,
+        report: Callable[[Traffic], None] | None = None,
     ) -> None:
-        """`fetch_table` waits for the first table; `next_table` for one after an epoch, at most so many seconds."""
+        """`fetch_table` waits for the first table; `next_table` for one after an epoch, at most so many seconds;
+        `report` is told of the traffic, every few seconds.
+        """
         self.spec = spec
+        self._report = report
         self._fetch_table, self._next_table = fetch_table, next_table
         self._node_id = node_id
         self.engine: Any = None
@@ -222,9 +227,19 @@ class Router:
         while True:
             try:
                 self.metrics.update(await self.stats())
+                await self._tell()
             except Exception as error:
                 log.warning("engine stats unavailable", reason=str(error))
             await asyncio.sleep(_STATS_PERIOD_S)
+
+    async def _tell(self) -> None:
+        """Tell the controller which experts were asked for; what it does not hear is lost, not counted twice."""
+        if self._report is None:
+            return
+        traffic = TRAFFIC.validate_json((await self.engine.collective_rpc("expertmesh_traffic"))[0])
+        if traffic.dispatches:
+            report = self._report
+            await _in_daemon_thread(lambda: report(traffic) or "")
 
 
 async def _in_daemon_thread(call: Callable[[], str]) -> str:
@@ -287,11 +302,13 @@ def serve_application(
     spec: RouterSpec,
     fetch_table: Callable[[], str],
     next_table: Callable[[int, float], str],
+    report: Callable[[Traffic], None],
     *,
     replicas: int,
     options: dict[str, Any],
 ) -> Any:
-    """The Ray Serve application of `replicas` routers; each gets its tables by these two calls (see `Router`)."""
+    """The Ray Serve application of `replicas` routers; each gets its tables, and tells of its traffic, by
+    these calls (see `Router`)."""
     import ray
     from ray import serve
 
@@ -300,7 +317,7 @@ def serve_application(
 
         async def __init__(self, spec: RouterSpec) -> None:  # type: ignore[misc]  # Serve awaits it
             node_id = ray.get_runtime_context().get_node_id()
-            self._router = Router(spec, fetch_table, node_id, next_table)
+            self._router = Router(spec, fetch_table, node_id, next_table, report)
             self._http = HttpServer(spec.http_host, spec.http_port)
             try:
                 app = await self._router.start()

@@ -45,6 +45,10 @@ class Share(Protocol):
         """bool [T, K]: the pairs of row and expert that the host computes."""
         ...
 
+    def work(self) -> tuple[int, int]:
+        """Pairs of row and expert that the host computes, and distinct experts."""
+        ...
+
 
 def shares(
     owners: Owners,
@@ -129,6 +133,10 @@ class _AllRows:
     def covers(self) -> np.ndarray:
         return np.frombuffer(self.ids, np.int32).reshape(self.rows, -1) >= 0
 
+    def work(self) -> tuple[int, int]:
+        here = [expert for expert in array("i", self.ids) if expert >= 0]
+        return len(here), len(set(here))
+
 
 class _ChosenRows:
     """The rows that need a host, ids of other hosts' experts made -1."""
@@ -160,6 +168,10 @@ class _ChosenRows:
 
     def covers(self) -> np.ndarray:
         return self.here
+
+    def work(self) -> tuple[int, int]:
+        ids = self.ids[self.here]
+        return ids.size, np.unique(ids).size
 
 
 def raw(tensor: torch.Tensor) -> np.ndarray:

@@ -79,6 +79,22 @@ class Snapshot:
     """Of hosts that were measured."""
 
 
+@dataclass(frozen=True, slots=True)
+class ChangeStatus:
+    """A change of the placement, as `status` shows it."""
+
+    reason: str
+    """Of the one under way; "" if there is none."""
+    loading: tuple[str, ...]
+    """Hosts that load or drop experts."""
+    leaving: tuple[str, ...]
+    absent: tuple[str, ...]
+    """Hosts that are not ready."""
+    abandoned: str
+    """Why the last one did not come about."""
+    epoch: int
+
+
 class Controller:
     """Owns one deployment. Calls may come from several threads; changes are made one at a time.
 
@@ -291,6 +307,25 @@ class Controller:
             kept = [node for node in deployment.limits.drained if node not in node_ids]
             limits = replace(deployment.limits, drained=(*kept, *(node_ids if drained else ())))
             self._save(replace(deployment, limits=limits), self._repair)
+
+    def change(self) -> ChangeStatus:
+        """How far the change of the placement is, if there is one."""
+        with self._change:
+            deployment = self._required()
+            following = deployment.following
+            loading = [
+                host_id
+                for host_id, said in self._said.items()
+                if said.holds is not None and said.holds.adopting
+            ]
+            return ChangeStatus(
+                following.reason if following is not None else "",
+                tuple(loading),
+                deployment.leaving,
+                tuple(h for h, host in self._repair.hosts.items() if host.phase is not Phase.READY),
+                self.abandoned,
+                self._repair.epoch,
+            )
 
     def snapshot(self) -> Snapshot | None:
         """What a planner needs; None before every host was ready once, or without a deployment."""

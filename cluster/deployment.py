@@ -5,7 +5,7 @@ Changes of a deployment are pure functions here; the controller saves what they 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from pydantic import TypeAdapter
@@ -37,6 +37,8 @@ class Deployment:
     layers: tuple[MoeLayer, ...] = ()
     item_bytes: int = 4
     """Bytes of one parameter, as the hosts hold it."""
+    copies: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """Layer index → copies that each expert must have."""
     groups: tuple[HostGroup, ...] = ()
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     following: Following | None = None

@@ -216,3 +216,36 @@ class RouterSpec:
     ready_timeout_s: float
     http_host: str
     http_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostWork:
+    """One host's part of one dispatch."""
+
+    host_id: str
+    rows: int
+    pairs: int
+    """Of row and expert."""
+    experts: int
+    """Distinct ones."""
+    compute_s: float
+    """As the host says."""
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchSample:
+    """One dispatch out of many, timed."""
+
+    parts: tuple[HostWork, ...]
+    seconds: float
+    """From its begin to its end, in the engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What an engine counted since it was last asked."""
+
+    dispatches: int
+    chosen: Mapping[int, tuple[int, ...]]
+    """Layer index → per expert how often it was chosen."""
+    samples: tuple[DispatchSample, ...]

@@ -5,7 +5,7 @@ Immutable. A change is a new table with the next epoch number, used from the nex
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -47,9 +47,7 @@ class PlacementTable:
             for position, held in enumerate(plan.assignments.values()):
                 for expert in held.get(layer.index, ()):
                     holders[expert].append(position)
-            turns = map(list.index, holders, first_asked(holders, weights))
-            rows = [(*hosts[turn:], *hosts[:turn]) for hosts, turn in zip(holders, turns, strict=True)]
-            experts[layer.index] = tuple(tuple(names[position] for position in row) for row in rows)
+            experts[layer.index] = _by_turns(holders, names, weights)
         return cls(manifest, epoch, dict.fromkeys(plan.assignments), experts)
 
     def next_epoch(
@@ -148,6 +146,31 @@ class PlacementTable:
     def _holders(self, layer: int, expert: int) -> tuple[str, ...]:
         rows = self.experts.get(layer, ())
         return rows[expert] if expert < len(rows) else ()
+
+
+def in_turn(
+    before: Sequence[Sequence[str]],
+    holders: Sequence[Sequence[int]],
+    names: Sequence[str],
+    weights: Sequence[int],
+) -> tuple[tuple[str, ...], ...]:
+    """Per expert of a layer its hosts, the one to ask first in front; `before` itself where they are the same ones.
+
+    `holders` are positions in `names`; `weights` say how much of the work a host should get.
+    """
+    if [set(hosts) for hosts in before] == [{names[position] for position in hosts} for hosts in holders]:
+        return tuple(map(tuple, before))
+    return _by_turns(holders, names, weights)
+
+
+def _by_turns(
+    holders: Sequence[Sequence[int]], names: Sequence[str], weights: Sequence[int]
+) -> tuple[tuple[str, ...], ...]:
+    rows = []
+    for hosts, first in zip(holders, first_asked(holders, weights), strict=True):
+        turn = list(hosts).index(first)
+        rows.append(tuple(names[position] for position in (*hosts[turn:], *hosts[:turn])))
+    return tuple(rows)
 
 
 class _TableJson(BaseModel):

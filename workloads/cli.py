@@ -198,6 +198,104 @@ def status(
 
 
 @app.command()
+def experts(
+    layer: Annotated[int | None, typer.Option(help="One layer, expert by expert.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object, all counts in it.")] = False,
+    url: Url = None,
+    config: ConfigFile = None,
+    address: Address = None,
+) -> None:
+    """Where the experts are, how often they are asked for, and what hosts take for them."""
+    from workloads.placement_commands import experts_json, experts_view
+    from workloads.running import running_controller
+
+    with running_controller(_load(config, None, None, None, address, {}).config, url) as controller:
+        report = controller.ask("experts")
+    if json_:
+        print(json.dumps(experts_json(report), indent=2))
+    else:
+        out.print(experts_view(report, layer))
+
+
+@app.command()
+def rebalance(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would move, and why.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    url: Url = None,
+    config: ConfigFile = None,
+    address: Address = None,
+) -> None:
+    """Move experts to where they gain most, while the mesh serves."""
+    from dataclasses import asdict
+
+    from workloads.placement_commands import proposal_view
+    from workloads.running import running_controller
+
+    with running_controller(_load(config, None, None, None, address, {}).config, url) as controller:
+        found = controller.ask("propose" if dry_run else "rebalance")
+    made = found.worthwhile and not dry_run
+    if json_:
+        print(json.dumps({**asdict(found), "gain": found.gain, "made": made}, indent=2))
+    else:
+        out.print(proposal_view(found, made=made))
+
+
+@app.command()
+def drain(
+    node: Annotated[str, typer.Argument(help="Name, address or id of a node.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Let hosts be placed there again.")] = False,
+    timeout: Annotated[float, typer.Option(help="Longest wait in seconds.")] = 600.0,
+    url: Url = None,
+    config: ConfigFile = None,
+    address: Address = None,
+) -> None:
+    """Empty a node's expert hosts and end them, while the mesh serves."""
+    from workloads.placement_commands import wait_for_change
+    from workloads.running import running_controller
+
+    with running_controller(_load(config, None, None, None, address, {}).config, url) as controller:
+        if undo:
+            controller.ask("undrain", node)
+            out.print(f"hosts may be placed on {node} again", highlight=False)
+            return
+        going = controller.ask("drain", node)
+        wait_for_change(
+            controller,
+            lambda change: not set(going) & set(change.leaving),
+            timeout,
+            lambda said: err.print(said),
+        )
+        what = ", ".join(going) or "no host was there"
+        out.print(f"{node} is drained: {what}", highlight=False)
+
+
+@app.command()
+def scale(
+    group: Annotated[str, typer.Argument(help="Name of a host group.")],
+    count: Annotated[int, typer.Argument(help="Hosts that it is to have.")],
+    timeout: Annotated[float, typer.Option(help="Longest wait in seconds.")] = 600.0,
+    url: Url = None,
+    config: ConfigFile = None,
+    address: Address = None,
+) -> None:
+    """Change the number of a group's hosts, while the mesh serves."""
+    from workloads.placement_commands import wait_for_change
+    from workloads.running import running_controller
+
+    with running_controller(_load(config, None, None, None, address, {}).config, url) as controller:
+        coming, going = controller.ask("scale", group, count)
+        wait_for_change(
+            controller,
+            lambda change: not set(going) & set(change.leaving) and not set(coming) & set(change.absent),
+            timeout,
+            lambda said: err.print(said),
+        )
+    came = f"{', '.join(coming)} joined" if coming else ""
+    went = f"{', '.join(going)} left" if going else ""
+    out.print(f"group {group} has {count} hosts: {came or went or 'as before'}", highlight=False)
+
+
+@app.command()
 def doctor(config: ConfigFile = None) -> None:
     """Check this machine: versions, kernels, memory, ports, token; says what to mend."""
     from workloads.doctor import examine

@@ -75,11 +75,19 @@ def blueprint(
         ) from None
     table = PlacementTable.from_plan(placed, manifest=checkpoint.digest, epoch=0)
     selectors = {group.name: group.selector for group in config.hosts}
+    # Two servers of one machine must not meet in the abstract socket namespace.
+    run = secrets.token_hex(4)
     deployment = Deployment(
         served_name,
-        host_specs(config, checkpoint, dtype, chosen, placed, nodes),
+        host_specs(config, checkpoint, dtype, chosen, placed, nodes, run),
         table.to_json(),
         Limits({slot.host_id: selectors[slot.group] for slot in chosen}, {engine.node_id: reserved}),
+        run=run,
+        layers=checkpoint.moe_layers,
+        item_bytes=ITEM_BYTES[dtype],
+        copies=placed.copies,
+        groups=config.hosts,
+        placement=config.placement,
     )
     return Blueprint(checkpoint, dtype, served_name, engine, chosen, placed, deployment)
 
@@ -127,6 +135,7 @@ def host_specs(
     chosen: Sequence[HostSlot],
     placed: Plan,
     nodes: Sequence[NodeInfo],
+    run: str,
 ) -> tuple[HostSpec, ...]:
     """One specification per host that has experts."""
     ip = {node.node_id: node.ip for node in nodes}
@@ -135,8 +144,6 @@ def host_specs(
     tcp = config.data_plane.tcp == "always" or (
         config.data_plane.tcp == "auto" and len({node.node_id for node in nodes}) > 1
     )
-    # Two servers of one machine must not meet in the abstract socket namespace.
-    run = secrets.token_hex(4)
     return tuple(
         HostSpec(
             host_id=slot.host_id,
@@ -153,6 +160,7 @@ def host_specs(
             tcp_ip=ip[slot.node_id] if tcp else "",
             tcp_port=0,
             memory_limit_bytes=limit[slot.group] or 0,
+            group=slot.group,
         )
         for slot in chosen
         if placed.assignments.get(slot.host_id)

@@ -13,10 +13,9 @@ from rich.table import Column, Table
 from cluster.config import Config
 from cluster.errors import ExpertmeshError
 from cluster.messages import HostReport
-from cluster.ray_cluster import connected
 from cluster.repair_state import HostStatus, Phase
 from cluster.table import PlacementTable
-from workloads import run_file
+from workloads.running import NOTHING, START, running_controller
 
 _HTTP_TIMEOUT_S = 35.0
 
@@ -26,30 +25,18 @@ def read_status(config: Config, url: str | None, api_key: str | None) -> dict[st
 
     Without a key that the server knows, its engine's counters are missing.
     """
-    if config.ray.address == "local":
-        run = run_file.the_one(url)
-        settings = config.ray.model_copy(
-            update={"address": run.ray_address, "namespace": run.namespace, "token_path": run.token_path}
-        )
-        url = run.url
-    else:
-        settings = config.ray
-        url = url or f"http://{config.server.host}:{config.server.port}"
-    with connected(settings):
-        import ray
-
-        from actors import ray_controller
-
-        controller = ray_controller.find(settings.namespace)
-        deployment = ray.get(controller.deployment.remote(), timeout=30) if controller else None
+    with running_controller(config, url) as found:
+        deployment = found.ask("deployment")
         if deployment is None:
-            raise ExpertmeshError("nothing is deployed on this cluster", "start it with `expertmesh serve`")
-        reports, states = ray.get([controller.reports.remote(), controller.states.remote()], timeout=60)
+            raise ExpertmeshError(NOTHING, START)
+        reports, states, change = found.ask("reports"), found.ask("states"), found.ask("change")
+        url = found.url
     devices = {spec.host_id: spec.device for spec in deployment.hosts}
     return {
         "url": url,
         "model": deployment.served_name,
         "table_epoch": PlacementTable.from_json(deployment.table).epoch,
+        "change": asdict(change),
         "hosts": [host_entry(state, devices[state.host_id], reports.get(state.host_id)) for state in states],
         **_router(url, api_key),
     }
@@ -89,6 +76,13 @@ def status_view(state: dict[str, Any]) -> Group:
         head.add_row("engine memory", f"{engine['rss_bytes'] / 2**20:.0f} MiB")
     elif "engine_reason" in state:
         head.add_row("engine", state["engine_reason"])
+    change = state.get("change") or {}
+    if change.get("reason"):
+        head.add_row("placement", f"[yellow]changing[/]: {escape(change['reason'])}")
+    elif change.get("abandoned"):
+        head.add_row("placement", f"[red]not changed[/]: {escape(change['abandoned'])}")
+    if change.get("leaving"):
+        head.add_row("leaving", ", ".join(change["leaving"]))
     hosts = Table(
         Column("host", no_wrap=True),
         "device",

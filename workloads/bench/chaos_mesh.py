@@ -95,9 +95,13 @@ class Mesh:
 
     def pids(self, planned: tuple[Planned, ...]) -> dict[str, frozenset[int]]:
         """The pids of every target, looked up before the first fault. ExpertmeshError if one isn't there."""
-        hosts, found = self.hosts() or {}, {}
+        hosts = self.hosts() or {}
+        found: dict[str, frozenset[int]] = {}
         self._child.family()  # so that what they leave is known to be theirs
         for event in planned:
+            if event.changes:
+                found[event.target] = frozenset()
+                continue
             if event.node:
                 assert self._nodes is not None
                 pids = {process.pid for process in self._nodes.processes(event.node)}
@@ -111,6 +115,8 @@ class Mesh:
 
     def strike(self, event: Planned, pids: frozenset[int]) -> int:
         """Carry out an event; when, in nanoseconds of CLOCK_MONOTONIC."""
+        if event.changes:
+            return self._change(event)
         if event.node or event.process == "head":
             return self._strike_node(event)
         if event.action in _SIGNALS:
@@ -131,6 +137,14 @@ class Mesh:
                 raise
         return now_ns
 
+    def changing(self) -> bool:
+        """Whether a change of the placement is under way, or the controller does not say."""
+        answer = self._ask("change")
+        if not answer:
+            return True
+        (change,) = answer
+        return bool(change.reason or change.loading or change.leaving or change.absent)
+
     def restore(self) -> None:
         """Start the nodes again that were killed, so that the next run finds as many."""
         if self._nodes is not None:
@@ -143,6 +157,31 @@ class Mesh:
             # without an exception, and takes all that was measured with it.
             self._disconnect()
             return self._child.end()
+
+    def _change(self, event: Planned) -> int:
+        """Have the controller make an operator's change; it goes on after this."""
+        import ray
+
+        from actors import ray_controller
+
+        controller = ray_controller.find(self._namespace)
+        now_ns = time.monotonic_ns()
+        arguments = {
+            "scale": (event.group, int(event.value or 0)),
+            "drain": (self._node_of(event.node or ""),),
+            "undrain": (self._node_of(event.node or ""),),
+            "rebalance": (),
+        }[event.action]
+        ray.get(getattr(controller, event.action).remote(*arguments), timeout=_CALL_S)
+        return now_ns
+
+    def _node_of(self, zone: str) -> str:
+        import ray
+
+        found = [
+            n["NodeID"] for n in ray.nodes() if n["Alive"] and (n.get("Labels") or {}).get("zone") == zone
+        ]
+        return str(found[0]) if found else ""
 
     def _strike_node(self, event: Planned) -> int:
         nodes = self._nodes

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.errors import ConfigError
-from workloads.bench.chaos_scenario import Scenario
+from workloads.bench.chaos_scenario import CHANGES, Scenario
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,12 @@ class Planned:
     name: str | None
     value: float | None
     node: str | None = None
+    group: str | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether it is an operator's change."""
+        return self.action in CHANGES
 
     @property
     def hurts(self) -> bool:
@@ -37,6 +43,8 @@ class Planned:
     @property
     def target(self) -> str:
         """Whom it befalls, for people."""
+        if self.changes:
+            return f"node {self.node}" if self.node else self.group or "the placement"
         return self.host or self.process or f"node {self.node}"
 
 
@@ -61,7 +69,9 @@ def plan(
         if event.node:
             able = set(scenario.zones(event.action, event.node)) & set(zones)
             node = _choose("node", event.node, sorted(able), hit, dice)
-        planned.append(Planned(at_s, event.action, host, event.process, event.name, event.value, node=node))
+        planned.append(
+            Planned(at_s, event.action, host, event.process, event.name, event.value, node, event.group)
+        )
     return tuple(sorted(planned, key=lambda event: event.at_s))
 
 

@@ -168,7 +168,7 @@ def _wait_whole(
     deadline = time.monotonic() + recovery_s
     while time.monotonic() < deadline:
         restored = restored_ns(tuple(watcher.hosts), tuple(watcher.stats), last_fault_ns, dead)
-        if restored is not None and mesh.ready():
+        if restored is not None and not mesh.changing() and mesh.ready():
             return restored
         time.sleep(_POLL_S)
     return None

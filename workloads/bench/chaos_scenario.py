@@ -31,6 +31,8 @@ _ACTIONS = {
     "node": ("kill", "cut", "heal"),
     "head": ("kill", "restart"),
 }
+# Changes that an operator makes; the mesh must go on through them as through a fault.
+CHANGES = ("scale", "drain", "undrain", "rebalance")
 
 
 class _Section(BaseModel):
@@ -84,10 +86,24 @@ class Cluster(_Section):
 class Event(_Section):
     """One fault. `host` is any (chosen by the seed), other (not one of the earlier), same (the last one), or
     a host's id; `node` the same of the zones in which hosts are; `process` is one of the others. It comes `at` a
-    time or in a window, or `after` the one before.
+    time or in a window, or `after` the one before. An operator's change is an event too: `scale` of a `group` to
+    `value` hosts, `drain` and `undrain` of a node, `rebalance`.
     """
 
-    action: Literal["kill", "stop", "continue", "failpoint", "cut", "heal", "restart"]
+    action: Literal[
+        "kill",
+        "stop",
+        "continue",
+        "failpoint",
+        "cut",
+        "heal",
+        "restart",
+        "scale",
+        "drain",
+        "undrain",
+        "rebalance",
+    ]
+    group: Name | None = None
     host: Name | None = None
     node: Name | None = None
     process: Process | None = None
@@ -98,6 +114,10 @@ class Event(_Section):
 
     @model_validator(mode="after")
     def _whole(self) -> Event:
+        if self.action in CHANGES:
+            return self._whole_change()
+        if self.group is not None:
+            raise BadValue("only scale has a group", "give host, node or process")
         if sum(target is not None for target in (self.host, self.node, self.process)) != 1:
             raise BadValue(
                 "names no target, or two", "give host or node (any, other, same or one of them) or process"
@@ -110,15 +130,30 @@ class Event(_Section):
                 f"{self.action} can't be done to it",
                 "nodes are killed, cut and healed, the head is killed and restarted",
             )
-        if (self.at is None) == (self.after is None):
-            raise BadValue("has no time, or two", "give at (a time or [from, to]) or after")
-        if self.at is not None and self.at[0] > self.at[1]:
-            raise BadValue("its window ends before it begins", "write at: [from, to]")
+        self._timed()
         is_failpoint = self.action == "failpoint"
         if is_failpoint != (self.name is not None) or is_failpoint != (self.value is not None):
             raise BadValue("failpoint, name and value belong together", "for example name: slow, value: 10")
         if is_failpoint and self.host is None:
             raise BadValue("failpoints are in hosts only", "give host")
+        return self
+
+    def _timed(self) -> None:
+        if (self.at is None) == (self.after is None):
+            raise BadValue("has no time, or two", "give at (a time or [from, to]) or after")
+        if self.at is not None and self.at[0] > self.at[1]:
+            raise BadValue("its window ends before it begins", "write at: [from, to]")
+
+    def _whole_change(self) -> Event:
+        wanted = {"scale": "group", "drain": "node", "undrain": "node"}.get(self.action)
+        given = [key for key in ("group", "node", "host", "process") if getattr(self, key) is not None]
+        if given != ([wanted] if wanted else []):
+            raise BadValue(
+                f"{self.action} is of {f'a {wanted}' if wanted else 'the whole mesh'}", "give just that"
+            )
+        if (self.action == "scale") != (self.value is not None) or self.name is not None:
+            raise BadValue("scale and value belong together", "for example group: local, value: 3")
+        self._timed()
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def test_the_reference_names_every_key_with_its_default_and_no_other() -> None:
         section, _, name = key.rpartition(".")
         model: type[BaseModel] = Config
         if section:
-            model = HostGroup if section == "hosts[]" else type(getattr(Config(), section))
+            model = HostGroup if section == "hosts[]" else type(attrgetter(section)(Config()))
         written = yaml.safe_load(rows[f"`{key}`"].strip("`"))
         assert getattr(model.model_validate({name: written}), name) == default, key
 

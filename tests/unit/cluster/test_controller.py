@@ -17,7 +17,16 @@ from cluster.config import HostGroup
 from cluster.controller import Controller, Deployment
 from cluster.errors import HostError
 from cluster.holdings import Holdings, digest
-from cluster.messages import HostAddress, HostHolds, HostProgress, HostReport, HostSpec, NodeInfo, Sources
+from cluster.messages import (
+    HostAddress,
+    HostCost,
+    HostHolds,
+    HostProgress,
+    HostReport,
+    HostSpec,
+    NodeInfo,
+    Sources,
+)
 from cluster.ports import Host
 from cluster.repair_state import HostDead, HostFailed, HostReady
 from cluster.table import PlacementTable
@@ -61,7 +70,9 @@ class MemoryHost:
         holds = HostHolds(
             digest(self.held), 1024, failed=self.failed, error="no such file" if self.failed else ""
         )
-        return None if path == HANGS else HostReady(host_id, self.generation, self.address, 1024, holds)
+        if path == HANGS:
+            return None
+        return HostReady(host_id, self.generation, self.address, 1024, holds, HostCost(1e-5, 1e-4, 1e-5))
 
     def adopt(self, experts: Holdings, number: int, bandwidth: int) -> None:
         if self.fails_to_adopt:

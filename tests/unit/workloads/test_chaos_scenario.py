@@ -5,17 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from cluster.config import Config
 from cluster.errors import ConfigError
 from tests.unit.test_imports import ROOT
 from workloads.bench.chaos_mesh import own_cluster
 from workloads.bench.chaos_plan import plan
-from workloads.bench.chaos_scenario import Scenario, deploy, load_scenario, shipped
+from workloads.bench.chaos_scenario import Event, Scenario, deploy, load_scenario, shipped
 
 HOSTS = ("local-0", "local-1", "local-2")
 
@@ -42,10 +44,10 @@ def test_what_is_shipped_loads_and_deploys_and_has_its_hosts(name: str) -> None:
     assert found.checks.changed_tokens == 0 and found.checks.short_answers == 0
 
 
-def test_the_shipped_ones_are_those_of_the_issue() -> None:
+def test_the_shipped_ones() -> None:
     wanted = (
         "kill-host kill-two-hosts freeze-host slow-host lose-node cut-network kill-unreplicated kill-controller "
-        "restart-head kill-router memory-limit"
+        "restart-head kill-router memory-limit scale drain-node"
     )
     assert set(wanted.split()) == set(shipped())
 
@@ -231,3 +233,18 @@ def test_listing_loads_neither_torch_nor_ray() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert (run.stdout.strip(), run.stderr) == ("[]", "")
+
+
+@pytest.mark.parametrize(
+    ("event", "problem"),
+    [
+        ({"action": "scale", "group": "local"}, "scale and value belong together"),
+        ({"action": "scale", "value": 3}, "scale is of a group"),
+        ({"action": "drain", "host": "any"}, "drain is of a node"),
+        ({"action": "rebalance", "process": "head"}, "rebalance is of the whole mesh"),
+        ({"action": "kill", "group": "local", "host": "any"}, "only scale has a group"),
+    ],
+)
+def test_changes_name_what_they_are_of(event: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        Event.model_validate({**event, "at": 1})

@@ -1,0 +1,151 @@
+"""What the controller knows of the traffic: which experts are asked for, and how long hosts really take.
+
+Kept in memory only: a controller that was restarted learns it again within minutes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Final
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from cluster.cost_fit import Timing, corrected, fit, next_factor
+from cluster.messages import DispatchSample, HostCost, MoeLayer, Traffic
+from cluster.routing_windows import LayerSummary, RoutingWindows, summary
+
+TRAFFIC: Final = TypeAdapter(Traffic)
+"""Reads and writes a Traffic as JSON: engine processes send nothing else."""
+
+# Samples of dispatches that the transfer's cost and the error of the predictions are taken from.
+_KEPT: Final = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Busiest:
+    """An expert that many rows ask for."""
+
+    layer: int
+    expert: int
+    share: float
+    """Of its layer's rows."""
+
+
+class TrafficStatistics:
+    """Of one deployment. Used under a lock of its owner's."""
+
+    def __init__(self, layers: Sequence[MoeLayer]) -> None:
+        self.layers = tuple(layers)
+        width = max((layer.num_experts for layer in layers), default=1)
+        self._windows = RoutingWindows(len(self.layers), width)
+        self._factors: dict[str, float] = {}
+        self._samples: deque[DispatchSample] = deque(maxlen=_KEPT)
+        self._errors: deque[float] = deque(maxlen=_KEPT)
+        self._overhead = HostCost(0.0, 0.0, 1e-12)
+        self._pairs = self._dispatches = 0.0
+
+    def add(self, traffic: Traffic, measured: Mapping[str, HostCost]) -> None:
+        """Take in what an engine counted; `measured` are the hosts' costs as they were at their start."""
+        counts = np.zeros((len(self.layers), max(layer.num_experts for layer in self.layers)))
+        for row, layer in enumerate(self.layers):
+            chosen = traffic.chosen.get(layer.index, ())
+            counts[row, : len(chosen)] = chosen
+        pairs = float(counts.sum())
+        if pairs:
+            # Every token asks every layer, top-k times.
+            self._windows.add(counts, round(pairs / len(self.layers)))
+        # Decayed, as the windows are.
+        self._pairs = 0.8 * self._pairs + pairs
+        self._dispatches = 0.8 * self._dispatches + traffic.dispatches
+        self._learn(traffic.samples, measured)
+
+    def counts(self) -> np.ndarray:
+        """float64 [S, L, E]: how often each expert was chosen, window by window, oldest first."""
+        return self._windows.counts()
+
+    @property
+    def rows_per_step(self) -> float:
+        """Pairs of row and expert that a layer is asked for at once, on average; 1 without any traffic."""
+        return max(1.0, self._pairs / self._dispatches) if self._dispatches else 1.0
+
+    def costs(self, measured: Mapping[str, HostCost]) -> dict[str, HostCost]:
+        """The hosts' costs as the engine meets them: measured, corrected by what was seen, transfer included."""
+        return {host_id: self._now(host_id, cost) for host_id, cost in measured.items()}
+
+    @property
+    def prediction_error(self) -> float | None:
+        """Median of |predicted - measured| over measured time of a layer's dispatch; None without a sample.
+
+        Each was predicted before it was learnt from.
+        """
+        return median(self._errors) if self._errors else None
+
+    def summaries(self) -> dict[int, LayerSummary]:
+        """Per layer three numbers, however many experts there are."""
+        counts = self.counts().sum(axis=0)
+        return {
+            layer.index: summary(counts[row, : layer.num_experts]) for row, layer in enumerate(self.layers)
+        }
+
+    def busiest(self, number: int) -> list[Busiest]:
+        """The experts that are asked for most, of all layers."""
+        counts = self.counts().sum(axis=0)
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
+        order = np.argsort(-shares, axis=None, kind="stable")[:number]
+        return [
+            Busiest(
+                self.layers[at // shares.shape[1]].index, int(at % shares.shape[1]), float(shares.flat[at])
+            )
+            for at in order
+            if shares.flat[at] > 0
+        ]
+
+    def _now(self, host_id: str, cost: HostCost) -> HostCost:
+        cost, overhead = corrected(cost, self._factors.get(host_id, 1.0)), self._overhead
+        return HostCost(
+            cost.fixed_s + overhead.fixed_s, cost.per_expert_s, cost.per_row_s + overhead.per_row_s
+        )
+
+    def _learn(self, samples: Sequence[DispatchSample], measured: Mapping[str, HostCost]) -> None:
+        known = [
+            sample
+            for sample in samples
+            if sample.parts and all(part.host_id in measured for part in sample.parts) and sample.seconds > 0
+        ]
+        if self._samples:
+            self._errors.extend(abs(self._predicted(s, measured) - s.seconds) / s.seconds for s in known)
+        by_host: dict[str, list[Timing]] = defaultdict(list)
+        for sample in known:
+            for part in sample.parts:
+                if part.compute_s > 0:
+                    by_host[part.host_id].append(Timing(part.pairs, part.experts, part.compute_s))
+        for host_id, seen in by_host.items():
+            # A step for every handful, so that many samples say more than one.
+            for start in range(0, len(seen), _HANDFUL):
+                self._factors[host_id] = next_factor(
+                    self._factors.get(host_id, 1.0), measured[host_id], seen[start : start + _HANDFUL]
+                )
+        self._samples.extend(known)
+        rests = [
+            Timing(sum(part.pairs for part in s.parts), 0.0, s.seconds - max(p.compute_s for p in s.parts))
+            for s in self._samples
+            if s.seconds > max(p.compute_s for p in s.parts)
+        ]
+        if len(rests) >= _HANDFUL:
+            self._overhead = fit(rests)
+
+    def _predicted(self, sample: DispatchSample, measured: Mapping[str, HostCost]) -> float:
+        computed = max(
+            corrected(measured[part.host_id], self._factors.get(part.host_id, 1.0)).seconds(
+                part.pairs, part.experts
+            )
+            for part in sample.parts
+        )
+        return computed + self._overhead.seconds(sum(part.pairs for part in sample.parts), 0.0)
+
+
+_HANDFUL: Final = 16

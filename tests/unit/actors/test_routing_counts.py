@@ -1,0 +1,28 @@
+"""Counts of the experts that rows ask for: whatever the sizes of the batches, all of them, once."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.routing_counts import RoutingCounts
+
+EXPERTS = 16
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 5000), max_size=8), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_every_choice_is_counted_once(rows: list[int], top_k: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    counts, expected = RoutingCounts({1: EXPERTS, 5: EXPERTS}), np.zeros(EXPERTS, np.int64)
+    for number in rows:
+        # -1 wants no expert.
+        ids = generator.integers(-1, EXPERTS, (number, top_k), dtype=np.int32)
+        counts.note(5, torch.from_numpy(ids))
+        expected += np.bincount(ids[ids >= 0], minlength=EXPERTS)
+    taken = counts.take()
+    assert taken[5] == tuple(expected)
+    assert taken[1] == (0,) * EXPERTS
+    assert counts.take()[5] == (0,) * EXPERTS
