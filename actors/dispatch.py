@@ -173,6 +173,7 @@ class Dispatcher:
                 for part in done
             )
             self._samples.append(DispatchSample(works, elapsed / 1e9))
+            self.peers.learn(works)
 
     def _spread(
         self,
@@ -185,10 +186,10 @@ class Dispatcher:
     ) -> list[Share] | None:
         """Ask every host for its share; the shares, if all came in time and every expert has an owner."""
         peers = self.peers
-        of_layer = peers.owners(layer)
+        of_layer, hosts_P = peers.assigned(layer, ids_TK)
         sent: list[Share] = []
         error: Exception | None = None
-        for part in shares(of_layer, peers.links, x_TH, weights_TK, ids_TK):
+        for part in shares(of_layer, peers.links, x_TH, weights_TK, ids_TK, hosts_P):
             # At once, so that a host works while the next one's share is made.
             failed = self.send(layer, part)
             if failed is None:

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from time import monotonic, perf_counter_ns
 
+import numpy as np
 import structlog
+import torch
 
 from actors.buffers import Layout
 from actors.dispatch_stats import DispatchStats
@@ -19,9 +21,11 @@ from actors.membership import Membership, State
 from actors.prober import Prober, Target
 from actors.route import NOBODY, Owners, Route, owners
 from actors.share import Share
+from actors.split import Split
+from cluster.cost_fit import Timing, corrected, next_factor
 from cluster.errors import HostError, ProtocolError
 from cluster.frame import manifest_id
-from cluster.messages import HostAddress
+from cluster.messages import HostAddress, HostCost, HostWork
 
 log = structlog.get_logger()
 
@@ -31,6 +35,9 @@ _RECONNECT_PAUSE_S = 0.1
 # step where nobody else holds the experts, but not again for a while.
 _REDIAL_S, _REDIAL_PAUSE_S = 0.25, 1.0
 _PING_S = 0.25
+# What hosts cost is corrected with every sample, and used after so many.
+_LEARNT_APART = 32
+_UNMEASURED = HostCost(0.0, 1e-4, 1e-5)
 
 KeepOff = Callable[[Mapping[int, Owners]], bool]
 
@@ -64,6 +71,8 @@ class Peers:
         self._links: dict[str, HostLink] = {}
         self._latency: dict[str, Latency] = {}
         self._redialled: dict[str, float] = {}
+        self._factors: dict[str, float] = {}
+        self._learnt = 0
         self._keep_off = keep_off
         self.keeps_off = False
         self.unsettled = False
@@ -180,6 +189,47 @@ class Peers:
             found = self._owners[layer] = owners(self.route.replicas[layer], self._asked, self._suspected)
         return found
 
+    def assigned(self, layer: int, ids_TK: torch.Tensor) -> tuple[Owners, np.ndarray | None]:
+        """Who is asked for which expert for these ids, and who answers each pair [T·K] if an expert's are divided.
+
+        Where experts have several hosts that are asked, the hosts' costs decide; see `actors.split`.
+        """
+        of_layer = self.owners(layer)
+        if layer not in self._splits:
+            self._splits[layer] = self._split(layer)
+        split = self._splits[layer]
+        return (of_layer, None) if split is None else split.owners(ids_TK.numpy().reshape(-1))
+
+    def learn(self, works: Sequence[HostWork]) -> None:
+        """Take in what hosts took for what they were asked: what they cost follows, now and then."""
+        for work in works:
+            before = self._measured.get(work.host_id)
+            if before is not None and work.compute_s > 0:
+                seen = [Timing(work.pairs, work.experts, work.compute_s)]
+                self._factors[work.host_id] = next_factor(self._factors.get(work.host_id, 1.0), before, seen)
+        self._learnt += 1
+        if not self._learnt % _LEARNT_APART:
+            costs = self._costs()
+            for split in self._splits.values():
+                if split is not None:
+                    split.set_costs(costs)
+
+    def _split(self, layer: int) -> Split | None:
+        replicas = self.route.replicas[layer]
+        several = any(len(self._asked.intersection(hosts)) > 1 for hosts in replicas)
+        if not several or not all(self._asked.intersection(hosts) for hosts in replicas):
+            return None
+        return Split(replicas, self._asked, self._costs())
+
+    def _costs(self) -> list[HostCost]:
+        """Of every host, as it is now; all alike where not all were measured."""
+        if not self.route.costs:
+            return [_UNMEASURED] * len(self.route.hosts)
+        return [
+            corrected(cost, self._factors.get(address.host_id, 1.0))
+            for address, cost in zip(self.route.hosts, self.route.costs, strict=True)
+        ]
+
     def late(self, name: str) -> None:
         """An answer of the host is late."""
         self.stats.late += 1
@@ -232,6 +282,8 @@ class Peers:
         self.unsettled = bool(self._suspected) or len(self._asked) < len(self.route.hosts)
         self._ordered = [self._links[address.host_id] for address in self.route.hosts]
         self._owners: dict[int, Owners] = {}
+        self._splits: dict[int, Split | None] = {}
+        self._measured = dict(zip((a.host_id for a in self.route.hosts), self.route.costs, strict=False))
         self._version = self.members.version
         self.only = None
         if len(self._asked) == 1 and not self._suspected:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cluster.messages import HostAddress
+from cluster.messages import HostAddress, HostCost
 from cluster.table import PlacementTable
 
 NOBODY = -1
@@ -38,6 +38,8 @@ class Route:
     replicas: Mapping[int, Replicas]
     digest: str = ""
     """Of the table that it was made of."""
+    costs: tuple[HostCost, ...] = ()
+    """Of each host, as it was measured; none where not all were."""
 
     @property
     def replicated(self) -> bool:
@@ -100,4 +102,6 @@ def route_from_table(table: PlacementTable) -> Route:
         layer: tuple(tuple(position[host] for host in hosts if host in position) for hosts in experts)
         for layer, experts in table.experts.items()
     }
-    return Route(table.manifest, table.epoch, table.running, replicas, table.digest)
+    costs = tuple(table.costs[a.host_id] for a in table.running if a.host_id in table.costs)
+    measured = costs if len(costs) == len(table.running) else ()
+    return Route(table.manifest, table.epoch, table.running, replicas, table.digest, measured)

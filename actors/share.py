@@ -56,14 +56,15 @@ def shares(
     x_TH: torch.Tensor,
     weights_TK: torch.Tensor,
     ids_TK: torch.Tensor,
+    hosts_P: np.ndarray | None = None,
 ) -> Iterator[Share]:
     """The shares of the hosts that own an expert of the batch, in the order of `links`.
 
-    An id of -1 wants no expert; those without an owner are in nobody's share. IndexError for an id past the
-    layer's.
+    An id of -1 wants no expert; those without an owner are in nobody's share. `hosts_P` says who answers each pair
+    where an expert's rows are divided. IndexError for an id past the layer's.
     """
     pairs = ids_TK.numel()
-    if pairs <= _FEW_PAIRS and x_TH.numel() <= _FEW_NUMBERS:
+    if hosts_P is None and pairs <= _FEW_PAIRS and x_TH.numel() <= _FEW_NUMBERS:
         of_pairs, of_rows = _raw_memory(4 * pairs), _raw_memory(x_TH.nbytes)
         ids = of_pairs[ids_TK.data_ptr()].cast("i").tolist()
         weights, x = of_pairs[weights_TK.data_ptr()], of_rows[x_TH.data_ptr()]
@@ -75,7 +76,7 @@ def shares(
                 yield _AllRows(position, links[position], rows, x, weights, array("i", here).tobytes())
         return
     x_np, weights_np, ids_np = raw(x_TH), weights_TK.numpy(), ids_TK.numpy()
-    host_TK = owners.array.take(ids_np)
+    host_TK = owners.array.take(ids_np) if hosts_P is None else hosts_P.reshape(ids_np.shape)
     for position, link in enumerate(links):
         here_TK = host_TK == position
         chosen = np.flatnonzero(here_TK.any(axis=1))

@@ -189,9 +189,9 @@ class Controller:
                 with self._change:
                     # Another deployment's host may have the name meanwhile.
                     if answer is not None and self._running.get(host_id) is host:
-                        self._feed(answer)
                         if isinstance(answer, HostReady):
                             self._said[host_id] = answer
+                        self._feed(answer)
             self._feed(Tick())
             self._reconcile()
         finally:
@@ -378,6 +378,8 @@ class Controller:
                 if isinstance(action, Publish):
                     table = PlacementTable.from_json(deployment.table).next_epoch(hosts=action.hosts)
                     assert table.epoch == action.epoch
+                    measured = {h: said.cost for h, said in self._said.items() if said.cost is not None}
+                    table = replace(table, costs={**table.costs, **measured})
                     deployment = replace(deployment, table=table.to_json())
             if replace(state, nodes=None) != replace(self._repair, nodes=None):
                 self._save(deployment, state)

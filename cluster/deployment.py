@@ -103,10 +103,11 @@ def left(deployment: Deployment, host_id: str) -> Deployment:
     table = PlacementTable.from_json(deployment.table)
     assert host_id not in by_host(table.experts)
     hosts = {name: address for name, address in table.hosts.items() if name != host_id}
+    costs = {name: cost for name, cost in table.costs.items() if name != host_id}
     return replace(
         deployment,
         hosts=tuple(spec for spec in deployment.hosts if spec.host_id != host_id),
-        table=replace(table, epoch=table.epoch + 1, hosts=hosts).to_json(),
+        table=replace(table, epoch=table.epoch + 1, hosts=hosts, costs=costs).to_json(),
         leaving=tuple(name for name in deployment.leaving if name != host_id),
     )
 

@@ -6,7 +6,7 @@ Immutable. A change is a new table with the next epoch number, used from the nex
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from typing import Final, Literal
@@ -14,7 +14,7 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from cluster.errors import PlacementError, ProtocolError
-from cluster.messages import HostAddress, MoeLayer
+from cluster.messages import HostAddress, HostCost, MoeLayer
 from cluster.placement import Plan
 from cluster.turns import first_asked
 
@@ -31,6 +31,8 @@ class PlacementTable:
     """Every host by id; ``None`` for one that isn't running."""
     experts: Mapping[int, tuple[tuple[str, ...], ...]]
     """Layer index → per expert the hosts that hold it, the one to ask first in front."""
+    costs: Mapping[str, HostCost] = field(default_factory=dict)
+    """Of hosts that were measured."""
 
     @classmethod
     def from_plan(cls, plan: Plan, manifest: str, epoch: int = 0) -> PlacementTable:
@@ -109,6 +111,7 @@ class PlacementTable:
             epoch=self.epoch,
             hosts=dict(self.hosts),
             experts=experts,
+            costs=dict(self.costs),
         ).model_dump_json()
 
     @classmethod
@@ -141,7 +144,7 @@ class PlacementTable:
             layer: tuple(tuple(names[p] for p in positions) for positions in rows)
             for layer, rows in wire.experts.items()
         }
-        return cls(wire.manifest, wire.epoch, wire.hosts, experts)
+        return cls(wire.manifest, wire.epoch, wire.hosts, experts, wire.costs)
 
     def _holders(self, layer: int, expert: int) -> tuple[str, ...]:
         rows = self.experts.get(layer, ())
@@ -182,3 +185,4 @@ class _TableJson(BaseModel):
     epoch: NonNegativeInt
     hosts: dict[str, HostAddress | None]
     experts: dict[NonNegativeInt, list[list[NonNegativeInt]]]
+    costs: dict[str, HostCost] = {}
