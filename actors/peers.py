@@ -22,6 +22,7 @@ from actors.prober import Prober, Target
 from actors.route import NOBODY, Owners, Route, owners
 from actors.share import Share
 from actors.split import Split
+from cluster.assign import warm
 from cluster.cost_fit import Timing, corrected, next_factor
 from cluster.errors import HostError, ProtocolError
 from cluster.frame import manifest_id
@@ -113,6 +114,8 @@ class Peers:
 
     def connect(self, timeout_s: float) -> None:
         """Connect to every host, waiting for those that are still starting; HostError names the missing."""
+        # Another table may bring the first replicas while requests run.
+        warm()
         deadline = time.monotonic() + timeout_s
         for position, address in enumerate(self.route.hosts):
             link = self._links[address.host_id]

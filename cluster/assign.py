@@ -111,3 +111,16 @@ def divided(ids, rows, holders, copies, fixed, per_touch, per_row, share, level,
             j += 1
             reached += share[e, j]
         hosts[p] = holders[e, j]
+
+
+def warm() -> None:
+    """Load the compiled code, or compile it, before a step waits for it."""
+    ids, holders, copies = np.zeros(1, np.int32), np.zeros((1, 1), np.int32), np.ones(1, np.int32)
+    rows, one, share = np.zeros(1), np.ones(1), np.zeros((1, 1))
+    count(ids, rows)
+    whole(
+        rows, holders, copies, one, one, one, np.zeros(1), np.zeros(1, np.int32), np.zeros(2, np.int16)[:-1]
+    )
+    divided(
+        ids, rows, holders, copies, one, one, one, share, np.zeros(1), np.zeros(1), np.zeros(1), np.zeros(1, np.int16)
+    )  # fmt: skip
