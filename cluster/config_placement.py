@@ -7,6 +7,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, TypeAdapter
 
+from cluster.config_capacity import CapacityConfig
 from cluster.config_sources import KeyPath
 from cluster.config_values import SECTION, Count, LayerIndex, Name, Share
 
@@ -56,6 +57,7 @@ class PlacementConfig(_Section):
     replicas: Annotated[int | ReplicaRules, BeforeValidator(_replicas)] = 1
     spread: Literal["node", "host"] = "node"
     no_replica: Literal["fail", "reroute", "drop"] = "fail"
+    capacity: CapacityConfig = CapacityConfig()
 
     @property
     def rules(self) -> ReplicaRules:

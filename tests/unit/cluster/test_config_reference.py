@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def test_the_reference_names_every_key_with_its_default_and_no_other() -> None:
         section, _, name = key.rpartition(".")
         model: type[BaseModel] = Config
         if section:
-            model = HostGroup if section == "hosts[]" else type(getattr(Config(), section))
+            model = HostGroup if section == "hosts[]" else type(attrgetter(section)(Config()))
         written = yaml.safe_load(rows[f"`{key}`"].strip("`"))
         assert getattr(model.model_validate({name: written}), name) == default, key
 
@@ -61,7 +62,7 @@ def test_the_reference_names_every_replication_rule() -> None:
 def test_the_references_examples_load(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
     blocks = [block.partition("```")[0] for block in text.split("```yaml\n")[1:]]
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         file = tmp_path / "block.yaml"
         file.write_text(block)
