@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class DispatchStats:
-    """Counters of one engine process, read by its metrics; plain integers, one writer."""
+    """Counters of one engine process, read by its metrics; plain numbers, one writer."""
 
     def __init__(self) -> None:
         self.dispatches = 0

@@ -59,6 +59,9 @@ def overflow(ids_TK: np.ndarray, weights_TK: np.ndarray, capacity: int, experts:
     """
     ids, weights = ids_TK.ravel(), weights_TK.ravel()
     over = np.zeros(ids.size, bool)
+    if len(ids_TK) <= capacity:
+        # A row wants an expert once.
+        return over.reshape(ids_TK.shape)
     wanted = ids >= 0
     full = np.bincount(ids[wanted], minlength=experts) > capacity
     if full.any():
