@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class DispatchStats:
-    """Counters of one engine process, read by its metrics; plain integers, one writer."""
+    """Counters of one engine process, read by its metrics; plain numbers, one writer."""
 
     def __init__(self) -> None:
         self.dispatches = 0
@@ -25,6 +25,16 @@ class DispatchStats:
         """Hosts of the table that are out now."""
         self.unanswered_rows = 0
         self.degraded_rows = 0
+        self.capacity_coefficient = 0.0
+        """What `cluster.capacity` has adapted it to; 0 where experts take any number of rows."""
+        self.capacity_pairs = 0
+        """Pairs of row and expert that a capacity was held against."""
+        self.overflow_pairs = 0
+        """Those of them that were over it."""
+        self.overflow_rerouted_rows = 0
+        self.overflow_dropped_rows = 0
+        self.overflow_deferred_steps = 0
+        """Steps that took fewer tokens than waited, for an overflow in the step before."""
         self.last_detect_ns = 0
         """`time.monotonic_ns` when a host was last found late or lost; 0 if never."""
         self.last_reroute_ns = 0

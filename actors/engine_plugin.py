@@ -17,7 +17,7 @@ import ctypes
 import json
 import os
 import signal
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -37,8 +37,9 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from actors import openmp
+from actors import openmp, scored_router
 from actors.buffers import Layout
+from actors.capacity import CapacityLimit
 from actors.dispatch import Dispatcher
 from actors.outages import Outages
 from actors.reroute import install, keep_off
@@ -46,6 +47,7 @@ from actors.rescue import Outage
 from actors.route import route_from_table
 from cluster.checkpoint import Checkpoint
 from cluster.errors import CheckpointError
+from cluster.gate import Gate
 from cluster.messages import EngineSettings
 from cluster.table import PlacementTable
 from cluster.traffic import TRAFFIC
@@ -60,6 +62,10 @@ SETTINGS_VARIABLE = "EXPERTMESH_ENGINE_SETTINGS"
 # One engine process has one dispatcher. A custom op gets tensors and numbers only, so it must find
 # the dispatcher here.
 _dispatcher: Dispatcher | None = None
+# What the op calls: the dispatcher itself, or the bound on its rows. Chosen once, since it is called per layer.
+_compute: Callable[..., None] | None = None
+capacity_limit: CapacityLimit | None = None
+"""Of an engine whose experts take a bounded number of rows; its scheduler ends each step for it."""
 # And its scheduler, which runs in the same process, finds here which requests a step could not compute.
 outages = Outages()
 _PR_SET_PDEATHSIG = 1
@@ -92,17 +98,20 @@ def environment(settings: EngineSettings, key: bytes) -> dict[str, str]:
 def _read_environment() -> tuple[EngineSettings, bytes]:
     raw = json.loads(os.environ[SETTINGS_VARIABLE])
     key = bytes.fromhex(raw.pop("key"))
-    return EngineSettings(**raw), key
+    return EngineSettings.read(raw), key
 
 
 def _experts(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, layer: int) -> torch.Tensor:
-    """Rows [T, H], float32 weights [T, K] and int32 ids [T, K] of one layer → weighted sums [T, H]."""
-    if _dispatcher is None:
+    """Rows [T, H], float32 weights [T, K] and int32 ids [T, K] of one layer → weighted sums [T, H].
+
+    With the capacity's policy `reroute` the weights are [T, K + E]; see `actors.scored_router`.
+    """
+    if _compute is None:
         return torch.zeros_like(x)  # a rehearsal: see `EngineSettings.table`
     out = torch.empty_like(x)
     if len(x):
         try:
-            _dispatcher(layer, x, weights, ids, out)
+            _compute(layer, x, weights, ids, out)
         except Exception as error:
             # Raised here it would end the engine, and with it every request.
             log.exception("dispatch failed", layer=layer, rows=len(x))
@@ -209,9 +218,11 @@ class MeshModelLoader(DefaultModelLoader):
         _end_with_parent()
         model = super().load_model(vllm_config, model_config, prefix)
         _check_coverage(model, settings)
+        gates = scored_router.install(model) if settings.capacity.policy == "reroute" else {}
         masks = install(model) if settings.no_replica == "reroute" else {}
         if settings.table:
             _connect(settings, key, masks)
+            _bound(settings, vllm_config.scheduler_config.max_num_batched_tokens, gates)
         return model
 
 
@@ -258,6 +269,17 @@ def _connect(settings: EngineSettings, key: bytes, masks: dict[int, torch.Tensor
         keep_off=partial(keep_off, masks) if masks else None,
     )
     _dispatcher.peers.connect(settings.connect_timeout_s)
+
+
+def _bound(settings: EngineSettings, largest: int, gates: dict[int, Gate]) -> None:
+    """Choose what the op calls; `largest` is the most rows that a step may have."""
+    global _compute, capacity_limit
+    assert _dispatcher is not None
+    _compute, capacity_limit = _dispatcher, None
+    if settings.capacity.policy != "dropless":
+        _compute = capacity_limit = CapacityLimit(
+            _dispatcher, settings.capacity, largest=largest, gates=gates, outages=outages
+        )
 
 
 class WorkerExtension:
@@ -310,6 +332,12 @@ class WorkerExtension:
             "ejected": stats.ejected,
             "unanswered_rows": stats.unanswered_rows,
             "degraded_rows": stats.degraded_rows,
+            "capacity_coefficient": stats.capacity_coefficient,
+            "capacity_pairs": stats.capacity_pairs,
+            "overflow_pairs": stats.overflow_pairs,
+            "overflow_rerouted_rows": stats.overflow_rerouted_rows,
+            "overflow_dropped_rows": stats.overflow_dropped_rows,
+            "overflow_deferred_steps": stats.overflow_deferred_steps,
             "last_detect_monotonic_ns": stats.last_detect_ns,
             "last_reroute_monotonic_ns": stats.last_reroute_ns,
             "epoch": _dispatcher.peers.route.epoch,

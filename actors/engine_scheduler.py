@@ -37,7 +37,9 @@ class MeshScheduler(Scheduler):
             return super().update_from_output(scheduler_output, model_runner_output)
         scheduled = scheduler_output.num_scheduled_tokens
         failed = self._spoil(hit.failed, scheduled)
-        self._degraded |= self._spoil(hit.degraded, scheduled)
+        # What a degraded request computes later rests on what it computed then.
+        still = {name: reason for name, reason in self._degraded.items() if name in scheduled}
+        self._degraded |= self._spoil(hit.degraded | still, scheduled)
         # Before the step's tokens are handed out: a request that has ended gets none of them.
         ended = self.finish_requests(failed, RequestStatus.FINISHED_ERROR) if failed else []
         outputs = super().update_from_output(scheduler_output, model_runner_output)

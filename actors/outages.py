@@ -49,6 +49,13 @@ class Outages:
         hit, self._hit = self._hit, Hit()
         return hit
 
+    def rows(self) -> int:
+        """How many rows of the step's batch belong to requests: the first ones. None of a warm-up's do."""
+        batch = getattr(self._runner, "input_batch", None)
+        if batch is None or not batch.num_reqs:
+            return 0
+        return int(self._runner.query_start_loc.np[batch.num_reqs])
+
     def requests(self, rows: tuple[int, ...]) -> list[str]:
         """The requests that these rows of the step's batch belong to; none for a warm-up's rows."""
         batch = getattr(self._runner, "input_batch", None)

@@ -74,7 +74,7 @@ class Rescue:
         total_TH = torch.zeros(out_TH.shape)
         # First of all: the links' memory is needed for what is sent next.
         add(done, total_TH)
-        owed = ~_covered(done, ids.shape)
+        owed = (ids != NOBODY) & ~_covered(done, ids.shape)
         originals = {part.position: part for part in late if part.link.connected}
         refusing = set(refused)
         unanswered = np.zeros_like(owed)

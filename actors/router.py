@@ -286,14 +286,24 @@ def engine_arguments(spec: RouterSpec) -> dict[str, Any]:
     """vLLM's engine arguments for a mesh engine."""
     from actors.engine_plugin import ENABLED, LOAD_FORMAT
 
+    settings = spec.settings
+    # These policies are part of the compiled model, one as a mask on the router and one as further columns, so they
+    # must be part of its key.
+    compiled: dict[str, Any] = {"no_replica": settings.no_replica}
+    if settings.capacity.policy == "reroute":
+        compiled["capacity"] = "reroute"
+    unbounded = settings.capacity.policy == "dropless"
     return {
         "model": spec.model_path,
         "served_model_name": [spec.served_name],
         "load_format": LOAD_FORMAT,
         "worker_extension_cls": "actors.engine_plugin.WorkerExtension",
-        "scheduler_cls": "actors.engine_scheduler.MeshScheduler",
-        # The policy is part of the compiled model where it masks the router, so it must be part of its key.
-        "additional_config": {**ENABLED, "no_replica": spec.settings.no_replica},
+        "scheduler_cls": (
+            "actors.engine_scheduler.MeshScheduler"
+            if unbounded
+            else "actors.capacity_scheduler.CapacityScheduler"
+        ),
+        "additional_config": {**ENABLED, **compiled},
         **spec.engine,
     }
 

@@ -19,6 +19,12 @@ _SERIES = {
     "ejected": "Expert hosts of the placement table that are out now",
     "unanswered_rows": "Rows that no living replica could answer for since start",
     "degraded_rows": "Rows computed without an expert that has no living replica since start",
+    "capacity_coefficient": "Coefficient of the experts' capacity, adapted to the overflow; 0 without a capacity",
+    "capacity_pairs": "Pairs of row and expert that a capacity was held against since start",
+    "overflow_pairs": "Pairs of row and expert that were over the capacity since start",
+    "overflow_rerouted_rows": "Rows that went to a next choice of their router for want of capacity since start",
+    "overflow_dropped_rows": "Rows computed without an expert that was over its capacity since start",
+    "overflow_deferred_steps": "Steps that took fewer tokens than waited, for an overflow before, since start",
     "epoch": "Epoch of the placement table in use",
     "rss_bytes": "Resident memory of the engine process",
 }

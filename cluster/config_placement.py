@@ -8,6 +8,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter
 
+from cluster.config_capacity import CapacityConfig
 from cluster.config_sources import KeyPath
 from cluster.config_values import SECTION, Count, Duration, LayerIndex, Name, Share, Size, parse_size
 
@@ -73,6 +74,7 @@ class PlacementConfig(_Section):
     redundancy: Annotated[float, Field(ge=1, le=1024)] = 1.0
     rebalance: RebalanceConfig = RebalanceConfig()
     no_replica: Literal["fail", "reroute", "drop"] = "fail"
+    capacity: CapacityConfig = CapacityConfig()
 
     @property
     def rules(self) -> ReplicaRules:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -102,6 +103,28 @@ def _share(value: object) -> Decimal:
     return share
 
 
+def _number(value: object, allowed: Callable[[float], bool], problem: str) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(str(value))
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and allowed(number)):
+        raise BadValue(problem)
+    return number
+
+
+def _positive(value: object) -> float:
+    return _number(value, lambda number: number > 0, "should be a number above zero, such as 1.25")
+
+
+def _non_negative(value: object) -> float:
+    return _number(value, lambda number: number >= 0, "should be a number of at least zero, such as 1.5")
+
+
+def _fraction(value: object) -> float:
+    return _number(value, lambda number: 0 <= number < 1, "should be at least 0 and below 1, such as 0.01")
+
+
 def _no_bool(value: object) -> object:
     # pydantic would read `true` as 1.
     if isinstance(value, bool):
@@ -170,6 +193,9 @@ HostCount = Annotated[int | Literal["per_node"], PlainValidator(_host_count)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 LayerIndex = Annotated[int, Field(ge=0)]
 Share = Annotated[Decimal, BeforeValidator(_share)]
+Positive = Annotated[float, PlainValidator(_positive)]
+NonNegative = Annotated[float, PlainValidator(_non_negative)]
+Fraction = Annotated[float, PlainValidator(_fraction)]
 Port = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=65535)]
 Duration = Annotated[float, PlainValidator(_positive_duration)]
 Name = Annotated[str, Field(min_length=1)]

@@ -122,6 +122,22 @@ class Outline:
 
 
 @dataclass(frozen=True, slots=True)
+class CapacitySettings:
+    """How many rows an expert takes in a step, and what becomes of the others; see `cluster.capacity`."""
+
+    policy: str = "dropless"
+    """dropless, reroute, defer or drop."""
+    factor: float = 1.25
+    min_rows: int = 4
+    coefficient: float = 1.0
+    """What it starts with."""
+    coefficient_min: float = 0.0
+    coefficient_max: float = 8.0
+    target: float = 0.01
+    """Share of the pairs of row and expert that may overflow."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineSettings:
     """What the router deployment hands to its engine process, as JSON in the environment."""
 
@@ -141,6 +157,12 @@ class EngineSettings:
     """Shortest time after which a late host's rows are sent to another replica."""
     no_replica: str = "fail"
     """What becomes of rows whose expert has no living replica: fail, reroute or drop."""
+    capacity: CapacitySettings = CapacitySettings()
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any]) -> EngineSettings:
+        """From what `dataclasses.asdict` gave."""
+        return cls(**{**raw, "capacity": CapacitySettings(**raw["capacity"])})
 
 
 @dataclass(frozen=True, slots=True)

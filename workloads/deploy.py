@@ -190,6 +190,7 @@ def router_spec_for(config: Config, checkpoint: Checkpoint, dtype: str, name: st
         deadline_s=config.data_plane.deadline,
         min_deadline_s=config.data_plane.min_deadline,
         no_replica=config.placement.no_replica,
+        capacity=config.placement.capacity.settings(),
         connect_timeout_s=config.data_plane.connect_timeout,
     )
     arguments = {

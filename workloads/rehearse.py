@@ -91,6 +91,7 @@ def _key(spec: RouterSpec) -> str:
         flags,
         spec.settings.model,
         spec.settings.no_replica,
+        spec.settings.capacity.policy == "reroute",
         sorted(spec.engine.items()),
     ]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:32]
@@ -119,7 +120,7 @@ def main() -> None:
     from cluster.messages import EngineSettings
 
     raw = json.load(sys.stdin)
-    raw["settings"] = EngineSettings(**raw["settings"])
+    raw["settings"] = EngineSettings.read(raw["settings"])
     spec = RouterSpec(**raw)
     from vllm import LLM
 

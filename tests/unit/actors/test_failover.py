@@ -282,6 +282,18 @@ def test_dropped_experts_are_made_up_for_by_the_others(make_mesh) -> None:
     }
 
 
+def test_pairs_without_an_expert_want_nobody_when_a_host_dies(make_mesh, transport: str) -> None:
+    """They were taken for pairs of an expert -1, which no living host holds."""
+    mesh = make_mesh(TWICE, "float32", transport)
+    dispatcher = mesh.dispatcher()
+    x, weights, ids, _ = batch(9)
+    ids[::2, 0] = -1
+    mesh.servers[1].close()
+    out = torch.empty_like(x)
+    dispatcher(LAYER, x, weights, ids, out)
+    torch.testing.assert_close(out, x * torch.where(ids < 0, 0, weights * (ids + 1)).sum(1, keepdim=True))
+
+
 def test_a_broken_connection_to_the_only_holder_is_made_anew(make_mesh, transport: str) -> None:
     mesh = make_mesh([(0, 1, 2), (3, 4, 5)], "float32", transport)
     dispatcher = mesh.dispatcher()

@@ -62,7 +62,7 @@ def test_the_reference_names_every_replication_rule() -> None:
 def test_the_references_examples_load(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
     blocks = [block.partition("```")[0] for block in text.split("```yaml\n")[1:]]
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         file = tmp_path / "block.yaml"
         file.write_text(block)

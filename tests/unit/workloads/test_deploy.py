@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from cluster.checkpoint import Checkpoint
 from cluster.config import Config
 from cluster.errors import CheckpointError, ConfigError, PlacementError
-from cluster.messages import NodeInfo
+from cluster.messages import CapacitySettings, EngineSettings, NodeInfo
 from cluster.table import PlacementTable
 from tests.tiny_models import make_tiny
 from workloads.deploy import (
@@ -295,3 +295,11 @@ def test_the_engine_is_told_what_to_do_without_a_replica(checkpoint: Checkpoint)
     settings = config(placement={"no_replica": "drop"}, data_plane={"min_deadline": "20ms"})
     told = router_spec(settings, planned(settings, checkpoint)).settings
     assert (told.no_replica, told.min_deadline_s) == ("drop", 0.02)
+
+
+def test_the_engine_is_told_the_capacity_and_reads_it_back(checkpoint: Checkpoint) -> None:
+    """As JSON, which the environment and a rehearsal carry."""
+    settings = config(placement={"capacity": {"policy": "defer", "factor": 1.5}})
+    told = router_spec(settings, planned(settings, checkpoint)).settings
+    assert told.capacity == CapacitySettings("defer", factor=1.5)
+    assert EngineSettings.read(json.loads(json.dumps(asdict(told)))).capacity == told.capacity
