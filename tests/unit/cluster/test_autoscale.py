@@ -77,11 +77,11 @@ def test_down_by_one_after_the_whole_window_and_when_the_last_one_is_drained() -
         state, target, _ = step(SETTINGS, state, idle, now)
         if target != idle.hosts_wanted:
             targets[now] = target
-            # Its drain takes until the next look but four.
             idle = replace(idle, hosts_wanted=target)
-        elif now == 150:
+        elif now == 230:
+            # The first one is drained, long after the window.
             idle = replace(idle, hosts_ready=3)
-    assert targets == {100: 3, 210: 2}
+    assert targets == {100: 3, 240: 2}
 
 
 def test_one_look_at_more_begins_the_window_anew() -> None:
@@ -150,32 +150,45 @@ requests = st.none() | st.integers(0, 200)
 loads = st.builds(GroupLoad, shares, requests, requests, shares, st.integers(0, 20), st.integers(0, 20))
 
 
-@given(settings_, st.lists(st.tuples(loads, st.integers(1, 60), st.booleans()), min_size=1, max_size=40))
+IDLE = GroupLoad(0.0, 0, 0, 0.0, 0, 0)
+spells = st.tuples(
+    loads | st.just(IDLE),
+    st.integers(1, 8),
+    st.integers(1, 60),
+    st.booleans(),
+    st.sampled_from((0, 0, 0, 1, -1)),
+)
+"""What is seen for some looks in a row, the seconds between these, whether what is decided can be, hosts too many."""
+
+
+@given(settings_, st.lists(spells, min_size=1, max_size=12), st.none() | st.integers(0, 20))
 def test_bounds_and_pauses_hold_whatever_is_seen(
-    settings: AutoscaleConfig, looks: list[tuple[GroupLoad, int, bool]]
+    settings: AutoscaleConfig,
+    seen_in_spells: list[tuple[GroupLoad, int, int, bool, int]],
+    scaled_to: int | None,
 ) -> None:
-    """The group is as it was decided, or, where that is refused, as it was; now and then somebody scales it."""
-    now, count, state = 0, settings.min, None
-    changed_at = 0
-    for number, (load, pause, granted) in enumerate(looks):
-        now += pause
-        if number % 10 == 9:
-            count, changed_at = load.hosts_wanted, now
-        seen = replace(load, hosts_wanted=count, hosts_ready=max(0, count + load.hosts_ready % 3 - 1))
-        state, target, reason = step(settings, state, seen, now)
-        assert reason
-        inside = settings.min <= count <= settings.max
-        assert settings.min <= target <= max(settings.max, count)
-        assert not inside or target <= settings.max
-        assert target >= count - 1
-        if inside and target != count:
-            assert seen.hosts_ready >= count
-            assert now - changed_at >= (settings.up_cooldown if target > count else settings.down_cooldown)
-            assert target > count or seen.hosts_ready == count
-        assert state.asked in (0, *range(settings.min, settings.max + 1))
-        if target != count:
-            changed_at = now
-            count = target if granted else count
+    """Half way somebody scales the group to `scaled_to`."""
+    now, changed_at, count, state = 0, 0, settings.max, None
+    for number, (load, looks, pause, granted, more) in enumerate(seen_in_spells):
+        if scaled_to is not None and number == len(seen_in_spells) // 2:
+            count, changed_at = scaled_to, now
+        for _ in range(looks):
+            now += pause
+            seen = replace(load, hosts_wanted=count, hosts_ready=max(0, count + more))
+            state, target, reason = step(settings, state, seen, now)
+            assert reason
+            assert settings.min <= target <= max(settings.max, count)
+            assert target >= count - 1
+            assert state.asked == 0 or settings.min <= state.asked <= settings.max
+            if target < count:
+                assert seen.hosts_ready == count
+            if settings.min <= count <= settings.max and target != count:
+                assert seen.hosts_ready >= count
+                pause_s = settings.up_cooldown if target > count else settings.down_cooldown
+                assert now - changed_at >= pause_s
+            if target != count:
+                changed_at = now
+                count = target if granted else count
 
 
 @given(settings_, loads, loads, st.integers(0, 300), st.none() | st.integers(0, 300), st.integers(0, 18))
