@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 
+from cluster.group_loads import Queue
+
 _SERIES = {
     "dispatches": "Dispatches to the expert hosts since start (one per MoE layer and step)",
     "rows": "Activation rows dispatched since start",
@@ -28,6 +30,24 @@ _SERIES = {
     "epoch": "Epoch of the placement table in use",
     "rss_bytes": "Resident memory of the engine process",
 }
+# vLLM's own, of this process's engine.
+_WAITING, _RUNNING = "vllm:num_requests_waiting", "vllm:num_requests_running"
+
+
+def queue(in_flight: int, registry: CollectorRegistry = REGISTRY) -> Queue | None:
+    """The engine's requests as vLLM last counted them; None before it has.
+
+    vLLM counts at each of its steps. There are none when the last requests were aborted, so no more are believed than
+    are `in_flight`.
+    """
+    found: dict[str, float] = {}
+    for metric in registry.restricted_registry((_WAITING, _RUNNING)).collect():
+        for sample in metric.samples:
+            found[sample.name] = found.get(sample.name, 0.0) + sample.value
+    if _WAITING not in found or _RUNNING not in found:
+        return None
+    running = min(found[_RUNNING], in_flight)
+    return Queue(min(found[_WAITING], in_flight - running), running)
 
 
 class MeshMetrics:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, SecretStr, ValidationError, ValidationInfo, field_validator
 
+from cluster.config_autoscale import AutoscaleConfig
 from cluster.config_mistakes import BadValue, raise_mistakes, schema_mistakes
 from cluster.config_placement import PlacementConfig
 from cluster.config_sources import KeyPath, Mistake, Origin, Sources, dotted, find_file
@@ -75,6 +76,14 @@ class HostGroup(_Section):
     threads: AutoCount = "auto"
     selector: dict[str, str] = {}
     kernel: Literal["auto", "bf16-weights", "vllm-cpu", "grouped-mm", "module", "noop"] = "auto"
+    autoscale: AutoscaleConfig | None = None
+
+    @property
+    def fewest(self) -> int:
+        """Hosts that there are at least while nothing is lost; 0 where that depends on the nodes."""
+        if self.count == "per_node":
+            return 0
+        return self.autoscale.min if self.autoscale else self.count
 
 
 class ServerConfig(_Section):
@@ -143,21 +152,38 @@ class Config(_Section):
     def _some_hosts(cls, groups: tuple[HostGroup, ...]) -> tuple[HostGroup, ...]:
         if not groups:
             raise BadValue("there is no host group", "remove the key for one host on this machine")
+        for index, group in enumerate(groups):
+            bounds = group.autoscale
+            if bounds is not None and group.count == "per_node":
+                raise BadValue(
+                    "per_node hosts come and go with their nodes",
+                    f"give a number, or leave hosts.{index}.autoscale out",
+                    path=("hosts", index, "count"),
+                )
+            if bounds is not None and not bounds.min <= int(group.count) <= bounds.max:
+                raise BadValue(
+                    f"{group.count} hosts to begin with, where autoscale allows {bounds.min} to {bounds.max}",
+                    f"set it between the two, or change hosts.{index}.autoscale",
+                    path=("hosts", index, "count"),
+                )
         return groups
 
     @field_validator("placement")
     @classmethod
     def _enough_hosts(cls, placement: PlacementConfig, info: ValidationInfo) -> PlacementConfig:
-        counts = [group.count for group in info.data.get("hosts", ())]
+        groups = info.data.get("hosts", ())
         # How many nodes match is not known yet.
-        count = 0 if "per_node" in counts else sum(int(count) for count in counts)
+        count = 0 if any(g.count == "per_node" for g in groups) else sum(group.fewest for group in groups)
         below, copies = max(placement.rules.numbers(), key=lambda number: number[1])
         if count and copies > count:
             plain = isinstance(placement.replicas, int)
+            scaled = any(group.autoscale and group.fewest < int(group.count) for group in groups)
+            there_are = f"autoscaling may leave {count}" if scaled else f"there are {count}"
+            more = "a host group's autoscale.min" if scaled else "a host group's count"
             path: KeyPath = ("placement", "replicas", *(() if plain else below))
             raise BadValue(
-                f"{copies} copies of {'each' if plain else 'an'} expert need as many hosts, there are {count}",
-                f"raise a host group's count, or lower {dotted(path)}",
+                f"{copies} copies of {'each' if plain else 'an'} expert need as many hosts, {there_are}",
+                f"raise {more}, or lower {dotted(path)}",
                 path=path,
             )
         return placement

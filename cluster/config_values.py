@@ -93,11 +93,7 @@ def _host_count(value: object) -> int | Literal["per_node"]:
 
 
 def _share(value: object) -> Decimal:
-    # The decimal that was written: a tenth of 30 experts is 3 of them, where the float's is 3.0000000000000004.
-    try:
-        share = Decimal(str(value))
-    except InvalidOperation:
-        share = Decimal(0)
+    share = _decimal(value)
     if not (share.is_finite() and 0 < share <= 1):
         raise BadValue("should be a share above 0 and at most 1, such as 0.25")
     return share
@@ -123,6 +119,22 @@ def _non_negative(value: object) -> float:
 
 def _fraction(value: object) -> float:
     return _number(value, lambda number: 0 <= number < 1, "should be at least 0 and below 1, such as 0.01")
+
+
+def positive_number(value: object) -> Decimal:
+    """The decimal that was written; BadValue if it is no number above zero."""
+    number = _decimal(value)
+    if not (number.is_finite() and number > 0):
+        raise BadValue("should be a number above 0, such as 0.5")
+    return number
+
+
+def _decimal(value: object) -> Decimal:
+    # The decimal that was written: a tenth of 30 experts is 3 of them, where the float's is 3.0000000000000004.
+    try:
+        return Decimal(str(value))
+    except InvalidOperation:
+        return Decimal(0)
 
 
 def _no_bool(value: object) -> object:

@@ -1,11 +1,13 @@
-"""What the controller is given: hosts, nodes and a store. Ray is behind them, or memory in unit tests."""
+"""What controller and autoscaler are given: hosts, nodes, a store. Ray is behind them, or memory in unit tests."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from cluster.holdings import Holdings
 from cluster.messages import HostProgress, HostReport, HostSpec, NodeInfo
+from cluster.node_shape import NodeShape
 from cluster.repair_state import HostDead, HostFailed, HostReady
 
 
@@ -47,3 +49,23 @@ class Store(Protocol):
 
     def load(self) -> bytes | None: ...
     def save(self, document: bytes) -> None: ...
+
+
+class GroupScaler(Protocol):
+    """Changes the number of a group's hosts, as the controller does."""
+
+    def scale(self, group: str, count: int) -> None:
+        """The group is to have so many hosts; ExpertmeshError if that can't be, for lack of nodes or memory."""
+
+
+class NodeProvider(Protocol):
+    """Brings nodes and takes them away, as `actors.ray_node_provider.RayNodeProvider`."""
+
+    def request(self, wanted: Mapping[str, NodeShape]) -> None:
+        """The cluster is to have room for this, by group, in place of what was asked for before.
+
+        Returns at once: nodes come in minutes, or never. The same may be asked for again and again.
+        """
+
+    def describe(self) -> str:
+        """What is asked for and what becomes of it, in one line, for `status`."""

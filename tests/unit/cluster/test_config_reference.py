@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 from cluster.config import Config, HostGroup, load_config
+from cluster.config_autoscale import AutoscaleConfig
 from cluster.config_placement import HottestExperts, ReplicaRules
 
 ROOT = Path(__file__).parents[3]
@@ -52,17 +53,33 @@ def test_the_reference_names_every_key_with_its_default_and_no_other() -> None:
         assert getattr(model.model_validate({name: written}), name) == default, key
 
 
-def test_the_reference_names_every_replication_rule() -> None:
+@pytest.mark.parametrize(
+    ("title", "schemas"),
+    [("How many copies", (ReplicaRules, HottestExperts)), ("Autoscaling", (AutoscaleConfig,))],
+)
+def test_the_reference_names_what_may_be_in_a_mapping(
+    title: str, schemas: tuple[type[BaseModel], ...]
+) -> None:
     text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
-    section = text.partition("### How many copies\n")[2].partition("\n## ")[0]
-    for schema in (ReplicaRules, HottestExperts):
+    section = text.partition(f"### {title}\n")[2].partition("\n## ")[0]
+    for schema in schemas:
         assert all(f"`{key}`" in section or f" {key}:" in section for key in schema.model_fields)
+
+
+def test_the_reference_s_defaults_of_autoscaling_are_the_code_s() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+    section = text.partition("### Autoscaling\n")[2].partition("\n## ")[0]
+    lines = {line.split("`")[1]: line for line in section.splitlines() if line.startswith("- `")}
+    said = {key: lines[key].partition(" if it is not given")[0].rpartition("; ")[2] for key in lines}
+    given = {key: yaml.safe_load(value) for key, value in said.items() if key not in ("min", "memory")}
+    assert AutoscaleConfig.model_validate({"min": 1, "max": 1, **given}) == AutoscaleConfig(min=1, max=1)
+    assert AutoscaleConfig(min=1, max=1).memory is None and "`null`, the default" in lines["memory"]
 
 
 def test_the_references_examples_load(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
     blocks = [block.partition("```")[0] for block in text.split("```yaml\n")[1:]]
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         file = tmp_path / "block.yaml"
         file.write_text(block)

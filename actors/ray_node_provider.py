@@ -1,0 +1,132 @@
+"""Nodes from Ray's autoscaler: the edge between `cluster.autoscaler` and `ray.autoscaler.sdk`.
+
+Ray keeps one request of this kind per cluster, the last one; so of several deployments on a cluster one may scale.
+It does not end with who made it: a deployment that ends asks for nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from cluster.node_shape import NodeShape
+
+_CALL_S: Final = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What becomes of a request, as Ray's autoscaler says."""
+
+    starting: Mapping[str, int] = field(default_factory=dict)
+    """Node type → nodes that were ordered, or are there without Ray."""
+    failed: tuple[str, ...] = ()
+    """Why nodes could not be had, newest last."""
+    unfit: int = 0
+    """Hosts for which no node type has room, or all that have are at their limit."""
+
+
+class RayAutoscaler(Protocol):
+    """The part of Ray that is used, as `ConnectedAutoscaler`."""
+
+    def request(self, bundles: list[dict[str, float]], selectors: list[dict[str, str]]) -> None: ...
+
+    def standing(self) -> Standing | None:
+        """None if it does not say."""
+
+
+class RayNodeProvider:
+    """Asks for one bundle per host; for the autoscaler's process, which is connected to the cluster."""
+
+    def __init__(self, autoscaler: RayAutoscaler | None = None) -> None:
+        self._ray = autoscaler or ConnectedAutoscaler()
+        self._asked = ""
+
+    def request(self, wanted: Mapping[str, NodeShape]) -> None:
+        """Ray is to have room for all of it. ValueError for a selector that Ray does not read."""
+        shapes = [shape for _, shape in sorted(wanted.items()) if shape.count]
+        self._ray.request(
+            [bundle(shape) for shape in shapes for _ in range(shape.count)],
+            [dict(shape.labels) for shape in shapes for _ in range(shape.count)],
+        )
+        self._asked = ", ".join(map(_in_words, shapes))
+
+    def describe(self) -> str:
+        """What was asked for last and what becomes of it, in one line."""
+        if not self._asked:
+            return "Ray's autoscaler is asked for nothing"
+        parts = [f"Ray's autoscaler is asked for {self._asked}"]
+        standing = self._ray.standing()
+        if standing is None:
+            parts.append(
+                "it is the first of Ray's, or none: it heeds no labels and does not say what it does; "
+                "on a cluster of `ray start` join nodes by hand"
+            )
+            return "; ".join(parts)
+        if standing.starting:
+            parts.append("starting " + ", ".join(f"{n} × {kind}" for kind, n in standing.starting.items()))
+        if standing.unfit:
+            parts.append(f"no node type has room for {standing.unfit} of them, or all are at their limit")
+        if standing.failed:
+            parts.append(f"failed: {standing.failed[-1]}")
+        return "; ".join(parts)
+
+
+class ConnectedAutoscaler:
+    """The autoscaler of the cluster that this process is connected to."""
+
+    def request(self, bundles: list[dict[str, float]], selectors: list[dict[str, str]]) -> None:
+        from ray.autoscaler.sdk import request_resources
+
+        request_resources(bundles=bundles, bundle_label_selectors=selectors)
+
+    def standing(self) -> Standing | None:
+        """None on a cluster with the first autoscaler, which tells the control plane nothing.
+
+        As `ray status` asks, but that drops what does not fit (`ray.autoscaler.v2.sdk.get_cluster_status`).
+        """
+        from ray.autoscaler.v2.utils import is_autoscaler_v2
+        from ray.core.generated import autoscaler_pb2
+        from ray.experimental.internal_kv import internal_kv_get_gcs_client
+
+        if not is_autoscaler_v2():
+            return None
+        messages: Any = autoscaler_pb2
+        reply = messages.GetClusterStatusReply()
+        reply.ParseFromString(internal_kv_get_gcs_client().get_cluster_status(timeout_s=_CALL_S))
+        return standing(reply.autoscaling_state)
+
+
+def bundle(shape: NodeShape) -> dict[str, float]:
+    """What one host takes, as Ray counts it; without what it does not take."""
+    named = {"CPU": shape.cpus, "GPU": shape.gpus, "memory": shape.memory_bytes}
+    return {name: amount for name, amount in named.items() if amount}
+
+
+def standing(state: Any) -> Standing:
+    """From Ray's AutoscalingState message."""
+    starting: Counter[str] = Counter()
+    for ordered in state.pending_instance_requests:
+        starting[ordered.ray_node_type_name] += ordered.count
+    for instance in state.pending_instances:
+        starting[instance.ray_node_type_name] += 1
+    failed: Sequence[Any] = sorted(state.failed_instance_requests, key=lambda request: request.failed_ts)
+    return Standing(
+        dict(starting),
+        tuple(f"{request.count} × {request.ray_node_type_name}: {request.reason}" for request in failed),
+        sum(
+            by_count.count
+            for constraint in state.infeasible_cluster_resource_constraints
+            for by_count in constraint.resource_requests
+        ),
+    )
+
+
+def _in_words(shape: NodeShape) -> str:
+    parts = [f"{shape.cpus} CPU"] if shape.cpus else []
+    parts += [f"{shape.gpus} GPU"] if shape.gpus else []
+    parts += [f"{shape.memory_bytes / 2**30:g} GiB"] if shape.memory_bytes else []
+    labels = ", ".join(f"{key}: {value}" for key, value in sorted(shape.labels.items()))
+    return f"{shape.count} × ({' + '.join(parts)}{f' where {labels}' if labels else ''})"

@@ -1,0 +1,34 @@
+"""What a group's hosts need of nodes, for whoever brings nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cluster.config import HostGroup
+
+
+@dataclass(frozen=True, slots=True)
+class NodeShape:
+    """Room for `count` hosts, each with these resources on one node; a node may have several of them."""
+
+    count: int
+    cpus: int
+    gpus: int = 0
+    memory_bytes: int = 0
+    """0 if it does not matter."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What the node's labels must be, in Ray's notation, as `cluster.inventory.matches` reads it."""
+
+
+def node_shape(group: HostGroup, count: int) -> NodeShape:
+    """Room for so many hosts of the group.
+
+    What is ``auto`` is taken from the node that a host comes to, so nothing can be said of it before: of such a
+    group a host asks for one CPU. A GPU host's memory is its GPU's.
+    """
+    cpus = 1 if group.threads == "auto" else group.threads
+    if group.device == "cuda":
+        return NodeShape(count, cpus, gpus=1, labels=group.selector)
+    memory = 0 if group.memory == "auto" else int(group.memory)
+    return NodeShape(count, cpus, memory_bytes=memory, labels=group.selector)
