@@ -15,6 +15,8 @@ import structlog
 from ray.experimental import internal_kv
 
 from actors.ray_hosts import RayHosts, RayNodes
+from actors.ray_node_provider import RayNodeProvider
+from cluster.autoscaler import Autoscaler, AutoscaleStatus
 from cluster.controller import ChangeStatus, Controller, Deployment
 from cluster.experts_report import ExpertsReport, experts_report
 from cluster.messages import HostProgress, HostReport, Sources, Traffic
@@ -58,6 +60,16 @@ class KvStore:
         internal_kv._internal_kv_put(self._key, document, overwrite=True)
 
 
+class GroupScaler:
+    """The rebalancer as the autoscaler uses it."""
+
+    def __init__(self, rebalancer: Rebalancer) -> None:
+        self._rebalancer = rebalancer
+
+    def scale(self, group: str, count: int) -> None:
+        self._rebalancer.scale(group, count)
+
+
 @_actor
 class ControllerActor:
     """Ray's view of a Controller."""
@@ -67,6 +79,7 @@ class ControllerActor:
         self._controller = Controller(RayHosts(namespace, partial(sources, namespace)), store, RayNodes())
         self._controller.supervise(_PERIOD_S)
         self._rebalancer = Rebalancer(self._controller)
+        self._autoscaler: tuple[str, Autoscaler] | None = None
         threading.Thread(target=self._rebalance, name="expertmesh-rebalance", daemon=True).start()
 
     def deploy(self, deployment: Deployment) -> None:
@@ -122,6 +135,25 @@ class ControllerActor:
     def change(self) -> ChangeStatus:
         return self._controller.change()
 
+    def autoscaled(self) -> tuple[AutoscaleStatus, ...]:
+        return self._autoscaler[1].statuses() if self._autoscaler is not None else ()
+
+    def _autoscale(self) -> None:
+        """Scale the groups that want it; a deployment that ended asks for no nodes any more."""
+        deployment = self._controller.deployment()
+        run = deployment.run if deployment is not None else ""
+        if self._autoscaler is not None and self._autoscaler[0] != run:
+            self._autoscaler[1].close()
+            self._autoscaler = None
+        if deployment is None or all(group.autoscale is None for group in deployment.groups):
+            return
+        if self._autoscaler is None:
+            scaler = Autoscaler(
+                deployment.groups, self._rebalancer.loads, GroupScaler(self._rebalancer), RayNodeProvider()
+            )
+            self._autoscaler = run, scaler
+        self._autoscaler[1].look()
+
     def _rebalance(self) -> None:
         """Take in nodes that joined and look at the placement, on cores that nobody else wants."""
         # Of this thread alone, and of those that the planner starts from it.
@@ -131,6 +163,7 @@ class ControllerActor:
             try:
                 self._rebalancer.take_in()
                 self._rebalancer.look()
+                self._autoscale()
             except Exception:
                 log.exception("rebalancing failed")
 

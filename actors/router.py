@@ -33,6 +33,7 @@ from actors.degraded import Degraded, Unavailable
 from actors.engine_words import engine_words
 from actors.http_server import HttpServer
 from actors.router_metrics import MeshMetrics
+from actors.router_metrics import queue as engine_queue
 from actors.single_flight import SingleFlight
 from cluster.auth import data_plane_key
 from cluster.messages import RouterSpec, Traffic
@@ -72,6 +73,7 @@ class Router:
         self.engine: Any = None
         self.metrics = MeshMetrics()
         self._epoch = -1
+        self._name = os.urandom(8).hex()
         self._background: list[asyncio.Task[None]] = []
 
     async def start(self) -> FastAPI:
@@ -237,9 +239,14 @@ class Router:
         if self._report is None:
             return
         traffic = TRAFFIC.validate_json((await self.engine.collective_rpc("expertmesh_traffic"))[0])
-        if traffic.dispatches:
-            report = self._report
-            await _in_daemon_thread(lambda: report(traffic) or "")
+        queue, report = engine_queue(len(self.engine.output_processor.request_states)), self._report
+        told = replace(
+            traffic,
+            engine=self._name,
+            waiting=queue.waiting if queue else None,
+            running=queue.running if queue else None,
+        )
+        await _in_daemon_thread(lambda: report(told) or "")
 
 
 async def _in_daemon_thread(call: Callable[[], str]) -> str:

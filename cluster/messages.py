@@ -271,3 +271,8 @@ class Traffic:
     chosen: Mapping[int, tuple[int, ...]]
     """Layer index → per expert how often it was chosen."""
     samples: tuple[DispatchSample, ...]
+    engine: str = ""
+    """Who counted."""
+    waiting: float | None = None
+    """Requests that wait in it now; None if it does not say."""
+    running: float | None = None

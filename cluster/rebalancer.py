@@ -18,6 +18,7 @@ import structlog
 from cluster.controller import Controller, Snapshot
 from cluster.errors import ExpertmeshError, HostError, PlacementError
 from cluster.fleet_view import fleet, layer_loads, plan_settings, proposal, settled
+from cluster.group_loads import Snapshot as Loads
 from cluster.messages import Traffic
 from cluster.moves import Proposal
 from cluster.new_hosts import may_have, new_hosts, with_host
@@ -47,12 +48,28 @@ class Rebalancer:
         snapshot = self._controller.snapshot()
         if snapshot is not None:
             with self._lock:
-                self._statistics(snapshot).add(traffic, snapshot.costs)
+                self._statistics(snapshot).add(traffic, snapshot.costs, self._clock())
 
     def statistics(self) -> TrafficStatistics:
         """What is known of the traffic. HostError while the hosts are starting."""
         with self._lock:
             return self._statistics(self._snapshot())
+
+    def loads(self) -> Loads:
+        """What the groups have to do, for the autoscaler. HostError while the hosts are starting."""
+        snapshot = self._snapshot()
+        deployment, now = snapshot.deployment, self._clock()
+        staying = [spec.group for spec in deployment.hosts if spec.host_id not in deployment.leaving]
+        with self._lock:
+            queue = self._statistics(snapshot).queue(now)
+        return Loads(
+            now,
+            {group.name: staying.count(group.name) for group in deployment.groups},
+            {spec.host_id: spec.group for spec in deployment.hosts},
+            self._controller.reports(),
+            {host.host_id: host.memory_bytes for host in fleet(snapshot, {})},
+            queue,
+        )
 
     def look(self) -> None:
         """Plan if it is time, and let the placement follow if that is worth it."""

@@ -16,6 +16,7 @@ from cluster.messages import HostReport
 from cluster.repair_state import HostStatus, Phase
 from cluster.table import PlacementTable
 from workloads.running import NOTHING, START, running_controller
+from workloads.status_groups import groups_table
 
 _HTTP_TIMEOUT_S = 35.0
 
@@ -30,6 +31,7 @@ def read_status(config: Config, url: str | None, api_key: str | None) -> dict[st
         if deployment is None:
             raise ExpertmeshError(NOTHING, START)
         reports, states, change = found.ask("reports"), found.ask("states"), found.ask("change")
+        groups = found.ask("autoscaled")
         url = found.url
     devices = {spec.host_id: spec.device for spec in deployment.hosts}
     return {
@@ -37,6 +39,7 @@ def read_status(config: Config, url: str | None, api_key: str | None) -> dict[st
         "model": deployment.served_name,
         "table_epoch": PlacementTable.from_json(deployment.table).epoch,
         "change": asdict(change),
+        "groups": [asdict(group) for group in groups],
         "hosts": [host_entry(state, devices[state.host_id], reports.get(state.host_id)) for state in states],
         **_router(url, api_key),
     }
@@ -109,7 +112,8 @@ def status_view(state: dict[str, Any]) -> Group:
             )
         else:
             hosts.add_row(host["host_id"], host["device"], _trouble(host), "", "", "", "", "", "")
-    return Group(head, hosts)
+    groups = state.get("groups")
+    return Group(head, hosts, *([groups_table(groups)] if groups else []))
 
 
 def _trouble(host: dict[str, Any]) -> str:
