@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic, perf_counter_ns
+from typing import TYPE_CHECKING
 
 import numpy as np
 import structlog
@@ -21,12 +22,13 @@ from actors.membership import Membership, State
 from actors.prober import Prober, Target
 from actors.route import NOBODY, Owners, Route, owners
 from actors.share import Share
-from actors.split import Split
-from cluster.assign import warm
 from cluster.cost_fit import Timing, corrected, next_factor
 from cluster.errors import HostError, ProtocolError
 from cluster.frame import manifest_id
 from cluster.messages import HostAddress, HostCost, HostWork
+
+if TYPE_CHECKING:
+    from actors.split import Split
 
 log = structlog.get_logger()
 
@@ -114,7 +116,10 @@ class Peers:
 
     def connect(self, timeout_s: float) -> None:
         """Connect to every host, waiting for those that are still starting; HostError names the missing."""
-        # Another table may bring the first replicas while requests run.
+        # Another table may bring the first replicas while requests run. Not with this module: vLLM 0.32 looks through
+        # all that is imported when it starts, and stumbles over Numba.
+        from cluster.assign import warm
+
         warm()
         deadline = time.monotonic() + timeout_s
         for position, address in enumerate(self.route.hosts):
@@ -218,6 +223,8 @@ class Peers:
                     split.set_costs(costs)
 
     def _split(self, layer: int) -> Split | None:
+        from actors.split import Split  # see `connect`
+
         replicas = self.route.replicas[layer]
         several = any(len(self._asked.intersection(hosts)) > 1 for hosts in replicas)
         if not several or not all(self._asked.intersection(hosts) for hosts in replicas):

@@ -129,6 +129,17 @@ def test_hosts_on_two_nodes(nodes: Nodes, tiny_model: Path, tmp_path: Path) -> N
         wait_for(lambda: httpx.get(f"{program.url}/ready", timeout=30).status_code == 200, 30, "readiness")
         assert complete(program, "The river", 12) == expected
 
+        # What is on a node goes to the others before it is drained.
+        drained = _ask(nodes, program, tmp_path / "drain", "drain", hosts["east-0"]["node_id"])
+        assert drained.process.returncode == 0, drained.err
+        assert "is drained: east-0" in drained.out
+        told = json.loads(_ask(nodes, program, tmp_path / "after", "status", "--json").out)
+        (west,) = told["hosts"]
+        assert west["host_id"] == "west-0" and west["experts_loaded"] > hosts["west-0"]["experts_loaded"]
+        assert complete(program, "The river", 12) == expected
+        refused = _ask(nodes, program, tmp_path / "refused", "drain", hosts["west-0"]["node_id"])
+        assert refused.process.returncode == 1 and "can't be drained" in refused.err
+
         down = _ask(nodes, program, tmp_path, "down")
         assert down.process.returncode == 0, down.err
         assert program.wait() == 0, program.err

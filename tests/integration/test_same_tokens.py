@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.integration.same_tokens_worker import ENVIRONMENT
+from tests.integration.vllm_forks import VllmForks, vllm_forks
 from tests.tiny_models import make_tiny
 from workloads.models.default_model import default_model
 
@@ -25,32 +25,24 @@ SUPPORTED = [
     "glm4_moe",
     "granitemoe",
 ]
+FORKS = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
 PROMPTS, TOKENS, HOSTS = 16, 32, (1, 2, 3)
 
 
-def run_worker(checkpoint: Path, dtype: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def forks() -> Iterator[VllmForks]:
+    with vllm_forks(FORKS) as made:
+        yield made
+
+
+def run_worker(forks: VllmForks, checkpoint: Path, dtype: str) -> subprocess.CompletedProcess[str]:
     """The comparison in a process of its own: vLLM holds one model per process."""
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tests.integration.same_tokens_worker",
-            str(checkpoint),
-            dtype,
-            str(PROMPTS),
-            str(TOKENS),
-            *map(str, HOSTS),
-        ],
-        env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    numbers = map(str, (PROMPTS, TOKENS, *HOSTS))
+    return forks.run("tests.integration.same_tokens_worker", str(checkpoint), dtype, *numbers)
 
 
-def compare(checkpoint: Path, dtype: str = "float32") -> dict[str, Any]:
-    done = run_worker(checkpoint, dtype)
+def compare(forks: VllmForks, checkpoint: Path, dtype: str = "float32") -> dict[str, Any]:
+    done = run_worker(forks, checkpoint, dtype)
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert results, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(results[0].removeprefix("RESULT "))
@@ -58,8 +50,8 @@ def compare(checkpoint: Path, dtype: str = "float32") -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", SUPPORTED)
-def test_tokens_equal_stock_vllm(arch: str, tmp_path: Path) -> None:
-    result = compare(make_tiny(arch, tmp_path / arch))
+def test_tokens_equal_stock_vllm(forks: VllmForks, arch: str, tmp_path: Path) -> None:
+    result = compare(forks, make_tiny(arch, tmp_path / arch))
     stock = result["stock"]
     # A model that says one token over and over would make any comparison pass.
     assert len({token for answer in stock for token in answer}) > 50
@@ -69,15 +61,15 @@ def test_tokens_equal_stock_vllm(arch: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_default_model_s_tokens_equal_stock_vllm_s() -> None:
-    result = compare(default_model())
+def test_the_default_model_s_tokens_equal_stock_vllm_s(forks: VllmForks) -> None:
+    result = compare(forks, default_model())
     for hosts in HOSTS:
         assert result["mesh"][str(hosts)] == result["stock"], f"{hosts} hosts"
 
 
 @pytest.mark.slow
-def test_an_architecture_with_expert_layers_of_its_own_is_refused(tmp_path: Path) -> None:
+def test_an_architecture_with_expert_layers_of_its_own_is_refused(forks: VllmForks, tmp_path: Path) -> None:
     """gpt-oss's experts stay in the engine, where they would be empty: that must never pass silently."""
-    done = run_worker(make_tiny("gpt_oss", tmp_path / "gpt_oss"), "float32")
+    done = run_worker(forks, make_tiny("gpt_oss", tmp_path / "gpt_oss"), "float32")
     assert done.returncode != 0
     assert "brings its own expert layer, GptOssRoutedExperts" in done.stdout + done.stderr
