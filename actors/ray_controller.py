@@ -17,7 +17,8 @@ from ray.experimental import internal_kv
 from actors.ray_hosts import RayHosts, RayNodes
 from actors.ray_node_provider import RayNodeProvider
 from cluster.autoscaler import Autoscaler, AutoscaleStatus
-from cluster.controller import ChangeStatus, Controller, Deployment
+from cluster.changes import ChangeStatus
+from cluster.controller import Controller, Deployment
 from cluster.experts_report import ExpertsReport, experts_report
 from cluster.messages import HostProgress, HostReport, Sources, Traffic
 from cluster.moves import Proposal
@@ -133,7 +134,7 @@ class ControllerActor:
         return self._rebalancer.scale(group, count)
 
     def change(self) -> ChangeStatus:
-        return self._controller.change()
+        return self._controller.changes.change()
 
     def autoscaled(self) -> tuple[AutoscaleStatus, ...]:
         return self._autoscaler[1].statuses() if self._autoscaler is not None else ()

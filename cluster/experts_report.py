@@ -35,7 +35,7 @@ class ExpertsReport:
 
 def experts_report(controller: Controller, rebalancer: Rebalancer) -> ExpertsReport:
     """The report. HostError while the hosts are starting."""
-    statistics, snapshot = rebalancer.statistics(), controller.snapshot()
+    statistics, snapshot = rebalancer.statistics(), controller.changes.snapshot()
     if snapshot is None:
         raise HostError("the hosts are still starting", "try again when `expertmesh status` says ready")
     table = PlacementTable.from_json(snapshot.deployment.table)

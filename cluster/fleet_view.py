@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from cluster.controller import Snapshot
+from cluster.changes import Snapshot
 from cluster.deployment import Deployment
 from cluster.fleet import FleetHost, LayerLoad, PlanSettings, layer_load
 from cluster.inventory import weight_limits

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from cluster.changes import Snapshot
 from cluster.config import HostGroup
-from cluster.controller import Snapshot
 from cluster.inventory import join, matches
 from cluster.messages import HostSpec, NodeInfo
 from cluster.rehome import moved

@@ -15,19 +15,24 @@ from typing import Final
 
 import structlog
 
-from cluster.controller import Controller, Snapshot
+from cluster.changes import Snapshot
+from cluster.controller import Controller
 from cluster.errors import ExpertmeshError, HostError, PlacementError
 from cluster.fleet_view import fleet, layer_loads, plan_settings, proposal, settled
+from cluster.group_loads import Queue
 from cluster.group_loads import Snapshot as Loads
 from cluster.messages import Traffic
 from cluster.moves import Proposal
 from cluster.new_hosts import may_have, new_hosts, with_host
+from cluster.router_queues import RouterQueues
 from cluster.traffic import TrafficStatistics
 
 log = structlog.get_logger()
 
 # A plan that gains enough must be found so often in a row: one burst is no shift.
 _IN_A_ROW: Final = 2
+# Engines tell of themselves every few seconds; one that has not for so long is gone.
+_SILENT_S: Final = 30.0
 
 
 class Rebalancer:
@@ -36,6 +41,7 @@ class Rebalancer:
     def __init__(self, controller: Controller, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._controller, self._clock = controller, clock
         self._lock = threading.Lock()
+        self._queues = RouterQueues(clock, _SILENT_S)
         self._traffic: tuple[str, TrafficStatistics] | None = None
         self._next_look = 0.0
         self._members: frozenset[tuple[str, bool]] | None = None
@@ -45,10 +51,12 @@ class Rebalancer:
 
     def count(self, traffic: Traffic) -> None:
         """Take in what an engine counted."""
-        snapshot = self._controller.snapshot()
+        if traffic.waiting is not None and traffic.running is not None:
+            self._queues.tell(traffic.engine, Queue(traffic.waiting, traffic.running))
+        snapshot = self._controller.changes.snapshot()
         if snapshot is not None:
             with self._lock:
-                self._statistics(snapshot).add(traffic, snapshot.costs, self._clock())
+                self._statistics(snapshot).add(traffic, snapshot.costs)
 
     def statistics(self) -> TrafficStatistics:
         """What is known of the traffic. HostError while the hosts are starting."""
@@ -58,22 +66,20 @@ class Rebalancer:
     def loads(self) -> Loads:
         """What the groups have to do, for the autoscaler. HostError while the hosts are starting."""
         snapshot = self._snapshot()
-        deployment, now = snapshot.deployment, self._clock()
+        deployment = snapshot.deployment
         staying = [spec.group for spec in deployment.hosts if spec.host_id not in deployment.leaving]
-        with self._lock:
-            queue = self._statistics(snapshot).queue(now)
         return Loads(
-            now,
+            self._clock(),
             {group.name: staying.count(group.name) for group in deployment.groups},
             {spec.host_id: spec.group for spec in deployment.hosts},
             self._controller.reports(),
             {host.host_id: host.memory_bytes for host in fleet(snapshot, {})},
-            queue,
+            self._queues.total(),
         )
 
     def look(self) -> None:
         """Plan if it is time, and let the placement follow if that is worth it."""
-        snapshot = self._controller.snapshot()
+        snapshot = self._controller.changes.snapshot()
         if snapshot is None or snapshot.deployment.following is not None or not settled(snapshot):
             return
         members = frozenset((host_id, host_id in snapshot.deployment.leaving) for host_id in snapshot.hosts)
@@ -127,14 +133,14 @@ class Rebalancer:
         node_id = _node_id(snapshot, node)
         going = [host_id for host_id, host in snapshot.hosts.items() if host.node_id == node_id]
         self._try_without(snapshot, going, f"node {node} can't be drained")
-        self._controller.drain([node_id], drained=True)
-        self._controller.leave(going)
+        self._controller.changes.drain([node_id], drained=True)
+        self._controller.changes.leave(going)
         return going
 
     def undrain(self, node: str) -> None:
         """Hosts may be placed on a node again."""
         snapshot = self._snapshot()
-        self._controller.drain([_node_id(snapshot, node)], drained=False)
+        self._controller.changes.drain([_node_id(snapshot, node)], drained=False)
 
     def scale(self, group: str, count: int) -> tuple[list[str], list[str]]:
         """Change a group to so many hosts: those that come, and those that leave."""
@@ -153,17 +159,17 @@ class Rebalancer:
         if count < len(mine):
             going = mine[count:]
             self._try_without(snapshot, going, f"host group {group} can't be scaled to {count}")
-            self._controller.leave(going)
+            self._controller.changes.leave(going)
             return [], going
         # All of them first: where not all find room, none is started.
         coming = new_hosts(snapshot, group, count - len(mine))
         for spec in coming:
-            self._controller.join(spec)
+            self._controller.changes.join(spec)
         return [spec.host_id for spec in coming], []
 
     def take_in(self) -> list[str]:
         """Hosts on nodes that joined, of groups that have one on every node; their ids."""
-        snapshot = self._controller.snapshot()
+        snapshot = self._controller.changes.snapshot()
         if snapshot is None or all(group.count != "per_node" for group in snapshot.deployment.groups):
             return []
         coming = []
@@ -176,7 +182,7 @@ class Rebalancer:
                 if node.node_id in held or not may_have(group, node):
                     continue
                 (spec,) = new_hosts(replace(snapshot, nodes=(node,)), group.name, 1)
-                self._controller.join(spec)
+                self._controller.changes.join(spec)
                 snapshot = with_host(snapshot, spec)
                 coming.append(spec.host_id)
         return coming
@@ -198,12 +204,12 @@ class Rebalancer:
             reason=reason,
         )
         try:
-            self._controller.follow(dict(found.experts), reason)
+            self._controller.changes.follow(dict(found.experts), reason)
         except ExpertmeshError as error:
             log.warning("placement not changed", reason=error.message)
 
     def _snapshot(self) -> Snapshot:
-        snapshot = self._controller.snapshot()
+        snapshot = self._controller.changes.snapshot()
         if snapshot is None:
             raise HostError("the hosts are still starting", "try again when `expertmesh status` says ready")
         return snapshot

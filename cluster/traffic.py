@@ -15,7 +15,6 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from cluster.cost_fit import Timing, corrected, fit, next_factor
-from cluster.group_loads import Queue
 from cluster.messages import DispatchSample, HostCost, MoeLayer, Traffic
 from cluster.routing_windows import LayerSummary, RoutingWindows, summary
 
@@ -24,8 +23,6 @@ TRAFFIC: Final = TypeAdapter(Traffic)
 
 # Samples of dispatches that the transfer's cost and the error of the predictions are taken from.
 _KEPT: Final = 512
-# Engines tell of themselves every few seconds; one that has not for so long is gone.
-_LATELY_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +47,9 @@ class TrafficStatistics:
         self._errors: deque[float] = deque(maxlen=_KEPT)
         self._overhead = HostCost(0.0, 0.0, 1e-12)
         self._pairs = self._dispatches = 0.0
-        self._queues: dict[str, tuple[Queue, float]] = {}
 
-    def add(self, traffic: Traffic, measured: Mapping[str, HostCost], now: float) -> None:
-        """Take in what an engine counted; `measured` are the hosts' costs as they were at their start, `now` seconds
-        of any clock that only goes forward.
-        """
-        if traffic.waiting is not None and traffic.running is not None:
-            self._queues[traffic.engine] = Queue(traffic.waiting, traffic.running), now
+    def add(self, traffic: Traffic, measured: Mapping[str, HostCost]) -> None:
+        """Take in what an engine counted; `measured` are the hosts' costs as they were at their start."""
         counts = np.zeros((len(self.layers), max(layer.num_experts for layer in self.layers)))
         for row, layer in enumerate(self.layers):
             chosen = traffic.chosen.get(layer.index, ())
@@ -74,13 +66,6 @@ class TrafficStatistics:
     def counts(self) -> np.ndarray:
         """float64 [S, L, E]: how often each expert was chosen, window by window, oldest first."""
         return self._windows.counts()
-
-    def queue(self, now: float) -> Queue | None:
-        """Requests in the engines that have told of themselves lately; None if none has."""
-        known = [queue for queue, at in self._queues.values() if now - at <= _LATELY_S]
-        if not known:
-            return None
-        return Queue(sum(queue.waiting for queue in known), sum(queue.running for queue in known))
 
     @property
     def rows_per_step(self) -> float:

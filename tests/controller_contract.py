@@ -310,7 +310,7 @@ class ChangeContract:
         controller, table = serving(world)
         giver, taker = list(table.hosts)[:2]
         following = moved(table, giver, taker)
-        controller.follow(following, "a test")
+        controller.changes.follow(following, "a test")
         looked_until(world, controller, lambda: current(controller).experts == following)
         after = current(controller)
         assert after == replace(table, epoch=table.epoch + 1, experts=following)
@@ -326,7 +326,7 @@ class ChangeContract:
         before = world.held(giver)
         following = moved(table, giver, taker)
         assert controller.next_table(table.epoch, 0, "engine") == ""
-        controller.follow(following, "a test")
+        controller.changes.follow(following, "a test")
         looked_until(world, controller, lambda: current(controller).experts == following)
         controller.next_table(table.epoch, 0, "engine")
         for _ in range(3):
@@ -338,26 +338,26 @@ class ChangeContract:
     def test_one_change_at_a_time(self, world: World) -> None:
         controller, table = serving(world)
         giver, taker = list(table.hosts)[:2]
-        controller.follow(moved(table, giver, taker), "the first")
+        controller.changes.follow(moved(table, giver, taker), "the first")
         with pytest.raises(HostError, match=r"being changed already .the first."):
-            controller.follow(moved(table, taker, giver), "the second")
+            controller.changes.follow(moved(table, taker, giver), "the second")
 
     def test_a_host_joins_and_holds_nothing_and_another_leaves_when_it_is_empty(self, world: World) -> None:
         controller, table = serving(world)
         first = next(iter(table.hosts))
         spec = replace(world.spec("late-0"), experts={})
-        controller.join(spec)
+        controller.changes.join(spec)
         with pytest.raises(HostError, match="a host late-0 already"):
-            controller.join(spec)
+            controller.changes.join(spec)
         looked_until(world, controller, lambda: current(controller).hosts.get("late-0") is not None)
         assert current(controller).experts == table.experts
         assert world.living() == {*table.hosts, "late-0"}
 
-        controller.leave([first])
+        controller.changes.leave([first])
         for _ in range(3):
             controller.look()
         assert first in current(controller).hosts, "it still holds experts"
-        controller.follow(
+        controller.changes.follow(
             {
                 layer: tuple(tuple(replaced(hosts, first, "late-0")) for hosts in rows)
                 for layer, rows in table.experts.items()
@@ -374,7 +374,7 @@ class ChangeContract:
         controller, table = serving(world)
         giver, taker = list(table.hosts)[:2]
         following = moved(table, giver, taker)
-        controller.follow(following, "a test")
+        controller.changes.follow(following, "a test")
         controller = world.controller()
         looked_until(world, controller, lambda: current(controller).experts == following)
         controller = world.controller()
@@ -385,7 +385,7 @@ class ChangeContract:
         controller, table = serving(world)
         giver, taker = list(table.hosts)[:2]
         following = moved(table, giver, taker)
-        controller.follow(following, "a test")
+        controller.changes.follow(following, "a test")
         looked_until(world, controller, lambda: current(controller).experts == following)
         world.kill(taker)
         looked_until(world, controller, lambda: state_of(controller, taker).launches == 2)

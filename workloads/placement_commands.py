@@ -10,7 +10,7 @@ from typing import Any, Final
 from rich.console import Group
 from rich.table import Table
 
-from cluster.controller import ChangeStatus
+from cluster.changes import ChangeStatus
 from cluster.errors import HostError
 from cluster.experts_report import ExpertsReport
 from cluster.moves import Proposal

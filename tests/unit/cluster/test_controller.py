@@ -222,16 +222,16 @@ def test_a_host_that_cannot_load_its_experts_ends_the_change(world: MemoryWorld)
     host = world.find(taker)
     assert host is not None
     host.fails_to_adopt = True
-    controller.follow(moved(table, giver, taker), "a test")
+    controller.changes.follow(moved(table, giver, taker), "a test")
     for _ in range(4):
         controller.look()
-    assert controller.abandoned == f"host {taker} could not load its experts: no such file"
+    assert controller.changes.abandoned == f"host {taker} could not load its experts: no such file"
     assert PlacementTable.from_json(controller.table()) == table
     deployment = controller.deployment()
     assert deployment is not None and deployment.following is None
     host.fails_to_adopt = False
     # What it said of the last change is not taken for this one's.
-    controller.follow(moved(table, giver, taker), "again")
+    controller.changes.follow(moved(table, giver, taker), "again")
     for _ in range(4):
         controller.look()
     assert PlacementTable.from_json(controller.table()).epoch == table.epoch + 1
@@ -244,9 +244,9 @@ def test_a_change_that_needs_a_host_which_is_not_ready_is_given_up(world: Memory
         world.kill(taker)
         controller.look()
         controller.look()
-    controller.follow(moved(table, giver, taker), "a test")
+    controller.changes.follow(moved(table, giver, taker), "a test")
     controller.look()
-    assert controller.abandoned == f"host {taker} is not ready"
+    assert controller.changes.abandoned == f"host {taker} is not ready"
     assert PlacementTable.from_json(controller.table()).experts == table.experts
 
 

@@ -205,7 +205,7 @@ def test_a_node_that_joins_is_taken_in(world: World) -> None:
 
 def test_costs_are_corrected_by_what_is_seen_and_predictions_are_judged(world: World) -> None:
     controller, rebalancer = world.served()
-    snapshot = controller.snapshot()
+    snapshot = controller.changes.snapshot()
     assert snapshot is not None and snapshot.costs
     # Half as fast as measured, and a tenth of a millisecond on the way.
     cost = snapshot.costs["a-0"]
