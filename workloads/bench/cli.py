@@ -1,4 +1,4 @@
-"""`expertmesh bench dispatch | serve | replicas | placement`."""
+"""`expertmesh bench dispatch | hot-path | serve | replicas | placement`."""
 
 from __future__ import annotations
 
@@ -44,6 +44,21 @@ def dispatch(
     if json_:
         write(report, json_)
     show(report, err if json_ == "-" else Console())
+    if check and any(bar["met"] is False for bar in report["bars"].values()):
+        raise typer.Exit(1)
+
+
+@bench_app.command(name="hot-path")
+def hot_path(json_: JsonFile = None, seed: Seed = 0, check: Check = False) -> None:
+    """What counting choices and splitting rows over replicas adds to every layer of every step."""
+    from workloads.bench.hot_path import measure, show
+    from workloads.bench.report import write
+    from workloads.console import console
+
+    report = measure(seed)
+    if json_:
+        write(report, json_)
+    show(report, Console(stderr=True) if json_ == "-" else console())
     if check and any(bar["met"] is False for bar in report["bars"].values()):
         raise typer.Exit(1)
 
