@@ -1,7 +1,8 @@
 """A host that serves comes to hold other experts: layer by layer, beside what it holds, while it goes on computing.
 
-What a layer keeps is copied in memory; what is new is read at a limited pace, so that the cores and the disk stay
-those of the requests. Then one assignment puts the new layer in the old one's place: the next dispatch finds it.
+What is new is read at a limited pace, so that the cores and the disk stay those of the requests, into slots that are
+free; on a GPU, where slots cost memory, into a new layer beside the old one. Then one assignment puts the new layer in
+the old one's place: the next dispatch finds it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Final
 
 import structlog
 
+from actors.expert_kernels import VllmCpuLayer
 from actors.expert_maths import layer_maths
 from actors.expert_reader import open_layer
-from actors.expert_weights import rebuilt_layer
+from actors.expert_weights import free, rebuilt_layer
 from actors.hosted_layer import HostedLayer
 from cluster.checkpoint import Checkpoint
 from cluster.errors import ExpertmeshError
@@ -29,6 +31,8 @@ Build = Callable[[Checkpoint, int, tuple[int, ...]], HostedLayer]
 
 # How long a pause for the pace may be at once.
 _LONGEST_PAUSE_S: Final = 1.0
+# From when nobody is to ask for an expert any more until its memory is given back.
+_GRACE_S: Final = 0.1
 
 
 class Adoption:
@@ -65,7 +69,7 @@ class Adoption:
         """What is held, and what it is changing to."""
         with self._change:
             adopting = digest(self._wanted[0]) if self._wanted is not None else ""
-            weights = sum(layer.experts.weight_bytes for layer in list(self._layers.values()))
+            weights = sum(layer.weight_bytes for layer in list(self._layers.values()))
             return HostHolds(digest(self._held), weights, adopting, self._failed, self._error)
 
     @property
@@ -115,20 +119,53 @@ class Adoption:
         elif old is None:
             assert checkpoint is not None
             self._layers[layer] = self._build(checkpoint, layer, experts)
-            self._pause(self._layers[layer].experts.weight_bytes, bandwidth)
+            self._pause(self._layers[layer].weight_bytes, bandwidth)
+        elif old.experts.roomy and old.experts.room >= len(experts):
+            self._put_in_place(layer, old, experts, checkpoint, bandwidth)
         elif checkpoint is None:
-            made = rebuilt_layer(old.experts, old.slot_by_id, experts, None)
+            made = rebuilt_layer(old.experts, old.slots, experts, None)
             self._layers[layer] = HostedLayer(made, experts, old.num_experts)
         else:
             with open_layer(checkpoint, layer, layer_maths(checkpoint, layer)) as read:
                 made = rebuilt_layer(
-                    old.experts, old.slot_by_id, experts, read, lambda size: self._pause(size, bandwidth)
+                    old.experts, old.slots, experts, read, lambda size: self._pause(size, bandwidth)
                 )
             self._layers[layer] = HostedLayer(made, experts, old.num_experts)
         with self._change:
             self._held = {key: value for key, value in self._held.items() if key != layer}
             if experts:
                 self._held[layer] = experts
+
+    def _put_in_place(
+        self,
+        layer: int,
+        old: HostedLayer,
+        experts: tuple[int, ...],
+        checkpoint: Checkpoint | None,
+        bandwidth: int,
+    ) -> None:
+        """New experts into free slots, beside those that compute; the slots of others given back."""
+        kept = {expert: slot for expert, slot in old.slots.items() if expert in experts}
+        new = [expert for expert in experts if expert not in kept]
+        loaded = old.experts
+        if new:
+            assert checkpoint is not None
+            taken = set(old.slots.values())
+            free_slots = (slot for slot in range(loaded.room) if slot not in taken)
+            size = loaded.weight_bytes // loaded.room
+            with open_layer(checkpoint, layer, layer_maths(checkpoint, layer)) as read:
+                for expert, slot in zip(new, free_slots, strict=False):
+                    loaded.put(slot, read(expert))
+                    kept[expert] = slot
+                    self._pause(size, bandwidth)
+            if isinstance(loaded, VllmCpuLayer):
+                loaded.loaded()
+        self._layers[layer] = HostedLayer(loaded, kept, old.num_experts)
+        gone = set(old.slots.values()) - set(kept.values())
+        if gone:
+            # A thread may just have looked the old layer up.
+            self._sleep(_GRACE_S)
+            free(loaded, gone)
 
     def _pause(self, size: int, bandwidth: int) -> None:
         if bandwidth:

@@ -23,6 +23,7 @@ import structlog
 import torch
 
 from actors.expert_maths import ExpertMaths
+from actors.reserved_memory import reserved
 from actors.stored_expert import ExpertMatrices
 from cluster.cache_folder import cache_folder
 
@@ -113,6 +114,7 @@ class Bf16WeightsLayer:
     """Some experts of one layer, see `actors.expert_kernels.LayerExperts`; rows are float32."""
 
     kernel = "bf16-weights"
+    roomy = True
 
     def __init__(
         self, num_experts: int, hidden: int, intermediate: int, *, vectors_only: bool = False
@@ -122,10 +124,11 @@ class Bf16WeightsLayer:
         assert run is not None
         panels = intermediate // _LANES
         # Gate and up of the same 16 outputs lie side by side: they are multiplied together.
-        self._up = torch.empty(num_experts, panels, 2, hidden // 2, _LANES, 2, dtype=torch.bfloat16)
-        self._down = torch.empty(
+        self._up = reserved(num_experts, panels, 2, hidden // 2, _LANES, 2, dtype=torch.bfloat16)
+        self._down = reserved(
             num_experts, hidden // _LANES, intermediate // 2, _LANES, 2, dtype=torch.bfloat16
         )
+        self.room = num_experts
         self.stores = self._up, self._down
         self.weight_bytes = self._up.nbytes + self._down.nbytes
         self._vectors_only = vectors_only

@@ -158,8 +158,9 @@ class ExpertHost:
     def _build(self, checkpoint: Checkpoint, layer: int, experts: tuple[int, ...]) -> HostedLayer:
         spec = self.spec
         dtype = getattr(torch, spec.dtype)
-        built = build_layer(checkpoint, layer, experts, dtype, spec.device, kernel=spec.kernel)
-        return HostedLayer(built, experts, checkpoint.layout(layer).num_experts)
+        number = checkpoint.layout(layer).num_experts
+        built = build_layer(checkpoint, layer, experts, dtype, spec.device, kernel=spec.kernel, room=number)
+        return HostedLayer(built, experts, number)
 
     def _measured(self, checkpoint: Checkpoint) -> HostCost | None:
         """What a layer's experts cost here; of a host that holds none yet, with some that it loads for that."""
@@ -170,9 +171,7 @@ class ExpertHost:
             hosted = self._build(checkpoint, layer, tuple(experts))
         else:
             hosted = self._layers[layer]
-        return measured_cost(
-            self.spec, hosted.experts, len(hosted.slot_by_id) - 1, self._hidden, checkpoint.top_k
-        )
+        return measured_cost(self.spec, hosted.experts, len(hosted.slots), self._hidden, checkpoint.top_k)
 
     @contextmanager
     def _opened(self) -> Iterator[Checkpoint]:

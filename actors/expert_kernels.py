@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from actors.expert_maths import ExpertMaths
+from actors.reserved_memory import reserved
 from actors.stored_expert import ExpertMatrices
 from actors.vllm_cpu_kernel import VllmCpuOps, padded_intermediate
 
@@ -27,7 +28,11 @@ class LayerExperts(Protocol):
     kernel: str
     """Name of the implementation."""
     weight_bytes: int
-    """Bytes held for the weights, packed as the kernel wants them."""
+    """Bytes of the weights of all slots, packed as the kernel wants them."""
+    room: int
+    """Number of slots."""
+    roomy: bool
+    """Whether slots cost no memory until they are loaded, and none when they are given back."""
 
     def compute(
         self, x_NH: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor, out_NH: torch.Tensor
@@ -94,15 +99,18 @@ class PairBuffers:
 class VllmCpuLayer:
     """vLLM's CPU kernel over packed weights: w13 [E, 2I, H], w2 [E, H, I], biases alike if there are any."""
 
+    roomy = True
+
     def __init__(
         self, ops: VllmCpuOps, isa: str, maths: ExpertMaths, num_experts: int, dtype: torch.dtype
     ) -> None:
         assert maths.activation is not None
         hidden, padded = maths.hidden, padded_intermediate(maths)
-        w13 = torch.empty(num_experts, 2 * padded, hidden, dtype=dtype)
-        w2 = torch.empty(num_experts, hidden, padded, dtype=dtype)
-        b13 = torch.zeros(num_experts, 2 * padded, dtype=dtype) if maths.has_bias else None
-        b2 = torch.empty(num_experts, hidden, dtype=dtype) if maths.has_bias else None
+        w13 = reserved(num_experts, 2 * padded, hidden, dtype=dtype)
+        w2 = reserved(num_experts, hidden, padded, dtype=dtype)
+        b13 = reserved(num_experts, 2 * padded, dtype=dtype) if maths.has_bias else None
+        b2 = reserved(num_experts, hidden, dtype=dtype) if maths.has_bias else None
+        self.room = num_experts
         self.kernel = f"vllm-cpu-{isa}"
         self._ops, self._isa, self._maths, self._activation = ops, isa, maths, maths.activation
         self._op = ops.fused_moe
@@ -174,12 +182,14 @@ class GroupedLayer:
     """
 
     kernel = "grouped-mm"
+    roomy = True
 
     def __init__(self, maths: ExpertMaths, num_experts: int, dtype: torch.dtype) -> None:
-        up_EUH = torch.empty(num_experts, maths.up_rows, maths.hidden, dtype=dtype)
-        down_EHI = torch.empty(num_experts, maths.hidden, maths.intermediate, dtype=dtype)
-        up_bias_EU = torch.empty(num_experts, maths.up_rows, dtype=dtype) if maths.has_bias else None
-        down_bias_EH = torch.empty(num_experts, maths.hidden, dtype=dtype) if maths.has_bias else None
+        up_EUH = reserved(num_experts, maths.up_rows, maths.hidden, dtype=dtype)
+        down_EHI = reserved(num_experts, maths.hidden, maths.intermediate, dtype=dtype)
+        up_bias_EU = reserved(num_experts, maths.up_rows, dtype=dtype) if maths.has_bias else None
+        down_bias_EH = reserved(num_experts, maths.hidden, dtype=dtype) if maths.has_bias else None
+        self.room = num_experts
         tensors = (up_EUH, down_EHI, up_bias_EU, down_bias_EH)
         self.stores = tuple(tensor for tensor in tensors if tensor is not None)
         self.weight_bytes = sum(tensor.nbytes for tensor in self.stores)
@@ -273,6 +283,7 @@ class ModuleLayer:
     """
 
     kernel = "grouped-mm"
+    roomy = False
 
     def __init__(self, maths: ExpertMaths, num_experts: int, dtype: torch.dtype, device: str) -> None:
         from transformers.integrations.moe import grouped_mm_experts_forward
@@ -293,6 +304,7 @@ class ModuleLayer:
         module = self._maths.instantiate(parameters, num_experts)
         module._is_expert_parallel = True  # type: ignore[assignment]
         self._module, self._num_experts, self._device = module, num_experts, device
+        self.room = num_experts
         self._forward = grouped_mm_experts_forward
 
     def put(self, slot: int, matrices: ExpertMatrices) -> None:
@@ -330,6 +342,8 @@ class NoopLayer:
 
     kernel = "noop"
     weight_bytes = 0
+    room = 1 << 15
+    roomy = True
     stores: tuple[torch.Tensor, ...] = ()
 
     def __init__(self, *, weighted: bool = False) -> None:

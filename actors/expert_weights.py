@@ -5,19 +5,23 @@ One expert at a time goes from the mapped file into its place: the layer is neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
+import structlog
 import torch
 
 from actors import bf16_kernel
 from actors.expert_kernels import GroupedLayer, LayerExperts, ModuleLayer, NoopLayer, VllmCpuLayer
 from actors.expert_maths import ExpertMaths, layer_maths
 from actors.expert_reader import open_layer
+from actors.reserved_memory import release
 from actors.stored_expert import ExpertMatrices
 from actors.vllm_cpu_kernel import vllm_cpu_isa, vllm_cpu_ops
 from cluster.checkpoint import Checkpoint
 from cluster.errors import HostError
+
+log = structlog.get_logger()
 
 KERNELS: Final = (
     "auto",
@@ -38,8 +42,11 @@ def build_layer(
     dtype: torch.dtype,
     device: str = "cpu",
     kernel: str = "auto",
+    room: int = 0,
 ) -> LayerExperts:
     """Load ``experts`` of ``layer``; slot i of the result's ``compute`` is ``experts[i]``.
+
+    ``room``: slots that there shall be for experts that may come later, where they cost nothing.
 
     ``kernel``: ``auto`` takes ``bf16-weights`` for float32 rows over bfloat16 files where it can, else vLLM's
     kernel where stock vLLM would run it, else ``grouped-mm``; on a GPU it takes ``module``. ``noop`` loads
@@ -48,7 +55,8 @@ def build_layer(
     """
     if kernel == "noop":
         return NoopLayer()
-    return pack_layer(checkpoint, layer, layer_maths(checkpoint, layer), experts, dtype, device, kernel)
+    maths = layer_maths(checkpoint, layer)
+    return pack_layer(checkpoint, layer, maths, experts, dtype, device, kernel, room)
 
 
 def pack_layer(
@@ -59,9 +67,16 @@ def pack_layer(
     dtype: torch.dtype,
     device: str = "cpu",
     kernel: str = "auto",
+    room: int = 0,
 ) -> LayerExperts:
     """:func:`build_layer` for known maths; the choice of the kernel is made here."""
     made = _empty(checkpoint, layer, maths, len(experts), dtype, device, kernel)
+    if made.roomy and room > len(experts):
+        try:
+            made = made.sized(room)
+        except OSError as error:
+            # As large as they must be, and made anew when others come.
+            log.warning("no room for experts that may come", layer=layer, reason=str(error))
     with open_layer(checkpoint, layer, maths) as read:
         for slot, expert in enumerate(experts):
             made.put(slot, read(expert))
@@ -95,6 +110,13 @@ def rebuilt_layer(
     if isinstance(made, VllmCpuLayer):
         made.loaded()
     return made
+
+
+def free(layer: LayerExperts, slots: Collection[int]) -> None:
+    """Give the memory of slots back that nobody computes with any more."""
+    for slot in slots:
+        for store in layer.stores:
+            release(store[slot])
 
 
 def _empty(

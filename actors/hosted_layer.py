@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,21 +26,31 @@ FEW = 32
 class HostedLayer:
     """A layer's experts and the map from the model's expert numbers to the host's slots."""
 
-    def __init__(self, experts: LayerExperts, expert_ids: tuple[int, ...], num_experts: int) -> None:
+    def __init__(
+        self, experts: LayerExperts, held: Sequence[int] | Mapping[int, int], num_experts: int
+    ) -> None:
+        """`held`: the experts in the order of their slots, or each one's slot."""
+        slots = held if isinstance(held, Mapping) else {expert: slot for slot, expert in enumerate(held)}
         self.experts = experts
+        self.slots = dict(slots)
         self.compute = experts.compute
         self.num_experts = num_experts
         # By id + 1 as an unsigned number: -1 ("not for this host") comes first, and no other id wraps around.
         self.slot_of = np.full(num_experts + 1, _ABSENT, np.int32)
-        self.slot_of[[expert + 1 for expert in expert_ids]] = np.arange(len(expert_ids), dtype=np.int32)
+        for expert, slot in slots.items():
+            self.slot_of[expert + 1] = slot
         self.slot_of[0] = -1
         # The same for few ids, as unsigned numbers, without NumPy.
-        self.slot_by_id = {expert: slot for slot, expert in enumerate(expert_ids)} | {
-            _UNSIGNED_NONE: _UNSIGNED_NONE
-        }
+        self.slot_by_id = {**slots, _UNSIGNED_NONE: _UNSIGNED_NONE}
         # Ids below this, as unsigned numbers, are their own slots: all of the layer's where this host holds it
         # whole. -1 is a large unsigned number, so that one comparison finds whatever else there may be.
-        self.same_below = num_experts if expert_ids == tuple(range(num_experts)) else 0
+        same = len(slots) == num_experts and all(expert == slot for expert, slot in slots.items())
+        self.same_below = num_experts if same else 0
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that are held."""
+        return self.experts.weight_bytes // max(1, self.experts.room) * len(self.slots)
 
     def to_slots(self, ids: Ids, slots: Ids) -> None:
         """Write the slot of every id into `slots`: memory of the host's own, that no engine can change any more.
