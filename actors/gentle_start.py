@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from cluster import niceness
+
 # On cores that are never free a host would never start: after this long it takes its share.
 _PATIENCE_S: Final = 20.0
 
@@ -61,8 +63,9 @@ def give_way() -> None:
 
 
 def restore() -> None:
-    """Give all threads the usual policy."""
+    """Give all threads the usual policy and priority."""
     _set_all(os.SCHED_OTHER)
+    niceness.usual()
 
 
 def _set_all(policy: int) -> None:

@@ -16,6 +16,7 @@ from ray.experimental import internal_kv
 
 from actors.ray_hosts import RayHosts, RayNodes
 from actors.ray_node_provider import RayNodeProvider
+from cluster import niceness
 from cluster.autoscaler import Autoscaler, AutoscaleStatus
 from cluster.changes import ChangeStatus
 from cluster.controller import Controller, Deployment
@@ -76,6 +77,7 @@ class ControllerActor:
     """Ray's view of a Controller."""
 
     def __init__(self, namespace: str) -> None:
+        niceness.usual()
         store = KvStore(f"expertmesh:{namespace}:deployment")
         self._controller = Controller(RayHosts(namespace, partial(sources, namespace)), store, RayNodes())
         self._controller.supervise(_PERIOD_S)

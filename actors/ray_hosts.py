@@ -20,6 +20,7 @@ from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import failpoints, gentle_start, memory_guard, openmp
+from cluster import niceness
 from cluster.auth import data_plane_key
 from cluster.compute_environment import compute_environment
 from cluster.holdings import Holdings
@@ -44,6 +45,8 @@ class HostActor:
 
     def __init__(self, spec: HostSpec, gentle: bool, sources: Callable[[str], Sources] | None = None) -> None:
         lowered = gentle and gentle_start.lower()
+        if not lowered:
+            niceness.usual()
         if spec.memory_limit_bytes:
             memory_guard.guard(spec.memory_limit_bytes, self._die)
         openmp.load()

@@ -35,6 +35,7 @@ from actors.http_server import HttpServer
 from actors.router_metrics import MeshMetrics
 from actors.router_metrics import queue as engine_queue
 from actors.single_flight import SingleFlight
+from cluster import niceness
 from cluster.auth import data_plane_key
 from cluster.messages import RouterSpec, Traffic
 from cluster.table import PlacementTable
@@ -333,6 +334,8 @@ def serve_application(
         """Serve's view of a Router. It takes its port first, so that a port in use is found before a model loads."""
 
         async def __init__(self, spec: RouterSpec) -> None:  # type: ignore[misc]  # Serve awaits it
+            # The engine's process inherits it.
+            niceness.usual()
             node_id = ray.get_runtime_context().get_node_id()
             self._router = Router(spec, fetch_table, node_id, next_table, report)
             self._http = HttpServer(spec.http_host, spec.http_port)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from cluster import niceness
 from cluster.auth import ensure_token, ray_environment, token_path
 from cluster.config import RayConfig
 from cluster.errors import ConfigError, ExpertmeshError
@@ -47,7 +48,7 @@ def connected(settings: RayConfig, *, quiet: bool = True) -> Iterator[str]:
     os.environ.update(wanted)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray makes its workers nice by default, so that on a busy machine tokens would wait for everything else.
-    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault(niceness.RAY_VARIABLE, niceness.of_workers())
     if quiet:
         # Where a node dies Ray prints the raylet's log on standard output, whoever is asked for JSON there.
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")

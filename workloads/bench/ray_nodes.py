@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from cluster import niceness
 from cluster.auth import ray_environment
 from cluster.errors import HostError
 from cluster.ray_cluster import QUIET
@@ -79,7 +80,7 @@ class RayNodes:
             **ray_environment(token),
             "RAY_TMPDIR": str(self._folder),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0",
+            niceness.RAY_VARIABLE: niceness.of_workers(),
         }
 
     def start(self, *, head_cpus: int, persistent: bool = False) -> None:
