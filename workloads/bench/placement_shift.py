@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from workloads.bench.placement_trace import Trace, loads_of
 
 _HOSTS, _SLOTS = 16, 5
 _EVERY, _UNTIL = 500, 2000
+# As many tokens as there are until the end.
+_WINDOWS = 32
 _BATCH = 256
 _SWEEPS = 500
 _GAIN = 0.0005
@@ -42,9 +45,10 @@ def shifted(old: Trace, new: Trace, seed: int) -> Shift:
     """Plan for `old`, then serve `new` and rebalance every few hundred tokens."""
     hosts = [FleetHost(f"host-{n}", _SLOTS * old.layers, HostCost()) for n in range(_HOSTS)]
     costs = [host.cost for host in hosts]
-    windows = RoutingWindows(old.layers, old.num_experts, windows=8, tokens=_EVERY // 2)
-    for at in range(0, old.tokens, _EVERY // 2):
-        windows.add(old.counts(at, min(at + _EVERY // 2, old.tokens)), min(_EVERY // 2, old.tokens - at))
+    length = _UNTIL // _WINDOWS
+    windows = RoutingWindows(old.layers, old.num_experts, windows=_WINDOWS, tokens=length)
+    for at in range(max(0, old.tokens - _WINDOWS * length), old.tokens - length + 1, length):
+        windows.add(old.counts(at, at + length), length)
     first = plan(
         hosts, loads_of(old.windows(0, old.tokens), _BATCH * old.top_k), None, PlanSettings(seed=seed)
     )
@@ -57,10 +61,10 @@ def shifted(old: Trace, new: Trace, seed: int) -> Shift:
     )
     now, moved = first, 0
     over_time = [(0, balancedness(new, 0, _EVERY, now, costs))]
-    for at in range(0, _UNTIL, _EVERY // 2):
-        windows.add(new.counts(at, at + _EVERY // 2), _EVERY // 2)
-        if (at + _EVERY // 2) % _EVERY:
-            continue
+    for at, end in pairwise(range(0, _UNTIL + 1, _EVERY)):
+        for first_token, last in pairwise(np.linspace(at, end, _WINDOWS * _EVERY // _UNTIL + 1).astype(int)):
+            windows.add(new.counts(first_token, last), last - first_token)
+        windows.forget()
         now = plan(
             hosts,
             loads_of(windows.counts(), _BATCH * new.top_k),
@@ -68,7 +72,6 @@ def shifted(old: Trace, new: Trace, seed: int) -> Shift:
             PlanSettings(seed=seed, gain_per_move=_GAIN),
         )
         moved += now.moved
-        end = at + _EVERY // 2
         over_time.append((end, balancedness(new, end, min(end + _EVERY, new.tokens), now, costs)))
     before, known, online = (balancedness(new, *rest, p, costs) for p in (first, knowing, now))
     recovered = (online - before) / max(known - before, 1e-12)

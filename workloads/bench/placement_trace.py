@@ -12,7 +12,7 @@ from cluster.errors import ConfigError
 from cluster.fleet import LayerLoad, layer_load
 from cluster.routing_windows import scenarios
 
-_WINDOWS = 8
+_WINDOWS = 32
 
 
 @dataclass(frozen=True)
