@@ -49,7 +49,7 @@ class RayNodeProvider:
         shapes = [shape for _, shape in sorted(wanted.items()) if shape.count]
         self._ray.request(
             [bundle(shape) for shape in shapes for _ in range(shape.count)],
-            [dict(shape.labels) for shape in shapes for _ in range(shape.count)],
+            [selector(shape) for shape in shapes for _ in range(shape.count)],
         )
         self._asked = ", ".join(map(_in_words, shapes))
 
@@ -103,6 +103,11 @@ def bundle(shape: NodeShape) -> dict[str, float]:
     """What one host takes, as Ray counts it; without what it does not take."""
     named = {"CPU": shape.cpus, "GPU": shape.gpus, "memory": shape.memory_bytes}
     return {name: amount for name, amount in named.items() if amount}
+
+
+def selector(shape: NodeShape) -> dict[str, str]:
+    """What the node's labels must be. Ray takes spaces for part of a label, which may have none."""
+    return {key: value.replace(" ", "") for key, value in shape.labels.items()}
 
 
 def standing(state: Any) -> Standing:

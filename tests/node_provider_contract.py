@@ -38,9 +38,8 @@ def rooms(world: World, *shapes: NodeShape) -> Counter[Room]:
     for shape in shapes:
         named = {"CPU": shape.cpus, "GPU": shape.gpus, "memory": shape.memory_bytes}
         resources = frozenset((name, float(amount)) for name, amount in named.items() if amount)
-        found[resources, frozenset(shape.labels.items()) if world.heeds_labels else frozenset()] += (
-            shape.count
-        )
+        labels = {(key, value.replace(" ", "")) for key, value in shape.labels.items()}
+        found[resources, frozenset(labels if world.heeds_labels else ())] += shape.count
     return found
 
 
