@@ -1,12 +1,11 @@
-"""One tiny model in one process: greedy tokens of stock vLLM, then of the mesh with each policy of the capacity.
+"""One tiny model in one process: what stock vLLM answers, or the mesh with one policy of the capacity.
 
-Usage: python -m tests.integration.capacity_worker CHECKPOINT
-Prints one JSON object: {"stock": [[ids]], "dropless": {...}, ..., "gates": {...}}; see `answers`.
+Usage: python -m tests.integration.capacity_worker CHECKPOINT stock|dropless|drop|reroute|defer
+Prints one JSON object; see `answers`, `serve` and, beside stock vLLM's answers, `gates`.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import random
@@ -20,7 +19,6 @@ import numpy as np
 
 from cluster.messages import CapacitySettings, EngineSettings, RouterSpec
 
-POLICIES = ("dropless", "drop", "reroute", "defer")
 # Prompts come in steps of 256 tokens with room for 64 rows an expert, on average all of which is taken; alone, or
 # when all decode, they are below the 40 that an expert takes in any case.
 LARGEST, TOKENS, BLOCK = 256, 32, 32
@@ -112,15 +110,17 @@ def watch(busiest: list[list[int]]) -> None:
     engine_plugin.capacity_limit._dispatcher = Watched()  # type: ignore[union-attr, assignment]
 
 
-def serve(policy: str, spec: RouterSpec, inputs: list[dict[str, list[int]]]) -> dict[str, Any]:
+def serve(policy: str, spec: RouterSpec, key: bytes, inputs: list[dict[str, list[int]]]) -> dict[str, Any]:
     """One engine with this policy, as the router deployment makes it, and its answers."""
     from vllm import LLM
 
     from actors import engine_plugin
     from actors.router import engine_arguments
 
+    engine_plugin.register()
+
     settings = replace(spec.settings, capacity=replace(CAPACITY, policy=policy))
-    os.environ.update(engine_plugin.environment(settings, bytes.fromhex(os.environ["TEST_KEY"])))
+    os.environ.update(engine_plugin.environment(settings, key))
     llm = LLM(**engine_arguments(replace(spec, settings=settings)))
     llm.collective_rpc("expertmesh_attach")
     busiest: list[list[int]] = []
@@ -130,6 +130,7 @@ def serve(policy: str, spec: RouterSpec, inputs: list[dict[str, list[int]]]) -> 
         "direct": engine_plugin._compute is engine_plugin._dispatcher,
         "scheduler": type(llm.llm_engine.engine_core.engine_core.scheduler).__name__,
         **answers(llm, inputs),
+        "alone": answers(llm, inputs[1:2]),
         "busiest": busiest,
         "stats": llm.collective_rpc("expertmesh_stats")[0],
     }
@@ -139,8 +140,6 @@ def serve(policy: str, spec: RouterSpec, inputs: list[dict[str, list[int]]]) -> 
         result["again"] = answers(llm, [inputs[0]], 1)
         result["on"] = answers(llm, [{"prompt_token_ids": prompt + result["tokens"][0]}], 1)
     llm.llm_engine.engine_core.shutdown()
-    del llm
-    gc.collect()
     return result
 
 
@@ -186,24 +185,21 @@ def gates() -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    path = Path(sys.argv[1])
+    path, policy = Path(sys.argv[1]), sys.argv[2]
     import torch
-    from vllm import LLM
 
-    from actors.engine_plugin import register
     from cluster.checkpoint import Checkpoint
 
     torch.set_num_threads(1)
-    os.environ["TEST_KEY"] = secrets.token_hex(32)
     checkpoint = Checkpoint.open(path)
     inputs = prompts(checkpoint.text_config["vocab_size"])
-    register()
-    stock = LLM(str(path), **ENGINE)
-    result: dict[str, Any] = {"stock": answers(stock, inputs)["tokens"], "gates": gates()}
-    stock.llm_engine.engine_core.shutdown()
-    del stock
-    gc.collect()
-    hosts, table = hosts_of(checkpoint, bytes.fromhex(os.environ["TEST_KEY"]))
+    if policy == "stock":
+        from vllm import LLM
+
+        print("RESULT " + json.dumps({**answers(LLM(str(path), **ENGINE), inputs), "gates": gates()}))
+        return
+    key = secrets.token_bytes(32)
+    hosts, table = hosts_of(checkpoint, key)
     settings = EngineSettings(
         table=table,
         model=checkpoint.digest,
@@ -217,11 +213,9 @@ def main() -> None:
         connect_timeout_s=20.0,
     )
     spec = RouterSpec(str(path), "tiny", settings, ENGINE, {}, (), 1, 1.0, 1.0, "", 0)
-    for policy in POLICIES:
-        result[policy] = serve(policy, spec, inputs)
+    print("RESULT " + json.dumps(serve(policy, spec, key, inputs)))
     for host in hosts:
         host.close()
-    print("RESULT " + json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One local Ray cluster for all tests that ask for it."""
+"""One local Ray cluster, and one process that has imported vLLM, for all tests that ask for them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import pytest
 from cluster.auth import ensure_token, ray_environment
 from cluster.config import RayConfig
 from cluster.ray_cluster import connected
+from tests.integration.same_tokens_worker import ENVIRONMENT
+from tests.integration.vllm_forks import VllmForks, vllm_forks
 
 # Ray reads how to authenticate when it is imported, which test modules do: hence here, and not in a fixture.
 _folder = Path(tempfile.mkdtemp(prefix="expertmesh-test-token-"))
@@ -28,3 +30,10 @@ def ray_cluster() -> Iterator[str]:
     """A cluster of this process's own, with a token of its own; its address."""
     with connected(RayConfig(token_path=str(_token))) as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[VllmForks]:
+    """Jobs in processes of their own, forked from one that has imported vLLM."""
+    with vllm_forks(ENVIRONMENT) as made:
+        yield made

@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.integration.test_same_tokens import FORKS, SUPPORTED, compare
+from tests.integration.same_tokens_worker import ENVIRONMENT
+from tests.integration.test_same_tokens import SUPPORTED, compare
 from tests.integration.vllm_forks import vllm_forks
 from tests.tiny_models import make_tiny
 from workloads.bench.report import envelope, now
@@ -54,7 +55,7 @@ def main() -> None:
     dtype, target, *chosen = sys.argv[1:]
     started_at = now()
     results = []
-    with tempfile.TemporaryDirectory() as folder, vllm_forks(FORKS) as forks:
+    with tempfile.TemporaryDirectory() as folder, vllm_forks(ENVIRONMENT) as forks:
         for arch in chosen or SUPPORTED:
             path = default_model() if arch == "default" else make_tiny(arch, Path(folder) / arch, dtype=dtype)
             result = compare(forks, path, dtype)

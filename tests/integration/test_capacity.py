@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from cluster.capacity import capacity
 from tests.integration.capacity_worker import BLOCK, CAPACITY, LARGEST, TOKENS
-from tests.integration.same_tokens_worker import ENVIRONMENT
+from tests.integration.vllm_forks import VllmForks
 from tests.tiny_models import make_tiny
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All policies in turn in one process, which loads vLLM once."""
+def seen(forks: VllmForks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What stock vLLM answers, and the mesh with each policy."""
     checkpoint = make_tiny("mixtral", tmp_path_factory.mktemp("tiny") / "mixtral")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.integration.capacity_worker", str(checkpoint)],
-        env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert results, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(results[0].removeprefix("RESULT "))
+    found = {}
+    for policy in ("stock", "dropless", "drop", "reroute", "defer"):
+        done = forks.run("tests.integration.capacity_worker", str(checkpoint), policy)
+        results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        assert results, done.stdout[-2000:] + done.stderr[-4000:]
+        found[policy] = json.loads(results[0].removeprefix("RESULT "))
+    return found
 
 
 def counted(stats: dict[str, Any]) -> set[str]:
@@ -40,12 +33,15 @@ def counted(stats: dict[str, Any]) -> set[str]:
 
 
 def unmarked_are_right(seen: dict[str, Any], policy: str) -> None:
-    """An answer equals the plain one, or says that it does not."""
+    """An answer equals the plain one, or says that it does not; one that was made alone does, afterwards too."""
     answered = seen[policy]
     assert all(len(tokens) == TOKENS for tokens in answered["tokens"])
-    for tokens, mark, expected in zip(answered["tokens"], answered["marks"], seen["stock"], strict=True):
+    for tokens, mark, expected in zip(
+        answered["tokens"], answered["marks"], seen["stock"]["tokens"], strict=True
+    ):
         assert mark or tokens == expected
     assert any(mark.startswith("capacity: an expert of layer ") for mark in answered["marks"] if mark)
+    assert (answered["alone"]["tokens"], answered["alone"]["marks"]) == (seen["stock"]["tokens"][1:2], [None])
 
 
 def most(rows: int, coefficient: float) -> int:
@@ -55,7 +51,7 @@ def most(rows: int, coefficient: float) -> int:
 def test_dropless_is_the_plain_mesh(seen: dict[str, Any]) -> None:
     answered = seen["dropless"]
     assert answered["direct"] and answered["scheduler"] == "MeshScheduler"
-    assert answered["tokens"] == seen["stock"]
+    assert answered["tokens"] == seen["stock"]["tokens"]
     assert not any(answered["marks"]) and not counted(answered["stats"])
 
 
@@ -76,7 +72,9 @@ def test_nobody_goes_on_from_what_a_marked_request_computed(seen: dict[str, Any]
     """Its first block is there again, from one that was computed in full; those of its answer are not."""
     answered = seen["drop"]
     assert answered["marks"][0]
-    assert answered["again"]["tokens"][0] == seen["stock"][0][:1] and not answered["again"]["marks"][0]
+    assert (
+        answered["again"]["tokens"][0] == seen["stock"]["tokens"][0][:1] and not answered["again"]["marks"][0]
+    )
     assert answered["on"]["cached"] == [BLOCK]
 
 
@@ -92,7 +90,7 @@ def test_rerouted_rows_stay_within_the_capacity_and_are_marked(seen: dict[str, A
 
 def test_deferring_changes_no_token(seen: dict[str, Any]) -> None:
     answered = seen["defer"]
-    assert answered["tokens"] == seen["stock"] and not any(answered["marks"])
+    assert answered["tokens"] == seen["stock"]["tokens"] and not any(answered["marks"])
     stats = answered["stats"]
     assert stats["overflow_deferred_steps"] > 0 and stats["overflow_pairs"] > 0
     assert stats["overflow_dropped_rows"] == stats["overflow_rerouted_rows"] == 0
@@ -100,7 +98,7 @@ def test_deferring_changes_no_token(seen: dict[str, Any]) -> None:
 
 
 def test_next_choices_are_those_of_vllm_s_own_routers(seen: dict[str, Any]) -> None:
-    assert set(seen["gates"]) == {"mixtral", "olmoe", "deepseek_v2", "deepseek_v3"}
-    for gate in seen["gates"].values():
+    assert set(seen["stock"]["gates"]) == {"mixtral", "olmoe", "deepseek_v2", "deepseek_v3"}
+    for gate in seen["stock"]["gates"].values():
         assert gate["other"] == 0
         assert gate["error"] < 1e-5

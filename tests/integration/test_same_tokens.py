@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.same_tokens_worker import ENVIRONMENT
-from tests.integration.vllm_forks import VllmForks, vllm_forks
+from tests.integration.vllm_forks import VllmForks
 from tests.tiny_models import make_tiny
 from workloads.models.default_model import default_model
 
@@ -25,14 +23,7 @@ SUPPORTED = [
     "glm4_moe",
     "granitemoe",
 ]
-FORKS = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
 PROMPTS, TOKENS, HOSTS = 16, 32, (1, 2, 3)
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[VllmForks]:
-    with vllm_forks(FORKS) as made:
-        yield made
 
 
 def run_worker(forks: VllmForks, checkpoint: Path, dtype: str) -> subprocess.CompletedProcess[str]:
