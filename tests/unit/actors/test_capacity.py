@@ -104,6 +104,17 @@ def test_dropped_pairs_are_made_up_for_counted_and_marked(spy: Spy) -> None:
     assert all(f"an expert of layer {LAYER} takes 6 rows" in why for why in marked.degraded.values())
 
 
+def test_replicas_that_divide_an_expert_s_rows_leave_dropped_pairs_out(make_mesh, transport: str) -> None:
+    spy = Spy(make_mesh([tuple(range(EXPERTS))] * 2, "float32", transport).dispatcher())
+    x, weights, ids = crowded()
+    bound, _ = limit(spy, replace(TIGHT, factor=0.9))  # type: ignore[arg-type]
+    out = torch.empty_like(x)
+    for _ in range(3):
+        bound(LAYER, x, weights, ids, out)
+        assert (spy.ids < 0).any()
+        torch.testing.assert_close(out, expected_sums(x, spy.weights, spy.ids))
+
+
 def test_rerouted_pairs_go_to_experts_with_room_at_their_own_weights(spy: Spy) -> None:
     x, wide, ids = crowded(logits=True)
     bound, outages = limit(spy, replace(TIGHT, policy="reroute", factor=1.25), gate=Gate())  # type: ignore[arg-type]
