@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 from cluster.node_shape import NodeShape
 
 _CALL_S: Final = 10
+
+
+# Looks at which a request that was cut down stays so, before all of it is tried again: types of nodes may be added.
+_CUT_FOR: Final = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +28,8 @@ class Standing:
     """Node type → nodes that were ordered, or are there without Ray."""
     failed: tuple[str, ...] = ()
     """Why nodes could not be had, newest last."""
-    unfit: int = 0
-    """Hosts for which no node type has room, or all that have are at their limit."""
+    impossible: bool = False
+    """Whether its types of nodes, each up to its limit, have no room for all that is asked for."""
 
 
 class RayAutoscaler(Protocol):
@@ -38,26 +42,46 @@ class RayAutoscaler(Protocol):
 
 
 class RayNodeProvider:
-    """Asks for one bundle per host; for the autoscaler's process, which is connected to the cluster."""
+    """Asks for one bundle per host; for the autoscaler's process, which is connected to the cluster.
+
+    Where not all of a request is possible, Ray starts no node at all. So each time that it is repeated and was
+    impossible, one host fewer is asked for, until it is possible.
+    """
 
     def __init__(self, autoscaler: RayAutoscaler | None = None) -> None:
         self._ray = autoscaler or ConnectedAutoscaler()
-        self._asked = ""
+        self._wanted: Mapping[str, NodeShape] = {}
+        self._asked: dict[str, int] = {}
+        """Hosts by group, at most those that are wanted."""
+        self._possible: dict[str, int] = {}
+        """The last that Ray did not call impossible."""
+        self._cut_for = 0
 
     def request(self, wanted: Mapping[str, NodeShape]) -> None:
         """Ray is to have room for all of it. ValueError for a selector that Ray does not read."""
-        shapes = [shape for _, shape in sorted(wanted.items()) if shape.count]
-        self._ray.request(
-            [bundle(shape) for shape in shapes for _ in range(shape.count)],
-            [selector(shape) for shape in shapes for _ in range(shape.count)],
-        )
-        self._asked = ", ".join(map(_in_words, shapes))
+        wanted = {group: shape for group, shape in sorted(wanted.items()) if shape.count}
+        impossible = self._impossible()
+        if self._asked and not impossible:
+            self._possible = self._asked
+        if wanted != self._wanted or self._cut_for >= _CUT_FOR:
+            self._wanted, self._asked = wanted, {group: shape.count for group, shape in wanted.items()}
+            self._cut_for = 0
+        elif impossible:
+            self._asked = one_fewer(self._asked, self._possible)
+        self._cut_for += self._cut
+        hosts = [wanted[group] for group, count in self._asked.items() for _ in range(count)]
+        self._ray.request([bundle(host) for host in hosts], [selector(host) for host in hosts])
 
     def describe(self) -> str:
         """What was asked for last and what becomes of it, in one line."""
-        if not self._asked:
+        if not self._wanted:
             return "Ray's autoscaler is asked for nothing"
-        parts = [f"Ray's autoscaler is asked for {self._asked}"]
+        shapes = [
+            replace(shape, count=self._asked[group])
+            for group, shape in self._wanted.items()
+            if group in self._asked
+        ]
+        parts = [f"Ray's autoscaler is asked for {', '.join(map(_in_words, shapes)) or 'nothing'}"]
         standing = self._ray.standing()
         if standing is None:
             parts.append(
@@ -65,13 +89,24 @@ class RayNodeProvider:
                 "on a cluster of `ray start` join nodes by hand"
             )
             return "; ".join(parts)
+        if self._cut:
+            parts.append(f"{self._cut} more are not possible: no node type fits, or all are at their limit")
+        elif standing.impossible:
+            parts.append("not all of it is possible: no node type fits, or all are at their limit")
         if standing.starting:
             parts.append("starting " + ", ".join(f"{n} × {kind}" for kind, n in standing.starting.items()))
-        if standing.unfit:
-            parts.append(f"no node type has room for {standing.unfit} of them, or all are at their limit")
         if standing.failed:
             parts.append(f"failed: {standing.failed[-1]}")
         return "; ".join(parts)
+
+    @property
+    def _cut(self) -> int:
+        """Hosts that are wanted and not asked for."""
+        return sum(shape.count for shape in self._wanted.values()) - sum(self._asked.values())
+
+    def _impossible(self) -> bool:
+        standing = self._ray.standing() if self._asked else None
+        return standing is not None and standing.impossible
 
 
 class ConnectedAutoscaler:
@@ -110,6 +145,12 @@ def selector(shape: NodeShape) -> dict[str, str]:
     return {key: value.replace(" ", "") for key, value in shape.labels.items()}
 
 
+def one_fewer(asked: Mapping[str, int], possible: Mapping[str, int]) -> dict[str, int]:
+    """One host fewer, of the group with most beyond what was possible."""
+    group = max(asked, key=lambda name: (asked[name] - possible.get(name, 0), asked[name]))
+    return {name: count - (name == group) for name, count in asked.items() if count > (name == group)}
+
+
 def standing(state: Any) -> Standing:
     """From Ray's AutoscalingState message."""
     starting: Counter[str] = Counter()
@@ -121,11 +162,7 @@ def standing(state: Any) -> Standing:
     return Standing(
         dict(starting),
         tuple(f"{request.count} × {request.ray_node_type_name}: {request.reason}" for request in failed),
-        sum(
-            by_count.count
-            for constraint in state.infeasible_cluster_resource_constraints
-            for by_count in constraint.resource_requests
-        ),
+        bool(state.infeasible_cluster_resource_constraints),
     )
 
 

@@ -130,22 +130,29 @@ class Autoscaler:
         nodes = self._ask_for_nodes(loads)
         for name, decision in decided.items():
             if decision.target != loads[name].hosts_wanted:
-                self._scale(name, decision.target, decision.reason, now)
+                self._scale(name, loads[name].hosts_wanted, decision.target, decision.reason, now)
         self._statuses = tuple(
             self._status(name, loads[name], decision.target, decision.reason, nodes, now)
             for name, decision in decided.items()
         )
 
     def _ask_for_nodes(self, loads: dict[str, GroupLoad]) -> str:
-        """Ask for the room of every group, scaled or not: what is not asked for may be taken away. Says what comes."""
+        """Ask for nodes while some group waits for them; says what comes.
+
+        Then for room for all groups, scaled or not: a provider thinks of nodes as empty. Otherwise for nothing: nodes
+        with hosts on them are in use, and empty ones are to go.
+        """
         if self._provider is None:
             return "nobody brings nodes: start them by hand"
-        wanted = {}
-        for name, load in loads.items():
-            if name in self._groups:
-                # Hosts that are being drained keep their nodes, those that wait for nodes get them.
-                asked = self._memory[name].asked if name in self._memory else 0
-                wanted[name] = node_shape(self._groups[name], max(load.hosts_wanted, load.hosts_ready, asked))
+        asked = {name: state.asked for name, state in self._memory.items()}
+        waits = any(
+            max(load.hosts_wanted, asked.get(name, 0)) > load.hosts_ready for name, load in loads.items()
+        )
+        wanted = {
+            name: node_shape(self._groups[name], max(load.hosts_wanted, load.hosts_ready, asked.get(name, 0)))
+            for name, load in loads.items()
+            if waits and name in self._groups
+        }
         try:
             self._provider.request(wanted)
             return self._provider.describe()
@@ -153,15 +160,25 @@ class Autoscaler:
             log.warning("nodes not asked for", reason=_in_short(error))
             return f"nodes were not asked for: {_in_short(error)}"
 
-    def _scale(self, name: str, target: int, reason: str, now: float) -> None:
+    def _scale(self, name: str, wanted: int, target: int, reason: str, now: float) -> None:
+        self._refused.pop(name, None)
+        if (why := self._scaled(name, target, reason)) is None:
+            return
+        self._refused[name] = _Refusal(target, why, now)
+        # Nodes may come one by one: each that there is gets its host.
+        if target > wanted + 1:
+            self._scaled(name, wanted + 1, reason)
+
+    def _scaled(self, name: str, target: int, reason: str) -> str | None:
+        """Why it could not be; None if it could."""
         try:
             self._scaler.scale(name, target)
         except Exception as error:
-            self._refused[name] = _Refusal(target, _in_short(error), now)
-            log.warning("group not scaled", group=name, hosts=target, reason=_in_short(error))
-        else:
-            self._refused.pop(name, None)
-            log.info("group scaled", group=name, hosts=target, reason=reason)
+            why = _in_short(error)
+            log.warning("group not scaled", group=name, hosts=target, reason=why)
+            return why
+        log.info("group scaled", group=name, hosts=target, reason=reason)
+        return None
 
     def _status(
         self, name: str, load: GroupLoad, target: int, reason: str, nodes: str, now: float

@@ -98,7 +98,18 @@ class AutoscaledCluster:
             "min_workers": 0,
             "max_workers": self._most,
         }
+        commands = ("setup", "initialization", "head_setup", "worker_setup")
         return {
+            **{f"{name}_commands": [] for name in commands},
+            "head_start_ray_commands": [],
+            "worker_start_ray_commands": [],
+            "file_mounts": {},
+            "cluster_synced_files": [],
+            "file_mounts_sync_continuously": False,
+            "rsync_exclude": [],
+            "rsync_filter": [],
+            "docker": {},
+            "auth": {},
             "cluster_name": "expertmesh-test",
             "max_workers": 2 * self._most,
             "idle_timeout_minutes": self._idle_s / 60,

@@ -13,6 +13,8 @@ from actors.ray_node_provider import RayNodeProvider
 from cluster.node_shape import NodeShape
 
 _TIMEOUT_S = 60.0
+# Longer than Ray's autoscaler takes to say what is impossible; the mesh's looks once in 15 s.
+_LOOK_S = 3.0
 
 
 @ray.remote(num_cpus=0)
@@ -49,22 +51,26 @@ def main() -> None:
     provider = RayNodeProvider()
     provider.request(shape(2))
     wait_for("two nodes with the label", lambda: sorted(zones().values()), ["b", "b"], provider)
-    assert provider.describe() == "Ray's autoscaler is asked for 2 × (1 CPU where zone: b)"
+    asked = "Ray's autoscaler is asked for 2 × (1 CPU where zone: b)"
+    wait_for("nothing more is said", provider.describe, asked, provider)
 
     actor: Any = Resident
     resident = actor.options(label_selector={"zone": "b"}).remote()
     home = ray.get(resident.node_id.remote())
-    provider.request(shape(1))
+    # At rest: the node with the actor is in use.
+    provider.request({})
     wait_for("the idle node is gone", lambda: list(zones()), [home], provider)
 
-    provider.request(shape(5))
-    wait_for("as many as there may be", lambda: len(zones()), 3, provider)
-    wait_for(
-        "what cannot be is said", lambda: "no node type has room for" in provider.describe(), True, provider
-    )
-    print(provider.describe())
+    # Of more than there may be Ray would start none.
+    def as_many_as_may_be() -> int:
+        provider.request(shape(5))
+        time.sleep(_LOOK_S)
+        return len(zones())
 
-    # Were it idle for Ray, it would be so for the longest time, and be the first to go.
+    wait_for("as many as there may be", as_many_as_may_be, 3, provider)
+    assert "2 more are not possible: no node type fits, or all are at their limit" in provider.describe()
+
+    # Were the one with the actor idle for Ray, it would be so for the longest time, and be the first to go.
     provider.request({})
     wait_for("only the node with an actor stays", lambda: list(zones()), [home], provider)
     ray.kill(resident)
