@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -74,7 +74,6 @@ class Autoscaler:
         self._memory: dict[str, AutoscaleState] = {}
         self._refused: dict[str, _Refusal] = {}
         self._statuses: tuple[AutoscaleStatus, ...] = ()
-        self._trouble = ""
 
     def look(self) -> None:
         """Look at every group, and change what is to be changed. Does nothing before its time or while it looks.
@@ -105,19 +104,14 @@ class Autoscaler:
         """Every group that is scaled, as it was at the last look."""
         return self._statuses
 
-    @property
-    def trouble(self) -> str:
-        """Why the last look saw nothing; empty if it did."""
-        return self._trouble
-
     def _look(self, now: float) -> None:
         try:
             snapshot = self._snapshot()
         except Exception as error:
-            self._trouble = f"the load is not known: {_in_short(error)}"
-            log.warning("load not seen", reason=self._trouble)
+            why = f"the load is not known: {_in_short(error)}"
+            log.warning("load not seen", reason=why)
+            self._statuses = tuple(replace(status, reason=why) for status in self._statuses)
             return
-        self._trouble = ""
         loads = group_loads(self._before, snapshot)
         self._before = snapshot
         decided = {}
