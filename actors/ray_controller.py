@@ -163,17 +163,20 @@ class ControllerActor:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         while True:
             time.sleep(_LOOK_S)
-            try:
-                self._rebalancer.take_in()
-                self._rebalancer.look()
-                self._autoscale()
-            except Exception:
-                log.exception("rebalancing failed")
+            # One that fails must not keep the others from their turn.
+            for look in (self._rebalancer.take_in, self._rebalancer.look, self._autoscale):
+                try:
+                    look()
+                except Exception:
+                    log.exception("rebalancing failed")
 
     def pid(self) -> int:
         return os.getpid()
 
     def stop(self) -> None:
+        if self._autoscaler is not None:
+            # Here, since this process may end before its thread looks: Ray would keep nodes for nobody.
+            self._autoscaler[1].close()
         self._controller.stop()
 
 

@@ -68,11 +68,12 @@ class Rebalancer:
         snapshot = self._snapshot()
         deployment = snapshot.deployment
         staying = [spec.group for spec in deployment.hosts if spec.host_id not in deployment.leaving]
+        reports, at = self._controller.reports(), self._clock()
         return Loads(
-            self._clock(),
+            at,
             {group.name: staying.count(group.name) for group in deployment.groups},
             {spec.host_id: spec.group for spec in deployment.hosts},
-            self._controller.reports(),
+            reports,
             {host.host_id: host.memory_bytes for host in fleet(snapshot, {})},
             self._queues.total(),
         )
