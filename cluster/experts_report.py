@@ -31,6 +31,8 @@ class ExpertsReport:
     """Per host, as the planner takes it: measured, and corrected by what was seen."""
     prediction_error: float | None
     """Median of |predicted - measured| over measured time of a layer's dispatch."""
+    predictions: int
+    """Dispatches that it is of."""
 
 
 def experts_report(controller: Controller, rebalancer: Rebalancer) -> ExpertsReport:
@@ -52,4 +54,5 @@ def experts_report(controller: Controller, rebalancer: Rebalancer) -> ExpertsRep
         tuple(statistics.busiest(_BUSIEST)),
         statistics.costs(snapshot.costs),
         statistics.prediction_error,
+        statistics.predictions,
     )

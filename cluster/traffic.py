@@ -84,6 +84,11 @@ class TrafficStatistics:
         """
         return median(self._errors) if self._errors else None
 
+    @property
+    def predictions(self) -> int:
+        """Dispatches that this error is of, the last ones."""
+        return len(self._errors)
+
     def summaries(self) -> dict[int, LayerSummary]:
         """Per layer three numbers, however many experts there are."""
         counts = self.counts().sum(axis=0)

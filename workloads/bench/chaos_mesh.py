@@ -18,6 +18,7 @@ from actors.failpoints import VARIABLE
 from cluster.auth import ensure_token, token_path
 from cluster.config import Config
 from cluster.errors import ConfigError, ExpertmeshError
+from cluster.experts_report import ExpertsReport
 from cluster.messages import HostAddress
 from cluster.ray_cluster import connected
 from cluster.table import PlacementTable
@@ -144,6 +145,11 @@ class Mesh:
             return True
         (change,) = answer
         return bool(change.reason or change.loading or change.leaving or change.absent)
+
+    def experts(self) -> ExpertsReport | None:
+        """The controller's account of the experts; None if it does not answer."""
+        answer = self._ask("experts")
+        return answer[0] if answer else None
 
     def restore(self) -> None:
         """Start the nodes again that were killed, so that the next run finds as many."""

@@ -1,4 +1,4 @@
-"""`expertmesh bench dispatch | hot-path | serve | replicas | placement`."""
+"""`expertmesh bench dispatch | hot-path | prediction | serve | replicas | placement`."""
 
 from __future__ import annotations
 
@@ -59,6 +59,49 @@ def hot_path(json_: JsonFile = None, seed: Seed = 0, check: Check = False) -> No
     if json_:
         write(report, json_)
     show(report, Console(stderr=True) if json_ == "-" else console())
+    if check and any(bar["met"] is False for bar in report["bars"].values()):
+        raise typer.Exit(1)
+
+
+@bench_app.command()
+def prediction(
+    json_: JsonFile = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Checkpoint folder, or 'default'.")
+    ] = None,
+    hosts: Annotated[int | None, typer.Option("--hosts", help="Number of expert hosts.")] = None,
+    seed: Seed = 0,
+    check: Check = False,
+) -> None:
+    """How far the planner's predictions are from what dispatches take, on a running mesh."""
+    from cluster.config import load_config
+    from workloads.bench.chaos_mesh import own_cluster
+    from workloads.bench.chaos_run import Model
+    from workloads.bench.chaos_server import steadfast
+    from workloads.bench.prediction import measure, show
+    from workloads.bench.report import write
+    from workloads.console import console
+    from workloads.logs import configure
+    from workloads.progress import stages
+    from workloads.serve import open_model
+
+    flags = {"model.path": model, "hosts.0.count": hosts}
+    names = {"model.path": "--model", "hosts.0.count": "--hosts"}
+    loaded = load_config(config, flags, os.environ, names).config
+    own_cluster(loaded)
+    configure("warning")
+    err = Console(stderr=True)
+    with stages(err) as progress:
+        checkpoint, dtype, name = open_model(loaded, progress)
+    given = {"path": str(checkpoint.path), "dtype": dtype, "name": name}
+    loaded = loaded.model_copy(update={"model": loaded.model.model_copy(update=given)})
+    with steadfast():
+        served = Model(name, int(checkpoint.text_config["vocab_size"]))
+        report = measure(loaded, served, seed, lambda text: err.print(text, highlight=False))
+    if json_:
+        write(report, json_)
+    show(report, err if json_ == "-" else console())
     if check and any(bar["met"] is False for bar in report["bars"].values()):
         raise typer.Exit(1)
 
