@@ -12,7 +12,7 @@ from actors.routing_counts import RoutingCounts
 EXPERTS = 16
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 5000), max_size=8), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_every_choice_is_counted_once(rows: list[int], top_k: int, seed: int) -> None:
     generator = np.random.default_rng(seed)

@@ -44,7 +44,7 @@ def least(replicas: tuple[tuple[int, ...], ...], ids: np.ndarray, costs: list[Ho
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(REPLICAS, COSTS, st.data())
 def test_few_rows_go_to_one_host_each_expert_and_nearly_as_early_as_can_be(
     replicas: tuple[tuple[int, ...], ...], costs: list[HostCost], data: st.DataObject

@@ -22,7 +22,7 @@ from workloads.bench import chaos_server
 from workloads.bench.chaos_server import MARK, ServerChild, foreign, last_words, steadfast
 from workloads.cli import app
 
-SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
+SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
 
 def test_the_list_names_what_is_shipped() -> None:
@@ -110,7 +110,7 @@ def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerChild]:
 
 def test_the_end_continues_what_was_stopped_and_kills_what_is_left(child: ServerChild) -> None:
     # A member that ignores Ctrl-C, as one that hangs would, in a session of its own.
-    program = "import signal, time; signal.signal(2, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+    program = "import signal, time; signal.signal(2, signal.SIG_IGN); print(1, flush=True); time.sleep(600)"
     member = subprocess.Popen(
         [sys.executable, "-c", program],
         env={**os.environ, MARK: child._mark},
