@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Final
@@ -52,6 +52,15 @@ def fit(timings: Sequence[Timing]) -> HostCost:
                 best, least = dict(zip(chosen, found.tolist(), strict=True)), error
     assert best is not None  # one positive part always fits positive times
     return HostCost(best.get(0, 0.0), best.get(1, 0.0), best.get(2, 0.0))
+
+
+def fit_median(timings: Collection[Timing]) -> HostCost:
+    """:func:`fit`, scaled so that half of the times are longer: of dispatches that had to wait for a core, least
+    squares would take too much notice.
+    """
+    cost = fit(list(timings))
+    ratio = float(np.median([t.seconds / cost.seconds(t.rows, t.experts) for t in timings]))
+    return corrected(cost, ratio)
 
 
 def median_error(cost: HostCost, timings: Sequence[Timing]) -> float:

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from pydantic import TypeAdapter
 
-from cluster.cost_fit import Timing, corrected, fit, next_factor
+from cluster.cost_fit import Timing, corrected, fit_median, next_factor
 from cluster.messages import DispatchSample, HostCost, MoeLayer, Traffic
 from cluster.routing_windows import LayerSummary, RoutingWindows, summary
 
@@ -43,6 +43,8 @@ class TrafficStatistics:
         width = max((layer.num_experts for layer in layers), default=1)
         self._windows = RoutingWindows(len(self.layers), width)
         self._factors: dict[str, float] = {}
+        self._seen: dict[str, deque[Timing]] = defaultdict(lambda: deque(maxlen=_KEPT))
+        self._fitted: dict[str, HostCost] = {}
         self._samples: deque[DispatchSample] = deque(maxlen=_KEPT)
         self._errors: deque[float] = deque(maxlen=_KEPT)
         self._overhead = HostCost(0.0, 0.0, 1e-12)
@@ -110,10 +112,14 @@ class TrafficStatistics:
         ]
 
     def _now(self, host_id: str, cost: HostCost) -> HostCost:
-        cost, overhead = corrected(cost, self._factors.get(host_id, 1.0)), self._overhead
+        cost, overhead = self._computing(host_id, cost), self._overhead
         return HostCost(
             cost.fixed_s + overhead.fixed_s, cost.per_expert_s, cost.per_row_s + overhead.per_row_s
         )
+
+    def _computing(self, host_id: str, measured: HostCost) -> HostCost:
+        """What computing costs a host: as it is seen to, or while little was seen, as measured and corrected."""
+        return self._fitted.get(host_id) or corrected(measured, self._factors.get(host_id, 1.0))
 
     def _learn(self, samples: Sequence[DispatchSample], measured: Mapping[str, HostCost]) -> None:
         known = [
@@ -134,6 +140,9 @@ class TrafficStatistics:
                 self._factors[host_id] = next_factor(
                     self._factors.get(host_id, 1.0), measured[host_id], seen[start : start + _HANDFUL]
                 )
+            self._seen[host_id].extend(seen)
+            if len(self._seen[host_id]) >= _ENOUGH:
+                self._fitted[host_id] = fit_median(self._seen[host_id])
         self._samples.extend(known)
         rests = [
             Timing(sum(part.pairs for part in s.parts), 0.0, s.seconds - max(p.compute_s for p in s.parts))
@@ -141,16 +150,16 @@ class TrafficStatistics:
             if s.seconds > max(p.compute_s for p in s.parts)
         ]
         if len(rests) >= _HANDFUL:
-            self._overhead = fit(rests)
+            self._overhead = fit_median(rests)
 
     def _predicted(self, sample: DispatchSample, measured: Mapping[str, HostCost]) -> float:
         computed = max(
-            corrected(measured[part.host_id], self._factors.get(part.host_id, 1.0)).seconds(
-                part.pairs, part.experts
-            )
+            self._computing(part.host_id, measured[part.host_id]).seconds(part.pairs, part.experts)
             for part in sample.parts
         )
         return computed + self._overhead.seconds(sum(part.pairs for part in sample.parts), 0.0)
 
 
 _HANDFUL: Final = 16
+# Samples of a host from which its cost is taken anew.
+_ENOUGH: Final = 64
