@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -12,12 +11,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import psutil
-
 from cluster.auth import ray_environment
 from cluster.ray_cluster import QUIET
 from workloads.bench.ports import free_port
-from workloads.bench.process_marks import marked
+from workloads.bench.process_marks import kill_all, marked
 
 _MARK = "EXPERTMESH_AUTOSCALED"
 # The id that Ray's fake provider gives the head.
@@ -82,13 +79,7 @@ class AutoscaledCluster:
 
     def close(self) -> None:
         """End every process of the cluster."""
-        deadline = time.monotonic() + _END_S
-        # Anew until there is none: the autoscaler may be starting more.
-        while (members := marked(_MARK, str(self._ray))) and time.monotonic() < deadline:
-            for process in members:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(members, timeout=_END_S)
+        kill_all(lambda: marked(_MARK, str(self._ray)), _END_S)
         shutil.rmtree(self._ray, ignore_errors=True)
 
     def _config(self) -> dict[str, object]:

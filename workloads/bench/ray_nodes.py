@@ -7,6 +7,7 @@ not carry them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -26,7 +27,7 @@ from cluster.errors import HostError
 from cluster.ray_cluster import QUIET
 from workloads.bench.chaos_network import Network
 from workloads.bench.ports import free_port
-from workloads.bench.process_marks import marked
+from workloads.bench.process_marks import kill_all, marked
 
 HEAD = "head"
 _NODE = "EXPERTMESH_RAY_NODE"
@@ -129,7 +130,10 @@ class RayNodes:
         # First the raylet, which would tell the cluster of the others' end.
         members = sorted(self.processes(node), key=lambda process: _name(process) != "raylet")
         now_ns = time.monotonic_ns()
-        _kill(members)
+        for process in members:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        kill_all(functools.partial(self.processes, node), _END_S)
         return now_ns
 
     def kill_control_plane(self) -> int:
@@ -187,10 +191,7 @@ class RayNodes:
     def close(self) -> list[str]:
         """End every node, workers first, and take the network away; names of networks that could not be."""
         for node in (*self._workers, HEAD):
-            deadline = time.monotonic() + _END_S
-            # Anew until there is none: a node that is just starting makes more meanwhile.
-            while (members := self.processes(node)) and time.monotonic() < deadline:
-                _kill(members)
+            kill_all(functools.partial(self.processes, node), _END_S)
         for process in self._started.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_END_S)
@@ -263,13 +264,6 @@ class RayNodes:
 
     def _log(self, name: str) -> Path:
         return self._folder / f"ray-{name}.log"
-
-
-def _kill(processes: Sequence[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(processes, timeout=_END_S)
 
 
 def _name(process: psutil.Process) -> str:
