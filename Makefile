@@ -33,9 +33,10 @@ unit: setup
 	$(VENV)/bin/python -m pytest -n auto tests/unit $(ARGS)
 
 # Same tokens as stock vLLM, several Ray nodes, the controller on Ray, the default model, the API of a running
-# server, bad input, deaths.
+# server, bad input, deaths. They mostly wait for processes to start, so two run at a time.
 integration: setup
-	$(VENV)/bin/python -m pytest --durations=30 --durations-min=5 tests/integration tests/e2e $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=30 --durations-min=5 \
+	  tests/integration tests/e2e $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

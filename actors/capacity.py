@@ -48,6 +48,7 @@ class CapacityLimit:
         self.stats = dispatcher.stats
         self.stats.capacity_coefficient = settings.coefficient
         self._dispatcher, self._gates, self._outages = dispatcher, gates, outages
+        dispatcher.counts_routing = False
         self._step_pairs = self._step_over = self._step_rows = 0
 
     def __call__(
@@ -65,6 +66,8 @@ class CapacityLimit:
             logits_TE = weights_TK.numpy()[:, top_k:]
             weights_TK = weights_TK[:, :top_k].contiguous()
         rows = min(self._outages.rows(), len(ids_TK))
+        # What the router chose, whatever becomes of it: placements follow what is wanted.
+        self._dispatcher.routing.note(layer, ids_TK)
         if rows:
             ids, weights = ids_TK.numpy()[:rows], weights_TK.numpy()[:rows]
             most, over = self._overflow(layer, ids, weights)

@@ -79,6 +79,8 @@ class Dispatcher:
         )
         self.stats = self.peers.stats
         self.routing = RoutingCounts({layer: len(experts) for layer, experts in route.replicas.items()})
+        self.counts_routing = True
+        """Whether rows come with the experts that the router chose; else whoever changed them counts what it chose."""
         self._samples: deque[DispatchSample] = deque(maxlen=_SAMPLES)
         self._taken = 0
         self._on_outage = on_outage
@@ -149,7 +151,8 @@ class Dispatcher:
             stats.slowest_ns = elapsed
         if not stats.dispatches % _SAMPLED:
             self._sample(link, done, ids_TK, rows, elapsed)
-        self.routing.note(layer, ids_TK)
+        if self.counts_routing:
+            self.routing.note(layer, ids_TK)
 
     def take_traffic(self) -> Traffic:
         """What was counted since the last call; between two steps."""

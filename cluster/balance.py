@@ -27,28 +27,50 @@ def pour(holders, copies, touch, rows, per_touch, per_row, share, level, toleran
     for sweep in range(sweeps):
         moved = 0.0
         for e in range(holders.shape[0]):
-            n = copies[e]
-            if n < 2 or (touch[e] <= 0.0 and rows[e] <= 0.0):
-                continue
-            if n == 2:
-                a, b = holders[e, 0], holders[e, 1]
-                cost_a = per_touch[a] * touch[e] + per_row[a] * rows[e]
-                cost_b = per_touch[b] * touch[e] + per_row[b] * rows[e]
-                old = share[e, 0]
-                without_a = level[a] - old * cost_a
-                without_b = level[b] - share[e, 1] * cost_b
-                # without_a + x cost_a = without_b + (1 - x) cost_b
-                new = (without_b + cost_b - without_a) / (cost_a + cost_b)
-                new = min(1.0, max(0.0, new))
-                share[e, 0], share[e, 1] = new, 1.0 - new
-                level[a] = without_a + new * cost_a
-                level[b] = without_b + (1.0 - new) * cost_b
-                moved += abs(new - old) * cost_a
-            else:
-                moved += _pour_many(e, n, holders, touch, rows, per_touch, per_row, share, level)
+            if copies[e] > 1:
+                moved += _pour_one(e, holders, copies, touch, rows, per_touch, per_row, share, level)
         if moved < tolerance:
             return sweep + 1
     return sweeps
+
+
+@njit(cache=True, nogil=True)
+def pour_these(
+    experts, number, holders, copies, touch, rows, per_touch, per_row, share, level, tolerance, sweeps
+):
+    """`pour` of the first `number` of these experts: those with copies to choose from, if they are known."""
+    for sweep in range(sweeps):
+        moved = 0.0
+        for at in range(number):
+            if copies[experts[at]] > 1:
+                moved += _pour_one(
+                    experts[at], holders, copies, touch, rows, per_touch, per_row, share, level
+                )
+        if moved < tolerance:
+            return sweep + 1
+    return sweeps
+
+
+@njit(cache=True, nogil=True)
+def _pour_one(e, holders, copies, touch, rows, per_touch, per_row, share, level):
+    """Level the hosts of one expert with several copies; the seconds that were moved."""
+    if touch[e] <= 0.0 and rows[e] <= 0.0:
+        return 0.0
+    if copies[e] > 2:
+        return _pour_many(e, copies[e], holders, touch, rows, per_touch, per_row, share, level)
+    a, b = holders[e, 0], holders[e, 1]
+    cost_a = per_touch[a] * touch[e] + per_row[a] * rows[e]
+    cost_b = per_touch[b] * touch[e] + per_row[b] * rows[e]
+    old = share[e, 0]
+    without_a = level[a] - old * cost_a
+    without_b = level[b] - share[e, 1] * cost_b
+    # without_a + x cost_a = without_b + (1 - x) cost_b
+    new = (without_b + cost_b - without_a) / (cost_a + cost_b)
+    new = min(1.0, max(0.0, new))
+    share[e, 0], share[e, 1] = new, 1.0 - new
+    level[a] = without_a + new * cost_a
+    level[b] = without_b + (1.0 - new) * cost_b
+    return abs(new - old) * cost_a
 
 
 @njit(cache=True, nogil=True)
@@ -57,32 +79,30 @@ def _pour_many(e, n, holders, touch, rows, per_touch, per_row, share, level):
     for j in range(n):
         h = holders[e, j]
         level[h] -= share[e, j] * (per_touch[h] * touch[e] + per_row[h] * rows[e])
-    # The common level t solves the sum over the hosts below it of (t - level) / cost = 1.
-    weight = held = top = 0.0
-    reached = -np.inf
-    filled = 0
-    while filled < n:
-        lowest = np.inf
-        for j in range(n):
-            here = level[holders[e, j]]
-            if reached < here < lowest:
-                lowest = here
-        if lowest == np.inf or (filled > 0 and lowest >= top):
-            break
+    # The common level solves the sum over the hosts below it of (top - level) / cost = 1. With all hosts it is too
+    # high or right; without those above it, it falls, until nobody is above it any more.
+    top = np.inf
+    while True:
+        weight = held = 0.0
         for j in range(n):
             h = holders[e, j]
-            if level[h] == lowest:
+            if level[h] <= top:
                 inverse = 1.0 / (per_touch[h] * touch[e] + per_row[h] * rows[e])
                 weight += inverse
                 held += level[h] * inverse
-                filled += 1
-        reached = lowest
+        # Rounded, the level of a tiny load may be below everybody's.
+        if weight == 0.0 or (1.0 + held) / weight >= top:
+            break
         top = (1.0 + held) / weight
+    filled = 0.0
+    for j in range(n):
+        h = holders[e, j]
+        filled += max(0.0, top - level[h]) / (per_touch[h] * touch[e] + per_row[h] * rows[e])
     moved = 0.0
     for j in range(n):
         h = holders[e, j]
         cost = per_touch[h] * touch[e] + per_row[h] * rows[e]
-        new = max(0.0, top - level[h]) / cost if level[h] <= reached else 0.0
+        new = max(0.0, top - level[h]) / (cost * filled) if filled > 0.0 else 1.0 / n
         moved += abs(new - share[e, j]) * cost
         share[e, j] = new
         level[h] += new * cost

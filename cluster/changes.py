@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Final
 
 import structlog
 
@@ -21,6 +22,9 @@ from cluster.repair_state import HostState, Phase
 from cluster.table import PlacementTable
 
 log = structlog.get_logger()
+
+# A host that loads answers all the same, within seconds.
+_SILENT_S: Final = 30.0
 
 _read_table = lru_cache(maxsize=4)(PlacementTable.from_json)
 
@@ -180,7 +184,11 @@ class Changes:
 
     def _holds(self, host_id: str) -> HostHolds | None:
         said = self._ledger.said.get(host_id)
-        return said.holds if said is not None and host_id in self._ledger.running else None
+        if said is None or host_id not in self._ledger.running:
+            return None
+        # One that stands still may never load what a change waits for.
+        silent = self._ledger.now() - self._ledger.heard.get(host_id, 0.0)
+        return said.holds if silent < _SILENT_S else None
 
     def _changeable(self) -> Deployment:
         """The deployment. HostError before every host was ready once."""

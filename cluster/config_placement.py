@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, model_validator
 
 from cluster.config_capacity import CapacityConfig
+from cluster.config_mistakes import BadValue
 from cluster.config_sources import KeyPath
-from cluster.config_values import SECTION, Count, Duration, LayerIndex, Name, Share, Size, parse_size
+from cluster.config_values import (
+    SECTION,
+    Count,
+    Duration,
+    ExpertIndex,
+    LayerIndex,
+    Name,
+    Share,
+    Size,
+    parse_size,
+)
 
 
 class _Section(BaseModel):
@@ -65,6 +76,25 @@ class RebalanceConfig(_Section):
     max_moves: Count | None = None
 
 
+class PinConfig(_Section):
+    """Ties experts to hosts of a device class or a group, or on nodes with certain labels.
+
+    ``layers``: decoder layers counted from 0; all if it is empty. ``selector``: labels in Ray's notation.
+    """
+
+    layers: tuple[LayerIndex, ...] = ()
+    experts: Annotated[tuple[ExpertIndex, ...], Field(min_length=1)]
+    device: Literal["cpu", "cuda"] | None = None
+    group: Name | None = None
+    selector: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _names_hosts(self) -> Self:
+        if self.device is None and self.group is None and not self.selector:
+            raise BadValue("a pin says where its experts may be", "give it a device, a group or a selector")
+        return self
+
+
 class PlacementConfig(_Section):
     """Which expert goes to which host."""
 
@@ -72,6 +102,7 @@ class PlacementConfig(_Section):
     replicas: Annotated[int | ReplicaRules, BeforeValidator(_replicas)] = 1
     spread: Literal["node", "host"] = "node"
     redundancy: Annotated[float, Field(ge=1, le=1024)] = 1.0
+    pins: tuple[PinConfig, ...] = ()
     rebalance: RebalanceConfig = RebalanceConfig()
     no_replica: Literal["fail", "reroute", "drop"] = "fail"
     capacity: CapacityConfig = CapacityConfig()

@@ -145,6 +145,7 @@ class Controller:
                     if answer is not None and self._ledger.running.get(host_id) is host:
                         if isinstance(answer, HostReady):
                             self._ledger.said[host_id] = answer
+                            self._ledger.heard[host_id] = self._clock()
                         self._feed(answer)
             self._feed(Tick())
             self.changes.reconcile()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
+from cluster.inventory import matches
 from cluster.messages import HostCost
 
 
@@ -56,23 +57,26 @@ def layer_load(layer: int, blob_bytes: int, counts: np.ndarray, rows_per_step: f
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """Ties experts to hosts of a device class, or with certain labels."""
+    """Ties experts to hosts of a device class or a group, or on nodes with certain labels."""
 
     experts: Mapping[int, tuple[int, ...]]
     """Layer → experts."""
     device: str | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
+    group: str | None = None
+    selector: Mapping[str, str] = field(default_factory=dict)
+    """Labels of the hosts' nodes, in Ray's notation: ``b``, ``!b``, ``in(a, b)`` or ``!in(a, b)``."""
 
     @property
     def wish(self) -> str:
         """What hosts must be, in words."""
-        device = [f"device {self.device}"] if self.device is not None else []
-        return ", ".join(device + [f"{key}={value}" for key, value in self.labels.items()])
+        named = (("device", self.device), ("group", self.group))
+        words = [f"{name} {value}" for name, value in named if value is not None]
+        return ", ".join(words + [f"{key}: {value}" for key, value in self.selector.items()])
 
     def admits(self, host: FleetHost) -> bool:
         """Whether the experts may be on this host."""
-        fits = self.device is None or self.device == host.device
-        return fits and all(host.labels.get(key) == value for key, value in self.labels.items())
+        fits = self.device in (None, host.device) and self.group in (None, host.group)
+        return fits and matches(self.selector, host.labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +87,12 @@ class PlanSettings:
     """Copies of a layer's experts, over their number; all the room that there is if None."""
     min_replicas: int = 1
     """Copies that every expert must have, in as many distinct failure domains."""
+    least: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """The same by layer and expert, for layers whose experts differ."""
     spread: Literal["host", "node", "zone"] = "host"
     """What a failure domain is."""
+    apart: int | None = None
+    """In so many failure domains an expert's copies must be at most; None: in as many as it must have copies."""
     pins: tuple[Pin, ...] = ()
     max_moves: int | None = None
     """Most blobs that hosts may have to load beyond what they hold now, unless an expert would lack copies."""

@@ -13,6 +13,7 @@ from cluster.fleet import FleetHost, LayerLoad, PlanSettings, layer_load
 from cluster.inventory import weight_limits
 from cluster.messages import HostCost
 from cluster.moves import Move, Proposal, new_and_old, pairs
+from cluster.pins import misplaced, pins
 from cluster.repair_state import Phase
 from cluster.routing_windows import scenarios
 from cluster.table import PlacementTable, in_turn
@@ -82,13 +83,13 @@ def plan_settings(deployment: Deployment, hosts: Sequence[FleetHost]) -> PlanSet
     config, copies = deployment.placement, deployment.copies
     number = sum(layer.num_experts for layer in deployment.layers)
     mean = sum(map(sum, copies.values())) / max(1, number)
-    nodes = {host.node for host in hosts if host.memory_bytes > 0}
-    least = min((min(row) for row in copies.values()), default=1)
     return PlanSettings(
         redundancy=max(mean, config.redundancy),
-        min_replicas=least,
+        least=copies,
+        spread=config.spread,
         # On distinct nodes as far as there are nodes.
-        spread="node" if config.spread == "node" and len(nodes) >= least else "host",
+        apart=len({host.node for host in hosts if host.memory_bytes > 0}) if config.spread == "node" else None,
+        pins=pins(config.pins, deployment.layers),
         max_moves=config.rebalance.max_moves,
         gain_per_move=_GAIN_PER_MOVE,
     )
@@ -131,6 +132,8 @@ def proposal(
         verdict, worthwhile = "nothing would change", False
     elif needed:
         verdict, worthwhile = "hosts are to be emptied", True
+    elif misplaced(settings.pins, hosts, table.experts):
+        verdict, worthwhile = "pinned experts are elsewhere", True
     elif gain > least:
         verdict, worthwhile = f"saves {gain:.1%} of the experts' time", True
     else:
@@ -168,7 +171,7 @@ def _moves(
 def _layer_seconds(
     hosts: Sequence[FleetHost], load: LayerLoad, rows: Sequence[Sequence[str]], position: Mapping[str, int]
 ) -> float:
-    from cluster.placement_search import step_seconds
+    from cluster.placement_time import step_seconds
 
     known = [[position[host] for host in holders if host in position] for holders in rows]
     holders = np.full((len(known), max(1, max(map(len, known)))), -1, np.int32)

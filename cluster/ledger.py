@@ -23,6 +23,8 @@ class Ledger:
         """Launches that may live."""
         self.said: dict[str, HostReady] = {}
         """What hosts that are ready last said of themselves. Not saved: they say it again with every look."""
+        self.heard: dict[str, float] = {}
+        """When they said it, by the controller's clock."""
 
     def save(self, deployment: Deployment, state: Repair) -> None:
         """Before anything is done: a successor that knew less would launch again, or use an epoch twice."""
@@ -42,6 +44,7 @@ class Ledger:
         running, self.running, self.deployment = self.running, {}, None
         self.repair = Repair({})
         self.said.clear()
+        self.heard.clear()
         self.change.notify_all()
         return running
 

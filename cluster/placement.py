@@ -16,7 +16,8 @@ from cluster.config_placement import PlacementConfig
 from cluster.deal import apportion_copies
 from cluster.errors import PlacementError
 from cluster.even_copies import even_copies
-from cluster.messages import HostSlot, MoeLayer
+from cluster.messages import HostSlot, MoeLayer, NodeInfo
+from cluster.pinned_placement import pinned
 from cluster.replication import RoutingCounts, copies_per_expert
 from cluster.spread_copies import spread_copies
 
@@ -78,11 +79,13 @@ def plan(
     *,
     item_bytes: int,
     counts: RoutingCounts | None = None,
+    nodes: Sequence[NodeInfo] = (),
 ) -> Plan:
     """Place the copies that ``settings.replicas`` asks for, those of an expert on distinct hosts, with
     ``spread: node`` on distinct nodes where there are enough of them.
 
-    ``counts`` says how often each expert was chosen, for rules that ask. The same input gives the same plan.
+    ``counts`` says how often each expert was chosen, for rules that ask, and ``nodes`` what labels the slots' nodes have,
+    for pins. The same input gives the same plan.
     Equal hosts hold equally many experts of every layer, give or take one (several copies spread over nodes
     with unequal numbers of hosts: over the hosts of each node; unequal numbers of copies: a few). Raises
     PlacementError, with the GiB that are missing in all and at which host, if the experts don't fit, and
@@ -96,6 +99,18 @@ def plan(
             f"there are {len(slots)}",
             "raise a host group's count, or lower placement.replicas",
         )
+    if settings.pins:
+        found = pinned(
+            layers,
+            slots,
+            [_speed(slot) for slot in slots],
+            settings,
+            nodes,
+            copies,
+            item_bytes=item_bytes,
+            counts=counts or {},
+        )
+        return Plan(tuple(layers), copies, item_bytes, found)
     by_node: dict[str, list[HostSlot]] = defaultdict(list)
     for slot in slots:
         by_node[slot.node_id].append(slot)
@@ -106,7 +121,7 @@ def plan(
     per_expert = {layer.index: layer.expert_parameters * item_bytes for layer in layers}
     one_copy = sum(layer.num_experts * per_expert[layer.index] for layer in layers)
     total = sum(sum(copies[layer.index]) * per_expert[layer.index] for layer in layers)
-    speeds = [_GPU_SPEED if slot.device == "cuda" else slot.threads for slot in hosts]
+    speeds = [_speed(slot) for slot in hosts]
     limits = [min(slot.memory_bytes, one_copy) for slot in hosts]
     if sum(limits) < total:
         raise _too_small(hosts, speeds, (least, most), one_copy, total, total - sum(limits))
@@ -132,6 +147,10 @@ def plan(
         for host_id, mine in held.items()
     }
     return Plan(tuple(layers), copies, item_bytes, in_order)
+
+
+def _speed(slot: HostSlot) -> int:
+    return _GPU_SPEED if slot.device == "cuda" else slot.threads
 
 
 def _place(

@@ -91,28 +91,63 @@ def _may_add(e, h, domain, apart, pin, allowed, holders, copies):
 
 @njit(cache=True, nogil=True)
 def _make_room(e, slots, domain, apart, pin, allowed, holders, copies, content, used):
-    """A host for an expert where none has both room and leave: another expert moves to the room that there is."""
-    for h in range(len(slots)):
-        if used[h] >= slots[h]:
-            continue
-        for g in range(len(slots)):
-            if not _may_add(e, g, domain, apart, pin, allowed, holders, copies):
+    """A host for an expert where none has both room and leave: others move on, one to the next one's place, the last
+    to the room that there is (an augmenting path, as in bipartite matching).
+    """
+    hosts = len(slots)
+    # Breadth first, from where the expert may be: the host whose copy would come here, and its place there.
+    giver, place_there = np.full(hosts, -1, np.int32), np.zeros(hosts, np.int32)
+    queue, seen, at = np.empty(hosts, np.int32), 0, 0
+    for g in range(hosts):
+        if slots[g] > 0 and _may_add(e, g, domain, apart, pin, allowed, holders, copies):
+            giver[g], queue[seen] = g, g
+            seen += 1
+    while at < seen:
+        g = queue[at]
+        at += 1
+        for k in range(used[g]):
+            f = content[g, k]
+            if f == e or _moves(f, g, giver, place_there, content):
                 continue
-            for k in range(used[g]):
-                f = content[g, k]
-                if not may_hold(f, h, holders, copies, pin, allowed):
+            for h in range(hosts):
+                if giver[h] >= 0 or slots[h] == 0 or not may_hold(f, h, holders, copies, pin, allowed):
                     continue
                 j = position(f, g, holders, copies)
                 holders[f, j] = h
-                if not apart_enough(f, holders, copies, domain, apart):
-                    holders[f, j] = g
+                fits = apart_enough(f, holders, copies, domain, apart)
+                holders[f, j] = g
+                if not fits:
                     continue
-                content[g, k] = content[g, used[g] - 1]
-                used[g] -= 1
-                content[h, used[h]] = f
-                used[h] += 1
-                return g
+                giver[h], place_there[h], queue[seen] = g, k, h
+                seen += 1
+                if used[h] < slots[h]:
+                    return _move_on(h, giver, place_there, holders, copies, content, used)
     return -1
+
+
+@njit(cache=True, nogil=True)
+def _moves(f, h, giver, place_there, content):
+    """Whether a copy of this expert moves already on the way to a host."""
+    while giver[h] != h:
+        if content[giver[h], place_there[h]] == f:
+            return True
+        h = giver[h]
+    return False
+
+
+@njit(cache=True, nogil=True)
+def _move_on(h, giver, place_there, holders, copies, content, used):
+    """Make the moves of a path from its end; the host at its beginning, which has room then."""
+    while giver[h] != h:
+        g, k = giver[h], place_there[h]
+        f = content[g, k]
+        holders[f, position(f, g, holders, copies)] = h
+        content[h, used[h]] = f
+        used[h] += 1
+        used[g] -= 1
+        content[g, k] = content[g, used[g]]
+        h = g
+    return h
 
 
 @njit(cache=True, nogil=True)

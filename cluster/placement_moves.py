@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from numba import njit
 
-SWAP, REPLACE, RELOCATE = 0, 1, 2
-"""Two experts change hosts; an expert's copy gives its slot to another expert; a copy goes to a free slot."""
+SWAP, REPLACE, RELOCATE, ADD = 0, 1, 2, 3
+"""Two experts change hosts; an expert's copy gives its slot to another expert; a copy goes to a free slot; an expert
+gets one copy more in a free slot."""
 
 
 @njit(cache=True, nogil=True)
@@ -74,7 +75,7 @@ def _drop(e, h, holders, copies, share):
 
 @njit(cache=True, nogil=True)
 def apply_move(kind, ea, a, ka, eb, b, kb, holders, copies, content, used, share, present):
-    """Make a move; how many more blobs are to be loaded then."""
+    """Make a move; how many more blobs are to be loaded then. Of ADD only `eb` and `b` count."""
     if kind == SWAP:
         holders[ea, position(ea, a, holders, copies)] = b
         holders[eb, position(eb, b, holders, copies)] = a
@@ -88,6 +89,10 @@ def apply_move(kind, ea, a, ka, eb, b, kb, holders, copies, content, used, share
         copies[eb] += 1
         content[a, ka] = eb
         return _new(a, eb, present) - _new(a, ea, present)
+    if kind == ADD:
+        share[:, eb, copies[eb]] = 0.0
+        place(eb, b, holders, copies, content, used)
+        return _new(b, eb, present)
     holders[ea, position(ea, a, holders, copies)] = b
     used[a] -= 1
     content[a, ka] = content[a, used[a]]
@@ -110,6 +115,9 @@ def undo_move(kind, ea, a, ja, ka, eb, b, kb, holders, copies, content, used):
         holders[ea, ja] = a
         copies[ea] += 1
         content[a, ka] = ea
+    elif kind == ADD:
+        copies[eb] -= 1
+        used[b] -= 1
     else:
         holders[ea, position(ea, b, holders, copies)] = a
         used[b] -= 1
@@ -130,6 +138,10 @@ def apply_path(path, holders, copies):
             holders[ea, position(ea, a, holders, copies)] = holders[ea, copies[ea] - 1]
             copies[ea] -= 1
             holders[eb, copies[eb]] = a
+            copies[eb] += 1
+            continue
+        if kind == ADD:
+            holders[eb, copies[eb]] = b
             copies[eb] += 1
             continue
         holders[ea, position(ea, a, holders, copies)] = b

@@ -22,9 +22,13 @@ from cluster.errors import PlacementError
 from cluster.fleet import FleetHost, LayerLoad, PlanSettings
 from cluster.placement_greedy import copies_wanted, greedy
 from cluster.placement_moves import apply_path
-from cluster.placement_search import search, step_seconds
+from cluster.placement_search import search
+from cluster.placement_time import step_seconds
 from cluster.planner_limits import allowed_hosts, check, domains, layer_slots
 from cluster.planner_moves import affordable
+
+# Copies that a layer's search looks at in all its tries together.
+_MOST_WORK, _FEWEST_TRIES = 2**20, 16
 
 Holders = tuple[tuple[int, ...], ...]
 """Per expert the positions of the hosts that hold it."""
@@ -150,7 +154,8 @@ def _search(
     room = np.minimum(slots, experts)
     # Hosts of a pinned expert, as many as may ever hold it.
     most = fleet.allowed[pin].astype(np.int64) @ (room > 0)
-    least = np.full(experts, settings.min_replicas, np.int64)
+    least = np.array(settings.least.get(load.layer, (settings.min_replicas,) * experts), np.int64)
+    apart = least if settings.apart is None else np.minimum(least, settings.apart)
     wanted = int(room.sum())
     if settings.redundancy is not None:
         wanted = min(wanted, int(np.ceil(experts * settings.redundancy - 1e-9)))
@@ -166,34 +171,36 @@ def _search(
     if start is not None:
         for expert, held in enumerate(start):
             present[list(held), expert] = True
-        _keep(start, room, least, width, fleet.domain, pin, fleet.allowed, holders, copies, content, used)
+        _keep(start, room, least, apart, width, fleet.domain, pin, fleet.allowed, holders, copies, content, used)
         # Under a limit on what is loaded, only copies that must be are added before the search has its say.
         target = np.maximum(target if settings.max_moves is None else least, copies)
     speed = 1.0 / np.maximum(
         fleet.per_row * mean.mean() + fleet.per_touch * load.touch.mean(), np.finfo(np.float64).tiny
     )
     lacking = greedy(
-        mean, target, speed, room.astype(np.int32), least, fleet.domain, least, pin, fleet.allowed,
+        mean, target, speed, room.astype(np.int32), least, fleet.domain, apart, pin, fleet.allowed,
         holders, copies, content, used,
     )  # fmt: skip
     if lacking >= 0:
         raise PlacementError(
             f"layer {load.layer}, expert {lacking}: no host for copy {copies[lacking] + 1} of "
-            f"{settings.min_replicas}; pins, memory and failure domains leave none",
+            f"{least[lacking]}; pins, memory and failure domains leave none",
             "give the hosts more memory, add hosts, or ask for fewer replicas",
         )
     first_holders, first_copies = holders.copy(), copies.copy()
     needed = int(sum(not present[h, e] for e in range(experts) for h in holders[e, : copies[e]]))
-    path = np.zeros((settings.tries, 6), np.int64)
+    # Of many copies every try takes longer, and less depends on each.
+    tries = min(settings.tries, max(_FEWEST_TRIES, _MOST_WORK // max(1, int(copies.sum()))))
+    path = np.zeros((tries, 6), np.int64)
     moves, before, after = search(
         load.touch, load.rows, fleet.fixed, fleet.per_touch, fleet.per_row, room.astype(np.int32), least,
-        fleet.domain, least, pin, fleet.allowed, holders, copies, content, used, present,
-        settings.gain_per_move if start is not None else 0.0, settings.tries, settings.seed, path,
+        fleet.domain, apart, pin, fleet.allowed, holders, copies, content, used, present, wanted,
+        settings.gain_per_move if start is not None else 0.0, tries, settings.seed, path,
     )  # fmt: skip
     return _Searched(first_holders, first_copies, path[:moves], before - after, needed)
 
 
-def _keep(start, room, least, width, domain, pin, allowed, holders, copies, content, used) -> None:  # type: ignore[no-untyped-def]
+def _keep(start, room, least, apart, width, domain, pin, allowed, holders, copies, content, used) -> None:  # type: ignore[no-untyped-def]
     """What of the current placement may stay: hosts that have too little room lose what has most other copies."""
     kept = [[h for h in held if allowed[pin[e], h]][:width] for e, held in enumerate(start)]
     held_by: dict[int, list[int]] = {}
@@ -208,7 +215,7 @@ def _keep(start, room, least, width, domain, pin, allowed, holders, copies, cont
     for expert, held in enumerate(kept):
         places = {int(domain[h]): h for h in reversed(held)}
         # What stands beside another of its failure domain leaves room for one elsewhere.
-        for h in places.values() if len(places) < least[expert] else held:
+        for h in places.values() if len(places) < apart[expert] else held:
             holders[expert, copies[expert]] = h
             copies[expert] += 1
             content[h, used[h]] = expert

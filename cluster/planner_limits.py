@@ -68,20 +68,21 @@ def check(hosts: Sequence[FleetHost], loads: Sequence[LayerLoad], settings: Plan
     """PlacementError if there is no plan: too little memory, too few failure domains, pins that nothing admits."""
     if not hosts:
         raise PlacementError("there are no expert hosts", "add a host group")
-    copies = settings.min_replicas
+    copies = max([settings.min_replicas, *(max(row, default=1) for row in settings.least.values())])
     alive = [host for host in hosts if host.memory_bytes > 0]
-    distinct = _distinct(alive, settings.spread)
-    if distinct < copies:
-        raise PlacementError(
-            f"{copies} copies on distinct {settings.spread}s need {copies} {settings.spread}s, there are {distinct}: "
-            + _groups(alive, lambda group: f"{_distinct(group, settings.spread)} {settings.spread}(s)"),
-            f"add {copies - distinct}, or ask for fewer replicas",
-        )
-    need = sum(load.blob_bytes * load.rows.shape[1] for load in loads) * copies
+    for spread, wanted in (("host", copies), (settings.spread, _apart(copies, settings))):
+        distinct = _distinct(alive, spread)
+        if distinct < wanted:
+            raise PlacementError(
+                f"{copies} copies on distinct {spread}s need {wanted} {spread}s, there are {distinct}: "
+                + _groups(alive, lambda group, spread=spread: f"{_distinct(group, spread)} {spread}(s)"),  # type: ignore[misc]
+                f"add {wanted - distinct}, or ask for fewer replicas",
+            )
+    need = sum(load.blob_bytes * sum(_least(load, settings)) for load in loads)
     have = sum(_useful(host, loads) for host in alive)
     if have < need:
         raise PlacementError(
-            f"the experts take {_size(need)} ({copies} copies), the hosts have room for {_size(have)}: "
+            f"the experts take {_size(need)} ({_copies(loads, settings)}), the hosts have room for {_size(have)}: "
             f"{_size(need - have)} short; "
             + _groups(alive, lambda group: _size(sum(_useful(h, loads) for h in group))),
             "raise the memory of a host group, add hosts, or ask for fewer replicas",
@@ -95,16 +96,19 @@ def _check_pin(
 ) -> None:
     admitting = [host for host in hosts if pin.admits(host)]
     distinct = _distinct(admitting, settings.spread)
-    if distinct < settings.min_replicas:
+    pinned = [
+        (load.blob_bytes, _least(load, settings)[expert])
+        for load in loads
+        for expert in set(pin.experts.get(load.layer, ()))
+    ]
+    wanted = _apart(max((copies for _, copies in pinned), default=0), settings)
+    if distinct < wanted:
         raise PlacementError(
-            f"{name} needs {settings.min_replicas} {settings.spread}(s) that admit it, there are {distinct}; "
+            f"{name} needs {wanted} {settings.spread}(s) that admit it, there are {distinct}; "
             + _groups(hosts, lambda group: f"{sum(map(pin.admits, group))} of {len(group)} hosts"),
             "add such hosts, or change the pin",
         )
-    size = {load.layer: load.blob_bytes for load in loads}
-    need = settings.min_replicas * sum(
-        size.get(layer, 0) * len(set(experts)) for layer, experts in pin.experts.items()
-    )
+    need = sum(size * copies for size, copies in pinned)
     have = sum(host.memory_bytes for host in admitting)
     if have < need:
         raise PlacementError(
@@ -112,6 +116,22 @@ def _check_pin(
             "short; " + _groups(admitting, lambda group: _size(sum(h.memory_bytes for h in group))),
             "pin fewer experts, or give those hosts more memory",
         )
+
+
+def _apart(copies: int, settings: PlanSettings) -> int:
+    """In how many failure domains so many copies must be."""
+    return copies if settings.apart is None else min(copies, settings.apart)
+
+
+def _least(load: LayerLoad, settings: PlanSettings) -> Sequence[int]:
+    """Copies that each expert of a layer must have."""
+    return settings.least.get(load.layer, (settings.min_replicas,) * load.rows.shape[1])
+
+
+def _copies(loads: Sequence[LayerLoad], settings: PlanSettings) -> str:
+    numbers = {copies for load in loads for copies in _least(load, settings)}
+    few, many = min(numbers, default=1), max(numbers, default=1)
+    return f"{many} copies" if few == many else f"{few} to {many} copies"
 
 
 def _useful(host: FleetHost, loads: Sequence[LayerLoad]) -> int:

@@ -86,7 +86,7 @@ def todo(
             if both == now:
                 continue
             if known is None:
-                return [Abandon(f"host {host_id} is not ready")]
+                return [Abandon(f"host {host_id} is not ready, or does not answer")]
             if known.failed == following.number:
                 return [Abandon(f"host {host_id} could not load its experts: {known.error}")]
             wanted[host_id] = both

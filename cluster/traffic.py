@@ -42,6 +42,7 @@ class TrafficStatistics:
         self.layers = tuple(layers)
         width = max((layer.num_experts for layer in layers), default=1)
         self._windows = RoutingWindows(len(self.layers), width)
+        self._measured: dict[str, HostCost] = {}
         self._factors: dict[str, float] = {}
         self._seen: dict[str, deque[Timing]] = defaultdict(lambda: deque(maxlen=_KEPT))
         self._fitted: dict[str, HostCost] = {}
@@ -122,6 +123,13 @@ class TrafficStatistics:
         return self._fitted.get(host_id) or corrected(measured, self._factors.get(host_id, 1.0))
 
     def _learn(self, samples: Sequence[DispatchSample], measured: Mapping[str, HostCost]) -> None:
+        for host_id, cost in measured.items():
+            if self._measured.setdefault(host_id, cost) != cost:
+                # It began anew, on another machine perhaps.
+                self._measured[host_id] = cost
+                self._factors.pop(host_id, None)
+                self._fitted.pop(host_id, None)
+                self._seen.pop(host_id, None)
         known = [
             sample
             for sample in samples

@@ -64,7 +64,12 @@ def blueprint(
     try:
         chosen = slots(config.hosts, nodes, reserved_memory={engine.node_id: reserved})
         placed = plan(
-            checkpoint.moe_layers, chosen, config.placement, item_bytes=ITEM_BYTES[dtype], counts=counts
+            checkpoint.moe_layers,
+            chosen,
+            config.placement,
+            item_bytes=ITEM_BYTES[dtype],
+            counts=counts,
+            nodes=nodes,
         )
     except PlacementError as error:
         if not reserved:

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import yaml
 
+from workloads.bench import shared_memory
 from workloads.bench.process_marks import marked
 
 # A slow machine with one engine start may take minutes; nothing here waits longer than it must.
@@ -60,12 +61,6 @@ def settings(model: Path, port: int, **sections: Any) -> dict[str, Any]:
     return base
 
 
-def shared_memory() -> set[str]:
-    """Names in /dev/shm, without those of Ray's compiled graphs: other programs' here, for the mesh has none."""
-    names = {entry.name for entry in Path("/dev/shm").iterdir()}
-    return {name for name in names if not name.startswith(("sem.hdr", "sem.obj"))}
-
-
 class Program:
     """One `expertmesh` command in a process group of its own, its output in files.
 
@@ -78,7 +73,7 @@ class Program:
         folder.mkdir(parents=True, exist_ok=True)
         self.mark = uuid.uuid4().hex
         self._out, self._err = folder / "out", folder / "err"
-        self._memory = shared_memory()
+        self._memory = shared_memory.names()
         with self._out.open("w") as out, self._err.open("w") as err:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "workloads.cli", *arguments],
@@ -129,7 +124,7 @@ class Program:
     def assert_gone(self, timeout_s: float = 30.0) -> None:
         """AssertionError if a process or an entry in /dev/shm stays."""
         wait_for(lambda: not self.processes(), timeout_s, f"processes to end: {self.processes()}")
-        wait_for(lambda: shared_memory() <= self._memory, 10.0, f"{shared_memory() - self._memory} to go")
+        wait_for(lambda: not shared_memory.left_behind(self._memory), 10.0, "shared memory to go")
 
     def kill(self) -> None:
         """End whatever is left, process by process."""

@@ -74,6 +74,7 @@ NODES = ("cut-network", "restart-head", "lose-node")
 """In this order, since the last one leaves two hosts on one node."""
 
 
+@pytest.mark.timeout(1200)
 def test_every_scenario_hurts_nobody_and_a_check_that_cannot_hold_is_missed(
     tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -106,6 +107,7 @@ def test_every_scenario_hurts_nobody_and_a_check_that_cannot_hold_is_missed(
     assert runs["kill-router"]["outcomes"]["broken"] > 0 and runs["kill-router"]["outcomes"]["short"] == 0
 
 
+@pytest.mark.timeout(1200)
 def test_nodes_that_are_lost_or_cut_off_and_a_head_that_restarts_hurt_nobody(
     tiny_model: Path, tmp_path: Path
 ) -> None:

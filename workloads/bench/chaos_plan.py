@@ -56,6 +56,8 @@ def plan(
     ConfigError if the scenario wants a host or a node that isn't there.
     """
     dice = random.Random(f"{scenario.name}:{seed}")
+    # In turn with the seeds: one that is hurt again and again is in a crash loop, and its repair is slowed down.
+    turn = random.Random(scenario.name).randrange(1000) + seed
     planned: list[Planned] = []
     hit: dict[str, list[str]] = {"host": [], "node": []}
     for event in scenario.events:
@@ -64,11 +66,11 @@ def plan(
         else:
             assert event.after is not None
             at_s = planned[-1].at_s + event.after
-        host = _choose("host", event.host, sorted(hosts), hit, dice) if event.host else None
+        host = _choose("host", event.host, sorted(hosts), hit, dice, turn) if event.host else None
         node = None
         if event.node:
             able = set(scenario.zones(event.action, event.node)) & set(zones)
-            node = _choose("node", event.node, sorted(able), hit, dice)
+            node = _choose("node", event.node, sorted(able), hit, dice, turn)
         planned.append(
             Planned(at_s, event.action, host, event.process, event.name, event.value, node, event.group)
         )
@@ -76,7 +78,12 @@ def plan(
 
 
 def _choose(
-    kind: str, wanted: str, choices: Sequence[str], hit: Mapping[str, list[str]], dice: random.Random
+    kind: str,
+    wanted: str,
+    choices: Sequence[str],
+    hit: Mapping[str, list[str]],
+    dice: random.Random,
+    turn: int,
 ) -> str:
     if wanted == "same":
         return hit[kind][-1]
@@ -86,6 +93,6 @@ def _choose(
     if not able:
         have = f"the deployment has {', '.join(choices)}" if choices else "none of them has a host"
         raise ConfigError(f"no {kind} {wanted!r} to choose", have)
-    chosen = dice.choice(able)
+    chosen = dice.choice(able) if hit[kind] else able[turn % len(able)]
     hit[kind].append(chosen)
     return chosen

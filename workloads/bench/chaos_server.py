@@ -24,6 +24,7 @@ from actors.failpoints import VARIABLE
 from cluster.config import Config
 from cluster.errors import ExpertmeshError, HostError
 from workloads import run_file
+from workloads.bench import shared_memory
 from workloads.bench.process_marks import environment, marked
 from workloads.bench.ray_nodes import RayNodes
 
@@ -60,7 +61,7 @@ class ServerChild:
         self._nodes = nodes
         self.url = f"http://{config.server.host}:{config.server.port}"
         self._mark = nodes.environment[MARK] if nodes else uuid.uuid4().hex
-        self._shared_memory = shared_memory()
+        self._shared_memory = shared_memory.names()
         self._stopped: set[int] = set()
         self._known: set[int] = set()
         self._left: Left | None = None
@@ -157,7 +158,7 @@ class ServerChild:
             networks = self._nodes.close()
         names = outlived + self._outlive(lambda process: True)
         self.process.wait(_END_S)
-        fresh = shared_memory() - self._shared_memory
+        fresh = shared_memory.left_behind(self._shared_memory)
         self._left = Left(
             tuple(names),
             tuple(sorted(name for name in fresh if not foreign(name, self._known))),
@@ -230,12 +231,6 @@ def foreign(name: str, known: Container[int]) -> bool:
     """
     parts = name.removeprefix(_OPENMP).split("_")
     return name.startswith(_OPENMP) and parts[0].isdecimal() and int(parts[0]) not in known
-
-
-def shared_memory() -> set[str]:
-    """Names in /dev/shm, without those of Ray's compiled graphs, which the mesh has none of."""
-    names = {entry.name for entry in Path("/dev/shm").iterdir()}
-    return {name for name in names if not name.startswith(("sem.hdr", "sem.obj"))}
 
 
 def _words(process: psutil.Process) -> str:

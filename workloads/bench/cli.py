@@ -1,4 +1,4 @@
-"""`expertmesh bench dispatch | hot-path | prediction | serve | replicas | placement`."""
+"""`expertmesh bench dispatch | hot-path | prediction | serve | replicas | placement | solver`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ JsonFile = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the report here; - for standard output.")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+_METHODS = ("ours", "eplb", "round_robin", "random")
 _Number = TypeVar("_Number", int, float)
 Check = Annotated[bool, typer.Option("--check", help="End with code 1 if a bar is missed.")]
 
@@ -210,10 +211,16 @@ def placement(
     fleet: Annotated[
         Path | None, typer.Option("--fleet", metavar="FILE", help="Unequal hosts, described in YAML.")
     ] = None,
+    requests: Annotated[
+        Path | None, typer.Option("--requests", metavar="FILE", help="Requests (.jsonl, .jsonl.gz) to replay.")
+    ] = None,
+    number: Annotated[int, typer.Option("--number", min=1, help="Of them, the first so many.")] = 500,
+    rate: Annotated[float, typer.Option(min=0.001, help="They come so many times as fast.")] = 1.0,
     layers: Annotated[int | None, typer.Option(min=1, help="Scale the trace to so many layers.")] = None,
     experts: Annotated[int | None, typer.Option(min=1, help="Scale it to so many experts a layer.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 256,
     tries: Annotated[int, typer.Option(min=0, help="Moves of a layer that the search looks at.")] = 3000,
+    methods: Annotated[str, typer.Option(help="What is compared.")] = ",".join(_METHODS),
     json_: JsonFile = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw a PNG.")] = None,
     seed: Seed = 0,
@@ -230,12 +237,16 @@ def placement(
         trace=trace,
         shift_to=shift_to,
         fleet=fleet,
+        requests=requests,
+        number=number,
+        rate=rate,
         layers=layers,
         experts=experts,
         hosts=_numbers("--hosts", hosts, int),
         redundancies=_numbers("--redundancy", redundancy, float),
         batch=batch,
         tries=tries,
+        methods=_methods(methods),
         seed=seed,
     )
     if plot is not None:
@@ -249,6 +260,38 @@ def placement(
     show(report, err if json_ == "-" else console())
     if check and any(bar["met"] is False for bar in report["bars"].values()):
         raise typer.Exit(1)
+
+
+@bench_app.command()
+def solver(
+    seeds: Annotated[int, typer.Option(min=1, help="Random layers of each size.")] = 3,
+    limit: Annotated[float, typer.Option(min=0.1, help="Seconds that HiGHS has for a layer.")] = 60.0,
+    json_: JsonFile = None,
+    check: Check = False,
+) -> None:
+    """The planner's search beside HiGHS's mixed-integer solver, on layers of growing size."""
+    from workloads.bench.report import write
+    from workloads.bench.solver import measure, show
+    from workloads.console import console
+
+    err = Console(stderr=True)
+    report = measure(seeds, limit, lambda text: err.print(text, highlight=False, markup=False))
+    if json_:
+        write(report, json_)
+    show(report, err if json_ == "-" else console())
+    if check and any(bar["met"] is False for bar in report["bars"].values()):
+        raise typer.Exit(1)
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    from cluster.errors import ConfigError
+
+    names = tuple(text.split(","))
+    if strange := [name for name in names if name not in _METHODS]:
+        raise ConfigError(f"--methods: there is no {strange[0] or 'empty name'}", f"of {', '.join(_METHODS)}")
+    if "ours" not in names:
+        raise ConfigError("--methods without ours compares nothing", "add ours")
+    return names
 
 
 def _numbers(flag: str, text: str, kind: type[_Number]) -> tuple[_Number, ...]:

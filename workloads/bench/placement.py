@@ -7,6 +7,7 @@ copies, as they are defined; `ours` splits the load at hand.
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from cluster.split import LayerSplit
 from workloads.bench.placement_baselines import Copies, at_random, eplb, round_robin
 from workloads.bench.placement_fleet import equal_hosts, read_fleet, slots_of
 from workloads.bench.placement_replay import EvenLevels, Levels, SplitLevels, judge
+from workloads.bench.placement_requests import Engine, Request, read_requests, replay, summary
 from workloads.bench.placement_shift import Shift, shifted
 from workloads.bench.placement_trace import Trace, loads_of, read_trace, scaled
 from workloads.bench.report import Bar, envelope, now
@@ -31,6 +33,10 @@ from workloads.bench.report import Bar, envelope, now
 BARS = {8: 0.90, 16: 0.60, 32: 0.45}
 """By number of hosts, at 1.25 copies: the part of EPLB's distance to an even load that is to be closed."""
 _BAR_REDUNDANCY = 1.25
+_LARGE = 61, 256
+PLAN_BARS = {64: 1.0, 10_000: 60.0}
+"""By number of hosts, for a model of so many layers and experts: seconds that planning may take."""
+_MEMORY_BAR = 2e9
 _SPLIT_HOSTS, _SPLIT_EXPERTS = 32, 64
 _EXACT_SWEEPS = 500
 
@@ -46,10 +52,17 @@ class Settings:
     layers: int | None = None
     experts: int | None = None
     """The trace scaled to so many."""
+    requests: Path | None = None
+    """Real requests, replayed over every fleet and placement."""
+    number: int = 500
+    """Of them, the first so many."""
+    rate: float = 1.0
+    """They come so many times as fast as they came."""
     hosts: tuple[int, ...] = (8, 16, 32)
     redundancies: tuple[float, ...] = (1.0, 1.125, 1.25, 1.5)
     batch: int = 256
     tries: int = 3000
+    methods: tuple[str, ...] = ("ours", "eplb", "round_robin", "random")
     seed: int = 0
 
 
@@ -75,14 +88,22 @@ def measure(settings: Settings, note: Callable[[str], None]) -> tuple[dict[str, 
     if settings.layers or settings.experts:
         trace = scaled(trace, settings.layers or trace.layers, settings.experts or trace.num_experts)
     target = read_trace(settings.shift_to) if settings.shift_to is not None else None
+    requests = _requests(settings)
     results: list[Result] = []
+    replays: list[dict[str, Any]] = []
     last_plan: FleetPlan | None = None
     for hosts, redundancy in _fleets(settings, trace):
         note(f"{len(hosts)} hosts, {redundancy:.4g} copies of {trace.layers} x {trace.num_experts} experts")
-        found, last_plan = compare(trace, hosts, redundancy, settings)
+        found, levels, last_plan = compare(trace, hosts, redundancy, settings)
         results.extend(found)
+        for method, made in levels.items() if requests else ():
+            note(f"{len(requests)} requests, {method}")
+            told = summary(replay(trace, requests, len(hosts), made, Engine()))
+            replays.append({"method": method, "hosts": len(hosts), "redundancy": redundancy, **told})
     assert last_plan is not None
     bars = list(_bars(results, equal=settings.fleet is None))
+    if (trace.layers, trace.num_experts) == _LARGE:
+        bars += _size_bars(results)
     fields: dict[str, Any] = {"trace": trace.name, "tokens": trace.tokens, "batch": settings.batch}
     if target is not None:
         note(f"shift to {target.name}")
@@ -100,6 +121,7 @@ def measure(settings: Settings, note: Callable[[str], None]) -> tuple[dict[str, 
         bars=bars,
         **fields,
         results=[asdict(result) for result in results],
+        requests=replays,
     )
     return report, last_plan
 
@@ -117,8 +139,8 @@ def _fleets(settings: Settings, trace: Trace) -> Iterator[tuple[list[FleetHost],
 
 def compare(
     trace: Trace, hosts: Sequence[FleetHost], redundancy: float, settings: Settings
-) -> tuple[list[Result], FleetPlan]:
-    """All methods on one fleet, whose hosts have as many slots of every layer."""
+) -> tuple[list[Result], dict[str, Levels], FleetPlan]:
+    """All methods on one fleet, whose hosts have as many slots of every layer; and what each makes of a step."""
     half = trace.tokens // 2
     per_host = np.array([min(host.memory_bytes // trace.layers, trace.num_experts) for host in hosts])
     if per_host.sum() < trace.num_experts:
@@ -130,8 +152,10 @@ def compare(
     seen = trace.counts(0, half)
     rng = np.random.default_rng(settings.seed)
     results = []
+    made: dict[str, Levels] = {}
 
     def add(method: str, plan_s: float, moved: int, whole: Levels, step: Levels) -> None:
+        made[method] = step
         judged = judge(trace, half, trace.tokens, settings.batch, whole, step)
         results.append(
             Result(
@@ -163,12 +187,21 @@ def compare(
         "random": lambda layer: at_random(trace.num_experts, per_host, rng),
     }
     for method, make in baselines.items():
+        if method not in settings.methods:
+            continue
         begin = time.perf_counter()
         copies = [make(layer) for layer in range(trace.layers)]
         plan_s = time.perf_counter() - begin
         levels = EvenLevels(copies, costs)
         add(method, plan_s, int(per_host.sum()) * trace.layers, levels, levels)
-    return results, planned
+    return results, made, planned
+
+
+def _requests(settings: Settings) -> list[Request]:
+    if settings.requests is None:
+        return []
+    found = read_requests(settings.requests, settings.number)
+    return [request.model_copy(update={"timestamp": request.timestamp / settings.rate}) for request in found]
 
 
 def split_cost(trace: Trace, steps: int = 2000) -> list[float]:
@@ -197,7 +230,9 @@ def _bars(results: Sequence[Result], *, equal: bool) -> list[Bar]:
     for (method, hosts, redundancy), ours in found.items():
         if method != "ours":
             continue
-        theirs = found["eplb", hosts, redundancy]
+        theirs = found.get(("eplb", hosts, redundancy))
+        if theirs is None:
+            continue
         key = f"{hosts}_hosts_{redundancy:g}"
         if not equal:
             bars.append(Bar(f"eplb_step_time_over_ours_{key}", theirs.step_time / ours.step_time, 1.5, False))
@@ -207,6 +242,14 @@ def _bars(results: Sequence[Result], *, equal: bool) -> list[Bar]:
             bars.append(Bar(f"closed_{key}", closed, BARS[hosts], False))
         bars.append(Bar(f"over_eplb_{key}", ours.balancedness - theirs.balancedness, 0.0, False))
     return bars
+
+
+def _size_bars(results: Sequence[Result]) -> list[Bar]:
+    ours = [result for result in results if result.method == "ours" and result.hosts in PLAN_BARS]
+    bars = [Bar(f"plan_s_{r.hosts}_hosts_{r.redundancy:g}", r.plan_s, PLAN_BARS[r.hosts], True) for r in ours]
+    # Linux counts in KiB.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    return [*bars, Bar("peak_memory_bytes", peak, _MEMORY_BAR, True)]
 
 
 def _shift_bars(shift: Shift) -> list[Bar]:
@@ -231,5 +274,20 @@ def show(report: Mapping[str, Any], console: Console) -> None:
             f"{row['plan_s']:.2f}",
         )
     console.print(table)
+    if report["requests"]:
+        names = ("tokens/s", "experts p50/p99 ms", "first token p50/p99 s", "token ms", "balance")
+        replayed = Table("hosts", "copies", "method", *names)
+        for row in report["requests"]:
+            replayed.add_row(
+                str(row["hosts"]),
+                f"{row['redundancy']:g}",
+                row["method"],
+                f"{row['tokens_per_s']:.0f}",
+                f"{row['experts_s_p50'] * 1e3:.2f} / {row['experts_s_p99'] * 1e3:.2f}",
+                f"{row['first_token_s_p50']:.3f} / {row['first_token_s_p99']:.3f}",
+                f"{row.get('per_token_s_p50', 0.0) * 1e3:.2f}",
+                f"{row['balance']:.4f}",
+            )
+        console.print(replayed)
     for key, bar in report["bars"].items():
         console.print(Bar(key, bar["value"], bar["limit"], bar["at_most"]).line(), highlight=False)

@@ -57,8 +57,11 @@ class Spy:
     """A dispatcher that keeps what it was asked for."""
 
     def __init__(self, inner: Dispatcher) -> None:
-        self.peers, self.stats, self._inner = inner.peers, inner.stats, inner
+        self.peers, self.stats, self.routing, self._inner = inner.peers, inner.stats, inner.routing, inner
         self.ids = self.weights = np.zeros((0, TOP_K))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self._inner if name == "counts_routing" else self, name, value)
 
     def __call__(self, layer: int, *tensors: torch.Tensor) -> None:
         _, weights, ids, _ = tensors
@@ -92,6 +95,7 @@ def test_dropped_pairs_are_made_up_for_counted_and_marked(spy: Spy) -> None:
     asked = np.bincount(spy.ids[spy.ids >= 0], minlength=EXPERTS)
     assert counts.max() > MOST
     assert asked.tolist() == np.minimum(counts, MOST).tolist()
+    assert spy.routing.take()[LAYER] == tuple(counts), "placements follow what was wanted, not what was left of it"
     torch.testing.assert_close(out, expected_sums(x, spy.weights, spy.ids))
     lost = (spy.ids < 0).any(1)
     assert (bound.stats.capacity_pairs, bound.stats.overflow_pairs) == (48, (spy.ids < 0).sum())

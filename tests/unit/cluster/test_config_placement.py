@@ -3,8 +3,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
+
 from cluster.config import Config, LoadedConfig, load_config
 from cluster.config_placement import ReplicaRules
+from cluster.errors import ConfigError
 
 HOSTS = "hosts: [{count: 4}]\n"
 RULES = """\
@@ -48,6 +51,23 @@ def test_a_number_overrides_rules(tmp_path: Path) -> None:
     loaded = load(tmp_path, RULES, {VARIABLE: "3"})
     assert loaded.config.placement.replicas == 3
     assert str(loaded.origins["placement.replicas"]) == f"environment {VARIABLE}"
+
+
+@pytest.mark.parametrize(
+    ("pins", "words"),
+    [
+        ("[{experts: [3]}]", ["placement.pins.0", "a device, a group or a selector"]),
+        ("[{device: cuda}]", ["placement.pins.0.experts"]),
+        ("[{experts: [], device: cuda}]", ["placement.pins.0.experts"]),
+        ("[{experts: [-1], device: cuda}]", ["placement.pins.0.experts.0", "-1"]),
+        ("[{experts: [1], device: tpu}]", ["placement.pins.0.device", "tpu"]),
+    ],
+)
+def test_pins_that_say_nothing_are_refused(tmp_path: Path, pins: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, f"placement: {{pins: {pins}}}", {})
+    told = f"{error.value.message} {error.value.hint}"
+    assert all(word in told for word in words), told
 
 
 def test_a_share_is_the_decimal_that_was_written(tmp_path: Path) -> None:

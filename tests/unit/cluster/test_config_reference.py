@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from cluster.config import Config, HostGroup, load_config
 from cluster.config_autoscale import AutoscaleConfig
-from cluster.config_placement import HottestExperts, ReplicaRules
+from cluster.config_placement import HottestExperts, PinConfig, ReplicaRules
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -55,7 +55,7 @@ def test_the_reference_names_every_key_with_its_default_and_no_other() -> None:
 
 @pytest.mark.parametrize(
     ("title", "schemas"),
-    [("How many copies", (ReplicaRules, HottestExperts)), ("Autoscaling", (AutoscaleConfig,))],
+    [("How many copies", (ReplicaRules, HottestExperts)), ("Autoscaling", (AutoscaleConfig,)), ("Pins", (PinConfig,))],
 )
 def test_the_reference_names_what_may_be_in_a_mapping(
     title: str, schemas: tuple[type[BaseModel], ...]
@@ -79,7 +79,7 @@ def test_the_reference_s_defaults_of_autoscaling_are_the_code_s() -> None:
 def test_the_references_examples_load(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
     blocks = [block.partition("```")[0] for block in text.split("```yaml\n")[1:]]
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     for block in blocks:
         file = tmp_path / "block.yaml"
         file.write_text(block)

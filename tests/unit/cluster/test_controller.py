@@ -50,7 +50,7 @@ class MemoryHost:
         self.alive = True
         self.address = HostAddress(spec.host_id, spec.node_id, spec.unix, "", pid)
         self.held = dict(spec.experts)
-        self.fails_to_adopt = False
+        self.adopts, self.fails_to_adopt = True, False
         self.failed = 0
 
     def progress(self, timeout_s: float) -> HostProgress:
@@ -77,7 +77,7 @@ class MemoryHost:
     def adopt(self, experts: Holdings, number: int, bandwidth: int) -> None:
         if self.fails_to_adopt:
             self.failed = number
-        else:
+        elif self.adopts:
             self.held, self.failed = dict(experts), 0
 
     def report(self, timeout_s: float) -> HostReport:
@@ -246,8 +246,31 @@ def test_a_change_that_needs_a_host_which_is_not_ready_is_given_up(world: Memory
         controller.look()
     controller.changes.follow(moved(table, giver, taker), "a test")
     controller.look()
-    assert controller.changes.abandoned == f"host {taker} is not ready"
+    assert controller.changes.abandoned .startswith(f"host {taker} is not ready")
     assert PlacementTable.from_json(controller.table()).experts == table.experts
+
+
+def test_a_change_does_not_wait_for_a_host_that_stands_still(world: MemoryWorld) -> None:
+    controller, table = serving(world)
+    giver, taker = list(table.hosts)[:2]
+    world.freeze(taker)
+    host = world.find(taker)
+    assert host is not None
+    host.adopts = False
+    controller.changes.follow(moved(table, giver, taker), "a test")
+    controller.look()
+    assert controller.changes.abandoned == ""
+    world.let_pass(60)
+    controller.look()
+    assert controller.changes.abandoned == f"host {taker} is not ready, or does not answer"
+    assert PlacementTable.from_json(controller.table()).experts == table.experts
+    world.thaw(taker)
+    host.adopts = True
+    controller.look()
+    controller.changes.follow(moved(table, giver, taker), "again")
+    for _ in range(4):
+        controller.look()
+    assert PlacementTable.from_json(controller.table()).experts != table.experts
 
 
 def test_a_launch_that_fails_leaves_no_host_behind(world: MemoryWorld) -> None:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from cluster.apportion import apportion
 from cluster.config import PlacementConfig
-from cluster.errors import PlacementError
-from cluster.messages import HostSlot, MoeLayer
+from cluster.errors import ConfigError, PlacementError
+from cluster.messages import HostSlot, MoeLayer, NodeInfo
 from cluster.placement import Plan, plan
 
 GIB = 2**30
@@ -219,3 +219,27 @@ def test_apportion_follows_hamiltons_example() -> None:
 def test_apportion_refuses_what_the_caps_do_not_admit() -> None:
     with pytest.raises(ValueError, match="admit 3 of 4"):
         apportion(4, [1, 1], [1, 2])
+
+
+def test_pinned_experts_begin_where_they_may_be_and_the_others_anywhere() -> None:
+    layers = [MoeLayer(0, 8, 1000), MoeLayer(1, 8, 1000)]
+    hosts = [host("h0", node="a", device="cuda"), host("h1", node="b"), host("h2", node="c")]
+    nodes = [NodeInfo(name, "", name, 4, 0, PLENTY, {"zone": name}) for name in "abc"]
+    pins = [
+        {"experts": [1, 2], "device": "cuda"},
+        {"layers": [1], "experts": [5], "selector": {"zone": "in(b, c)"}},
+    ]
+    result = plan(layers, hosts, settings(pins=pins), item_bytes=2, nodes=nodes)
+    assert_covers(result, layers, 1)
+    for layer in (0, 1):
+        assert {1, 2} <= set(result.assignments["h0"][layer])
+    assert 5 not in result.assignments["h0"][1]
+    two = plan(layers, hosts, settings(2, pins=pins[1:]), item_bytes=2, nodes=nodes)
+    assert_covers(two, layers, 2)
+    assert 5 in two.assignments["h1"][1] and 5 in two.assignments["h2"][1]
+    with pytest.raises(PlacementError, match=r"pin 0 \(device cuda\) needs 2 node\(s\).* there are 1"):
+        plan(layers, hosts, settings(2, pins=pins), item_bytes=2, nodes=nodes)
+    with pytest.raises(ConfigError, match=r"placement.pins.0.experts: 9, where layer 0 has 8 experts"):
+        plan(layers, hosts, settings(pins=[{"experts": [9], "device": "cpu"}]), item_bytes=2, nodes=nodes)
+    with pytest.raises(ConfigError, match=r"placement.pins.0.layers: the model has no layer 7"):
+        plan(layers, hosts, settings(pins=[{"layers": [7], "experts": [0], "device": "cpu"}]), item_bytes=2, nodes=nodes)

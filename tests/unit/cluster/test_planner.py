@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cluster.errors import PlacementError
 from cluster.fleet import FleetHost, HostCost, LayerLoad, Pin, PlanSettings, layer_load
 from cluster.planner import FleetPlan, plan
-from tests.unit.cluster.exact_placement import least_placement
+from workloads.bench.placement_exact import least_placement
 
 TRIES = 400
 
@@ -120,7 +120,9 @@ def test_unequal_fleets_come_close_to_the_exact_optimum(seed: int) -> None:
     rng = np.random.default_rng(seed)
     speeds, slots = [1.0, 1.0, 4.0, 16.0], [4, 3, 2, 3]
     rows = rng.zipf(1.6, 8).clip(1, 60).astype(np.float64)
-    exact = least_placement(rows, speeds, slots)
+    found = least_placement(rows, speeds, slots)
+    assert found.optimal
+    exact = found.seconds
     hosts = [host(n, room, speed) for n, (room, speed) in enumerate(zip(slots, speeds, strict=True))]
     planned = plan(hosts, [load(0, rows, rows.sum())], None, PlanSettings(tries=3000))
     assert exact * (1 - 1e-3) <= planned.seconds <= 1.1 * exact
@@ -146,6 +148,26 @@ def test_a_shift_moves_what_is_worth_it_and_no_more_than_allowed() -> None:
     assert plan(hosts, [load(0, old)], ids(first), PlanSettings(tries=2000, gain_per_move=0.001)).moved == 0
 
 
+def test_a_copy_more_is_worth_a_move() -> None:
+    hosts = [host(n, 3) for n in range(2)]
+    now = {0: [["host-0"], ["host-0"], ["host-1"], ["host-1"]]}
+    wish = PlanSettings(max_moves=1, tries=TRIES)
+    planned = plan(hosts, [load(0, [60, 10, 5, 5])], now, wish)
+    # Nobody gives anything up: the hottest expert is also where there was room.
+    assert planned.layers[0].loads == ((0, 1),) and planned.layers[0].drops == ()
+    assert planned.seconds < 0.6 * planned.seconds_before
+
+
+def test_experts_of_one_layer_may_need_unequal_numbers_of_copies() -> None:
+    hosts = [host(n, 6, node="ab"[n % 2]) for n in range(4)]
+    least = {0: (3, 1, 2, 1)}
+    wish = PlanSettings(redundancy=7 / 4, least=least, spread="node", apart=2, tries=TRIES)
+    planned = plan(hosts, [load(0, [1, 1, 1, 1])], None, wish)
+    held = planned.layers[0].holders
+    assert [len(hosts_of) for hosts_of in held] == [3, 1, 2, 1]
+    assert {h % 2 for h in held[0]} == {h % 2 for h in held[2]} == {0, 1}
+
+
 def test_a_host_without_memory_is_emptied() -> None:
     hosts = [host(n, 8) for n in range(3)]
     first = plan(hosts, [load(0, [3, 2, 1, 1])], None, PlanSettings(min_replicas=2, tries=TRIES))
@@ -156,10 +178,31 @@ def test_a_host_without_memory_is_emptied() -> None:
 
 def test_pins_tie_experts_to_a_device_class() -> None:
     hosts = [host(0, 4, device="cuda"), host(1, 8), host(2, 8, labels={"tier": "gold"})]  # type: ignore[arg-type]
-    pins = (Pin({0: (5, 6)}, device="cuda"), Pin({0: (7,)}, labels={"tier": "gold"}))
+    pins = (Pin({0: (5, 6)}, device="cuda"), Pin({0: (7,)}, selector={"tier": "in(gold, silver)"}))
     planned = plan(hosts, [load(0, [9] * 8)], None, PlanSettings(pins=pins, tries=TRIES))
     holders = planned.layers[0].holders
     assert holders[5] == holders[6] == (0,) and holders[7] == (2,)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_what_can_be_placed_is_placed(data: st.DataObject) -> None:
+    """Pins and room for which there is a placement by construction, however hard it is to find."""
+    number, experts = data.draw(st.integers(2, 5)), data.draw(st.integers(2, 8))
+    home = [data.draw(st.integers(0, number - 1)) for _ in range(experts)]
+    hosts = [
+        FleetHost(f"host-{n}", max(1, home.count(n)), HostCost(per_row_s=1 / (1 + n)), labels={"n": str(n)})
+        for n in range(number)
+    ]
+    pins = []
+    for expert, n in enumerate(home):
+        others = data.draw(st.sets(st.integers(0, number - 1)))
+        wish = ", ".join(sorted({str(n), *map(str, others)}))
+        pins.append(Pin({0: (expert,)}, selector={"n": f"in({wish})"}))
+    rows = [data.draw(st.integers(1, 20)) for _ in range(experts)]
+    planned = plan(hosts, [load(0, rows)], None, PlanSettings(pins=tuple(pins), tries=50))
+    for expert, held in enumerate(planned.layers[0].holders):
+        assert held and all(pins[expert].admits(hosts[h]) for h in held)
 
 
 @pytest.mark.parametrize(

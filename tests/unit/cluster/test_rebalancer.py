@@ -11,7 +11,8 @@ from cluster.config_placement import PlacementConfig
 from cluster.controller import Controller, Deployment
 from cluster.errors import PlacementError
 from cluster.holdings import by_host
-from cluster.messages import DispatchSample, HostWork, MoeLayer, NodeInfo, Traffic
+from cluster.fleet_view import fleet, layer_loads, plan_settings, proposal
+from cluster.messages import DispatchSample, HostCost, HostWork, MoeLayer, NodeInfo, Traffic
 from cluster.rebalancer import Rebalancer
 from cluster.table import PlacementTable
 from tests.unit.cluster.test_controller import EXPERTS, SILENCE_S, MemoryWorld
@@ -221,3 +222,30 @@ def test_costs_are_corrected_by_what_is_seen_and_predictions_are_judged(world: W
     seen = statistics.costs(snapshot.costs)["a-0"]
     assert seen.seconds(8, 2) == pytest.approx(2 * cost.seconds(8, 2) + 1e-4, rel=0.1)
     assert statistics.prediction_error is not None and statistics.prediction_error < 0.15
+    # A host that began anew elsewhere is as it was measured there, until something is seen of it.
+    elsewhere = {**snapshot.costs, "a-0": HostCost(0.0, 1e-3, 1e-4)}
+    rebalancer_statistics = rebalancer.statistics()
+    rebalancer_statistics.add(Traffic(1, {}, ()), elsewhere)
+    anew = rebalancer_statistics.costs(elsewhere)["a-0"]
+    assert anew.seconds(8, 2) == pytest.approx(elsewhere["a-0"].seconds(8, 2) + 1e-4, rel=0.1)
+
+
+def test_a_pinned_expert_goes_to_where_it_may_be(world: World) -> None:
+    controller, rebalancer = world.served()
+    holders = table_of(controller).experts
+    layer, expert = next(
+        (layer, expert) for layer, rows in holders.items() for expert, held in enumerate(rows) if "b-0" not in held
+    )
+    deployment = controller.deployment()
+    assert deployment is not None
+    wish = PlacementConfig.model_validate(
+        {"pins": [{"layers": [layer], "experts": [expert], "selector": {"zone": "two"}}]}
+    )
+    hosts = fleet(controller.changes.snapshot(), {})  # type: ignore[arg-type]
+    pinned = replace(deployment, placement=wish)
+    found = proposal(
+        pinned, hosts, layer_loads(pinned, rebalancer.statistics()), plan_settings(pinned, hosts), must=False, explain=True
+    )
+    assert found.worthwhile and found.verdict == "pinned experts are elsewhere"
+    assert found.experts[layer][expert] == ("b-0",)
+    assert any((move.layer, move.expert, move.to) == (layer, expert, "b-0") for move in found.moves)

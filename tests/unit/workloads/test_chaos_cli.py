@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from cluster.errors import ConfigError, ExpertmeshError
 from tests.unit.workloads.test_chaos_report import RUN
-from workloads.bench import chaos_server
+from workloads.bench import chaos_server, shared_memory
 from workloads.bench.chaos_server import MARK, ServerChild, foreign, last_words, steadfast
 from workloads.cli import app
 
@@ -101,7 +101,7 @@ def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerChild]:
     found = ServerChild.__new__(ServerChild)
     found._mark, found._stopped, found._known, found._left = os.urandom(8).hex(), set(), set(), None
     found._nodes = None
-    found._shared_memory = chaos_server.shared_memory()
+    found._shared_memory = shared_memory.names()
     found.process = subprocess.Popen(SLEEP, env={**os.environ, MARK: found._mark})
     yield found
     found.process.kill()

@@ -86,6 +86,12 @@ def test_seeds_differ_and_hit_every_host() -> None:
     assert len({event.at_s for event in planned}) == 40
 
 
+def test_no_host_is_hurt_twice_in_a_row() -> None:
+    one = scenario(events=[{"action": "kill", "host": "any", "at": 1}])
+    targets = [plan(one, HOSTS, seed)[0].host for seed in range(10)]
+    assert all(before != after for before, after in zip(targets, targets[1:], strict=False))
+
+
 def test_events_come_in_order_of_time() -> None:
     late_first = scenario(
         events=[

@@ -1,0 +1,48 @@
+"""How the slow tests are divided over processes: what shares a server, a cluster or an import stays together."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# The longest come first. A group is a process's own while it runs; tests of other files are a group each.
+_GROUPS = {
+    "e2e/test_chaos.py": None,
+    "integration/test_same_tokens.py": "vllm",
+    "integration/test_capacity.py": "vllm",
+    "integration/test_default_model.py": "vllm",
+    "e2e/test_live_changes.py": "server",
+    "e2e/test_api_errors.py": "server",
+    "e2e/test_openai_client.py": "server",
+}
+_SLOW = ("integration", "e2e")
+_HERE = Path(__file__).parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Commands that look for "the" running server are not to find another process's.
+        folder = tempfile.mkdtemp(prefix="expertmesh-test-run-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["XDG_RUNTIME_DIR"] = folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = list(_GROUPS)
+
+    def place(item: pytest.Item) -> int:
+        file = item.path.relative_to(_HERE).as_posix()
+        return order.index(file) if file in order else len(order)
+
+    items.sort(key=place)
+    for item in items:
+        file = item.path.relative_to(_HERE).as_posix()
+        if file.startswith(_SLOW):
+            # By itself if it shares nothing.
+            name = _GROUPS.get(file, file) or item.name
+            item.add_marker(pytest.mark.xdist_group(name))
