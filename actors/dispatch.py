@@ -31,8 +31,8 @@ from cluster.errors import HostError
 from cluster.frame import ITEM_BYTES
 from cluster.messages import DispatchSample, HostWork, Traffic
 
-# One dispatch in so many is timed; so many are kept until somebody asks.
-_SAMPLED, _SAMPLES = 32, 512
+# One step in so many is timed, all its layers; so many dispatches are kept until somebody asks.
+_SAMPLED, _SAMPLES = 8, 1024
 
 
 def _raise_outage(outage: Outage) -> None:
@@ -83,6 +83,7 @@ class Dispatcher:
         """Whether rows come with the experts that the router chose; else whoever changed them counts what it chose."""
         self._samples: deque[DispatchSample] = deque(maxlen=_SAMPLES)
         self._taken = 0
+        self._first, self._step = min(route.replicas, default=0), 0
         self._on_outage = on_outage
         self._rescue = Rescue(self, drop=drop, on_outage=on_outage)
 
@@ -149,7 +150,9 @@ class Dispatcher:
         stats.nanoseconds += elapsed
         if elapsed > stats.slowest_ns:
             stats.slowest_ns = elapsed
-        if not stats.dispatches % _SAMPLED:
+        if layer == self._first:
+            self._step += 1
+        if not self._step % _SAMPLED:
             self._sample(link, done, ids_TK, rows, elapsed)
         if self.counts_routing:
             self.routing.note(layer, ids_TK)
@@ -169,13 +172,13 @@ class Dispatcher:
             work = HostWork(
                 only.address.host_id, rows, ids_TK.numel(), len(ids_TK.unique()), only.compute_ns / 1e9
             )
-            self._samples.append(DispatchSample((work,), elapsed / 1e9))
+            self._samples.append(DispatchSample((work,), elapsed / 1e9, self._step))
         elif done:
             works = tuple(
                 HostWork(part.link.address.host_id, part.rows, *part.work(), part.link.compute_ns / 1e9)
                 for part in done
             )
-            self._samples.append(DispatchSample(works, elapsed / 1e9))
+            self._samples.append(DispatchSample(works, elapsed / 1e9, self._step))
             self.peers.learn(works)
 
     def _spread(

@@ -30,9 +30,11 @@ class ExpertsReport:
     costs: Mapping[str, HostCost]
     """Per host, as the planner takes it: measured, and corrected by what was seen."""
     prediction_error: float | None
-    """Median of |predicted - measured| over measured time of a layer's dispatch."""
+    """Median of |predicted - measured| over measured time of a step's experts."""
     predictions: int
-    """Dispatches that it is of."""
+    """Steps that it is of."""
+    layer_error: float | None
+    """The same of single layers' dispatches."""
 
 
 def experts_report(controller: Controller, rebalancer: Rebalancer) -> ExpertsReport:
@@ -55,4 +57,5 @@ def experts_report(controller: Controller, rebalancer: Rebalancer) -> ExpertsRep
         statistics.costs(snapshot.costs),
         statistics.prediction_error,
         statistics.predictions,
+        statistics.layer_error,
     )

@@ -256,11 +256,13 @@ class HostWork:
 
 @dataclass(frozen=True, slots=True)
 class DispatchSample:
-    """One dispatch out of many, timed."""
+    """One layer's dispatch in a step out of many, timed."""
 
     parts: tuple[HostWork, ...]
     seconds: float
     """From its begin to its end, in the engine."""
+    step: int = 0
+    """Equal for the dispatches of one step of the engine, and for no others of one message."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from cluster.routing_windows import LayerSummary, RoutingWindows, summary
 TRAFFIC: Final = TypeAdapter(Traffic)
 """Reads and writes a Traffic as JSON: engine processes send nothing else."""
 
-# Samples of dispatches that the transfer's cost and the error of the predictions are taken from.
+# Samples that the transfer's cost and the errors of the predictions are taken from.
 _KEPT: Final = 512
 
 
@@ -48,6 +48,7 @@ class TrafficStatistics:
         self._fitted: dict[str, HostCost] = {}
         self._samples: deque[DispatchSample] = deque(maxlen=_KEPT)
         self._errors: deque[float] = deque(maxlen=_KEPT)
+        self._layer_errors: deque[float] = deque(maxlen=_KEPT)
         self._overhead = HostCost(0.0, 0.0, 1e-12)
         self._pairs = self._dispatches = 0.0
 
@@ -81,15 +82,20 @@ class TrafficStatistics:
 
     @property
     def prediction_error(self) -> float | None:
-        """Median of |predicted - measured| over measured time of a layer's dispatch; None without a sample.
+        """Median of |predicted - measured| over measured time of a step's experts, all layers; None without a sample.
 
-        Each was predicted before it was learnt from.
+        Each step was predicted before it was learnt from.
         """
         return median(self._errors) if self._errors else None
 
     @property
+    def layer_error(self) -> float | None:
+        """The same of single layers, which the sum over a step levels out."""
+        return median(self._layer_errors) if self._layer_errors else None
+
+    @property
     def predictions(self) -> int:
-        """Dispatches that this error is of, the last ones."""
+        """Steps that this error is of, the last ones."""
         return len(self._errors)
 
     def summaries(self) -> dict[int, LayerSummary]:
@@ -136,7 +142,7 @@ class TrafficStatistics:
             if sample.parts and all(part.host_id in measured for part in sample.parts) and sample.seconds > 0
         ]
         if self._samples:
-            self._errors.extend(abs(self._predicted(s, measured) - s.seconds) / s.seconds for s in known)
+            self._judge(known, measured)
         by_host: dict[str, list[Timing]] = defaultdict(list)
         for sample in known:
             for part in sample.parts:
@@ -159,6 +165,15 @@ class TrafficStatistics:
         ]
         if len(rests) >= _HANDFUL:
             self._overhead = fit_median(rests)
+
+    def _judge(self, samples: Sequence[DispatchSample], measured: Mapping[str, HostCost]) -> None:
+        steps: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        for sample in samples:
+            steps[sample.step].append((self._predicted(sample, measured), sample.seconds))
+        for dispatches in steps.values():
+            self._layer_errors.extend(abs(predicted - seconds) / seconds for predicted, seconds in dispatches)
+            predicted, seconds = (sum(column) for column in zip(*dispatches, strict=True))
+            self._errors.append(abs(predicted - seconds) / seconds)
 
     def _predicted(self, sample: DispatchSample, measured: Mapping[str, HostCost]) -> float:
         computed = max(

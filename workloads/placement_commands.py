@@ -26,7 +26,7 @@ def experts_view(report: ExpertsReport, layer: int | None) -> Group:
     head = Table.grid(padding=(0, 2))
     head.add_row("table epoch", str(report.epoch))
     if report.prediction_error is not None:
-        head.add_row("predicted against measured", f"{report.prediction_error:.1%} off in the median")
+        head.add_row("predicted against measured step", f"{report.prediction_error:.1%} off in the median")
     if layer is not None:
         if layer not in report.holders:
             known = ", ".join(map(str, report.holders))

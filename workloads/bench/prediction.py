@@ -1,8 +1,8 @@
-"""Predicted against measured time of a layer's dispatch, on a running mesh: how good the planner's costs are.
+"""Predicted against measured time of a step's experts, on a running mesh: how good the planner's costs are.
 
 1. a server of its own, whose hosts measured themselves at their start
 2. the same load as a chaos run's, without a fault: one stream at a time, then all of them
-3. the controller's own account: each sampled dispatch was predicted before the costs were corrected by it
+3. the controller's own account: each sampled step was predicted before the costs were corrected by it
 """
 
 from __future__ import annotations
@@ -64,16 +64,17 @@ def _result(streams: int, report: ExpertsReport) -> dict[str, Any]:
     return {
         "streams": streams,
         "median_error": report.prediction_error,
-        "samples": report.predictions,
+        "steps": report.predictions,
+        "median_error_of_layers": report.layer_error,
         "costs": {host_id: asdict(cost) for host_id, cost in report.costs.items()},
     }
 
 
 def show(report: dict[str, Any], out: Console) -> None:
     """The errors and bars for a terminal."""
-    table = Table("streams", "median error", "samples")
+    table = Table("streams", "median error", "of single layers", "steps")
     for result in report["results"]:
-        table.add_row(str(result["streams"]), f"{result['median_error']:.1%}", str(result["samples"]))
+        table.add_row(str(result["streams"]), f"{result['median_error']:.1%}", f"{result['median_error_of_layers']:.1%}", str(result["steps"]))
     out.print(table)
     for key, bar in report["bars"].items():
         out.print(Bar(key, bar["value"], bar["limit"], bar["at_most"]).line(), highlight=False)

@@ -212,9 +212,12 @@ def test_costs_are_corrected_by_what_is_seen_and_predictions_are_judged(world: W
     cost = snapshot.costs["a-0"]
     samples = tuple(
         DispatchSample(
-            (HostWork("a-0", 1, pairs, 2, 2 * cost.seconds(pairs, 2)),), 2 * cost.seconds(pairs, 2) + 1e-4
+            (HostWork("a-0", 1, pairs, 2, 2 * cost.seconds(pairs, 2)),),
+            2 * cost.seconds(pairs, 2) + 1e-4,
+            step,
         )
-        for pairs in (2, 4, 8, 16) * 16
+        for step in range(8)
+        for pairs in (2, 4, 8, 16) * 2
     )
     for _ in range(8):
         rebalancer.count(Traffic(64, {}, samples))
@@ -222,6 +225,7 @@ def test_costs_are_corrected_by_what_is_seen_and_predictions_are_judged(world: W
     seen = statistics.costs(snapshot.costs)["a-0"]
     assert seen.seconds(8, 2) == pytest.approx(2 * cost.seconds(8, 2) + 1e-4, rel=0.1)
     assert statistics.prediction_error is not None and statistics.prediction_error < 0.15
+    assert (statistics.predictions, statistics.layer_error) == (7 * 8, pytest.approx(statistics.prediction_error, abs=0.1))
     # A host that began anew elsewhere is as it was measured there, until something is seen of it.
     elsewhere = {**snapshot.costs, "a-0": HostCost(0.0, 1e-3, 1e-4)}
     rebalancer_statistics = rebalancer.statistics()
