@@ -6,6 +6,8 @@ since a layer's `compute` is replaced only while a failpoint is on.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, Protocol
@@ -45,7 +47,7 @@ class Failpoints:
         self._enabled = enabled(environ)
         self._clock, self._sleep = clock, sleep
         self._floor_s = 0.0
-        self._hoard: list[bytes] = []
+        self._hoard: mmap.mmap | None = None
         self._own: dict[int, tuple[Layer, Callable[..., None]]] = {}
 
     def set(self, layers: Iterable[Layer], name: str, value: float) -> None:
@@ -60,12 +62,7 @@ class Failpoints:
             self._floor_s = value / 1e3
             return
         if name == "hoard_mib":
-            self._hoard.clear()
-            for _ in range(int(value)):
-                # Not zeros, which the kernel would not give memory for. At the pace of a fast leak, not as fast as
-                # the kernel can: memory is what is to run out here, not time.
-                self._hoard.append(b"x" * (1 << 20))
-                self._sleep(_HOARD_S_PER_MIB)
+            self._hoard_mib(int(value))
             return
         if value < 1:
             raise HostError(f"failpoint slow = {value:g}: a host can't be made faster", "1 turns it off")
@@ -78,6 +75,18 @@ class Failpoints:
         for layer in layers:
             self._own[id(layer)] = (layer, layer.compute)
             layer.compute = self._slowed(layer.compute, value)
+
+    def _hoard_mib(self, size: int) -> None:
+        # A mapping of its own goes back to the system when it is dropped.
+        self._hoard = mmap.mmap(-1, size << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) if size else None
+        if self._hoard is None:
+            return
+        first = ctypes.addressof(ctypes.c_char.from_buffer(self._hoard))
+        for number in range(size):
+            # At the pace of a fast leak, not as fast as the kernel can, and with Python's lock given back as native
+            # code does: memory is what is to run out here, not time.
+            ctypes.memset(first + (number << 20), 1, 1 << 20)
+            self._sleep(_HOARD_S_PER_MIB)
 
     def _slowed(self, compute: Callable[..., None], factor: float) -> Callable[..., None]:
         clock = self._clock
