@@ -20,11 +20,12 @@ from cluster import niceness
 from cluster.autoscaler import Autoscaler, AutoscaleStatus
 from cluster.changes import ChangeStatus
 from cluster.controller import Controller, Deployment
-from cluster.experts_report import ExpertsReport, experts_report
+from cluster.experts_report import EXPERTS, ExpertsReport, experts_report
 from cluster.messages import HostProgress, HostReport, Sources, Traffic
 from cluster.moves import Proposal
 from cluster.rebalancer import Rebalancer
 from cluster.repair_state import HostStatus
+from cluster.traffic import Routing
 
 NAME = "controller"
 # How often nodes and hosts are looked at: a round takes a few ms, and the engines don't wait for it to do without
@@ -114,8 +115,8 @@ class ControllerActor:
     def deployment(self) -> Deployment | None:
         return self._controller.deployment()
 
-    def count(self, traffic: Traffic) -> None:
-        self._rebalancer.count(traffic)
+    def count(self, traffic: Traffic) -> Routing | None:
+        return self._rebalancer.count(traffic)
 
     def experts(self) -> ExpertsReport:
         return experts_report(self._controller, self._rebalancer)
@@ -195,10 +196,20 @@ def next_table(namespace: str, after_epoch: int, timeout_s: float) -> str:
     return str(ray.get(answer, timeout=timeout_s + 10))
 
 
-def report_traffic(namespace: str, traffic: Traffic) -> None:
-    """Tell the controller what an engine counted; called in the router's process. Does not wait for an answer."""
+def report_traffic(namespace: str, traffic: Traffic) -> Routing | None:
+    """Tell the controller what an engine counted, and hear what all engines' choices are like; called in the router's
+    process.
+    """
     controller: Any = ray.get_actor(NAME, namespace=namespace)
-    controller.count.remote(traffic)
+    answer: Any = ray.get(controller.count.remote(traffic), timeout=_CALL_S)
+    return answer
+
+
+def experts_json(namespace: str) -> str:
+    """JSON of all that is known of the experts; called in the router's process."""
+    controller: Any = ray.get_actor(NAME, namespace=namespace)
+    answer: Any = ray.get(controller.experts.remote(), timeout=_CALL_S)
+    return EXPERTS.dump_json(answer).decode()
 
 
 def _this_process() -> str:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from fastapi import FastAPI, Request
@@ -32,14 +32,14 @@ from actors.api_access import ApiKeys, KnownRoles, OpenAIErrors, error_response,
 from actors.degraded import Degraded, Unavailable
 from actors.engine_words import engine_words
 from actors.http_server import HttpServer
-from actors.router_metrics import MeshMetrics
+from actors.router_metrics import MeshMetrics, RoutingMetrics
 from actors.router_metrics import queue as engine_queue
 from actors.single_flight import SingleFlight
 from cluster import niceness
 from cluster.auth import data_plane_key
 from cluster.messages import RouterSpec, Traffic
 from cluster.table import PlacementTable
-from cluster.traffic import TRAFFIC
+from cluster.traffic import TRAFFIC, Routing
 
 log = structlog.get_logger()
 
@@ -51,6 +51,7 @@ _READY_KEPT_S = 1.0
 _DRAIN_POLL_S = 0.05
 # For answers that are on their way when the engine has ended.
 _CLOSE_S = 1.0
+_T = TypeVar("_T")
 
 
 class Router:
@@ -62,17 +63,19 @@ class Router:
         fetch_table: Callable[[], str],
         node_id: str,
         next_table: Callable[[int, float], str] | None = None,
-        report: Callable[[Traffic], None] | None = None,
+        report: Callable[[Traffic], Routing | None] | None = None,
+        experts: Callable[[], str] | None = None,
     ) -> None:
         """`fetch_table` waits for the first table; `next_table` for one after an epoch, at most so many seconds;
-        `report` is told of the traffic, every few seconds.
+        `report` is told of the traffic, every few seconds, and says how even it is; `experts` gives the JSON of all that
+        is known of the experts.
         """
         self.spec = spec
-        self._report = report
+        self._report, self._experts = report, experts
         self._fetch_table, self._next_table = fetch_table, next_table
         self._node_id = node_id
         self.engine: Any = None
-        self.metrics = MeshMetrics()
+        self.metrics, self.routing_metrics = MeshMetrics(), RoutingMetrics()
         self._epoch = -1
         self._name = os.urandom(8).hex()
         self._background: list[asyncio.Task[None]] = []
@@ -117,6 +120,7 @@ class Router:
         # An engine that loads but can't compute a token must fail here, not call itself running.
         await self.ready()
         self._background.append(asyncio.create_task(self._watch_stats()))
+        self._background.append(asyncio.create_task(self._watch_traffic()))
         if self._next_table is not None:
             self._background.append(asyncio.create_task(self._watch_table(self._next_table)))
         return app
@@ -203,6 +207,20 @@ class Router:
             """Counters of this replica's engine process."""
             return JSONResponse(await self.stats())
 
+        @app.get("/expertmesh/experts", tags=["expertmesh"])
+        async def experts() -> Response:
+            """Where every expert is, and how often it is asked for: the full matrix."""
+            if self._experts is None:
+                return error_response(503, "there is no controller to ask", "server_error", "no_controller")
+            try:
+                text = await _in_daemon_thread(self._experts)
+            except Exception as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+                return error_response(
+                    503, f"the controller does not answer: {reason}", "server_error", "no_controller"
+                )
+            return Response(text, media_type="application/json")
+
         app.middleware_stack = None
         app.openapi_schema = None
         app.add_middleware(KnownRoles)
@@ -230,9 +248,17 @@ class Router:
         while True:
             try:
                 self.metrics.update(await self.stats())
-                await self._tell()
             except Exception as error:
                 log.warning("engine stats unavailable", reason=str(error))
+            await asyncio.sleep(_STATS_PERIOD_S)
+
+    async def _watch_traffic(self) -> None:
+        # By itself: the controller may be away for a while.
+        while True:
+            try:
+                await self._tell()
+            except Exception as error:
+                log.warning("traffic not told", reason=str(error).strip().splitlines()[-1:])
             await asyncio.sleep(_STATS_PERIOD_S)
 
     async def _tell(self) -> None:
@@ -247,34 +273,31 @@ class Router:
             waiting=queue.waiting if queue else None,
             running=queue.running if queue else None,
         )
-        await _in_daemon_thread(lambda: report(told) or "")
+        routing = await _in_daemon_thread(lambda: report(told))
+        if routing is not None:
+            self.routing_metrics.update(routing)
 
 
-async def _in_daemon_thread(call: Callable[[], str]) -> str:
+async def _in_daemon_thread(call: Callable[[], _T]) -> _T:
     """The result of a call that may block for long. An executor's threads are waited for when the process ends,
     which would keep a replica alive for as long as the call takes after everything else is gone."""
     loop = asyncio.get_running_loop()
-    result: asyncio.Future[str] = loop.create_future()
+    result: asyncio.Future[_T] = loop.create_future()
 
-    def settle(value: str, error: Exception | None) -> None:
-        if result.done():
-            return
-        if error is None:
-            result.set_result(value)
-        else:
-            result.set_exception(error)
+    def settle(end: Callable[[], None]) -> None:
+        if not result.done():
+            end()
 
     def run() -> None:
-        value, failure = "", None
         try:
-            value = call()
+            end = partial(result.set_result, call())
         except Exception as error:
-            failure = error
+            end = partial(result.set_exception, error)
         # The loop may have ended meanwhile.
         with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(settle, value, failure)
+            loop.call_soon_threadsafe(settle, end)
 
-    threading.Thread(target=run, name="expertmesh-table", daemon=True).start()
+    threading.Thread(target=run, name="expertmesh-call", daemon=True).start()
     return await result
 
 
@@ -320,7 +343,8 @@ def serve_application(
     spec: RouterSpec,
     fetch_table: Callable[[], str],
     next_table: Callable[[int, float], str],
-    report: Callable[[Traffic], None],
+    report: Callable[[Traffic], Routing | None],
+    experts: Callable[[], str],
     *,
     replicas: int,
     options: dict[str, Any],
@@ -337,7 +361,7 @@ def serve_application(
             # The engine's process inherits it.
             niceness.usual()
             node_id = ray.get_runtime_context().get_node_id()
-            self._router = Router(spec, fetch_table, node_id, next_table, report)
+            self._router = Router(spec, fetch_table, node_id, next_table, report, experts)
             self._http = HttpServer(spec.http_host, spec.http_port)
             try:
                 app = await self._router.start()

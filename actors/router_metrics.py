@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 
 from cluster.group_loads import Queue
+from cluster.traffic import Routing
 
 _SERIES = {
     "dispatches": "Dispatches to the expert hosts since start (one per MoE layer and step)",
@@ -63,3 +64,29 @@ class MeshMetrics:
         """Take over the counters of `WorkerExtension.expertmesh_stats`."""
         for name, gauge in self._gauges.items():
             gauge.set(stats[name])
+
+
+class RoutingMetrics:
+    """Gauges named `expertmesh_routing_*`: three per layer and the few busiest experts, however many there are."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        def gauge(name: str, text: str, labels: tuple[str, ...] = ("layer",)) -> Gauge:
+            return Gauge(f"expertmesh_routing_{name}", text, labels, registry=registry)
+
+        self._max_over_mean = gauge("max_over_mean", "Choices of the layer's busiest expert over those of the mean one")
+        self._dead_share = gauge("dead_share", "Share of the layer's experts that nobody chose lately")
+        self._effective = gauge("effective_experts", "Equally busy experts that would be as uneven (exp of entropy)")
+        self._busiest = gauge(
+            "busiest_share", "Share of its layer's choices, of the few busiest experts", ("layer", "expert")
+        )
+
+    def update(self, routing: Routing) -> None:
+        """Take over what the controller knows of all engines' choices."""
+        for layer, summary in routing.layers.items():
+            self._max_over_mean.labels(layer).set(summary.max_over_mean)
+            self._dead_share.labels(layer).set(summary.dead_share)
+            self._effective.labels(layer).set(summary.effective_experts)
+        # Who is not among them any more is not to stay with the share that it had.
+        self._busiest.clear()
+        for found in routing.busiest:
+            self._busiest.labels(found.layer, found.expert).set(found.share)

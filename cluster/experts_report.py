@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
+
+from pydantic import TypeAdapter
 
 from cluster.controller import Controller
 from cluster.errors import HostError
@@ -12,8 +15,6 @@ from cluster.rebalancer import Rebalancer
 from cluster.routing_windows import LayerSummary
 from cluster.table import PlacementTable
 from cluster.traffic import Busiest
-
-_BUSIEST = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,10 @@ class ExpertsReport:
     """The same of single layers' dispatches."""
 
 
+EXPERTS: Final = TypeAdapter(ExpertsReport)
+"""Writes a report as JSON."""
+
+
 def experts_report(controller: Controller, rebalancer: Rebalancer) -> ExpertsReport:
     """The report. HostError while the hosts are starting."""
     statistics, snapshot = rebalancer.statistics(), controller.changes.snapshot()
@@ -48,12 +53,13 @@ def experts_report(controller: Controller, rebalancer: Rebalancer) -> ExpertsRep
         layer.index: tuple(int(n) for n in counts[row, : layer.num_experts])
         for row, layer in enumerate(statistics.layers)
     }
+    routing = statistics.routing()
     return ExpertsReport(
         table.epoch,
         table.experts,
         chosen,
-        statistics.summaries(),
-        tuple(statistics.busiest(_BUSIEST)),
+        routing.layers,
+        routing.busiest,
         statistics.costs(snapshot.costs),
         statistics.prediction_error,
         statistics.predictions,

@@ -25,7 +25,7 @@ from cluster.messages import Traffic
 from cluster.moves import Proposal
 from cluster.new_hosts import may_have, new_hosts, with_host
 from cluster.router_queues import RouterQueues
-from cluster.traffic import TrafficStatistics
+from cluster.traffic import Routing, TrafficStatistics
 
 log = structlog.get_logger()
 
@@ -49,14 +49,17 @@ class Rebalancer:
         self.last: Proposal | None = None
         """What was last found, made or not."""
 
-    def count(self, traffic: Traffic) -> None:
-        """Take in what an engine counted."""
+    def count(self, traffic: Traffic) -> Routing | None:
+        """Take in what an engine counted; how even all engines' choices are now, None while the hosts are starting."""
         if traffic.waiting is not None and traffic.running is not None:
             self._queues.tell(traffic.engine, Queue(traffic.waiting, traffic.running))
         snapshot = self._controller.changes.snapshot()
-        if snapshot is not None:
-            with self._lock:
-                self._statistics(snapshot).add(traffic, snapshot.costs)
+        if snapshot is None:
+            return None
+        with self._lock:
+            statistics = self._statistics(snapshot)
+            statistics.add(traffic, snapshot.costs)
+            return statistics.routing()
 
     def statistics(self) -> TrafficStatistics:
         """What is known of the traffic. HostError while the hosts are starting."""

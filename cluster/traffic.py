@@ -21,6 +21,7 @@ from cluster.routing_windows import LayerSummary, RoutingWindows, summary
 TRAFFIC: Final = TypeAdapter(Traffic)
 """Reads and writes a Traffic as JSON: engine processes send nothing else."""
 
+_BUSIEST: Final = 10
 # Samples that the transfer's cost and the errors of the predictions are taken from.
 _KEPT: Final = 512
 
@@ -33,6 +34,15 @@ class Busiest:
     expert: int
     share: float
     """Of its layer's rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How even the router's choices are, in few numbers: bounded, however many experts there are."""
+
+    layers: Mapping[int, LayerSummary]
+    busiest: tuple[Busiest, ...]
+    """The experts that are asked for most, of all layers."""
 
 
 class TrafficStatistics:
@@ -104,6 +114,10 @@ class TrafficStatistics:
         return {
             layer.index: summary(counts[row, : layer.num_experts]) for row, layer in enumerate(self.layers)
         }
+
+    def routing(self) -> Routing:
+        """What is exported of the choices."""
+        return Routing(self.summaries(), tuple(self.busiest(_BUSIEST)))
 
     def busiest(self, number: int) -> list[Busiest]:
         """The experts that are asked for most, of all layers."""

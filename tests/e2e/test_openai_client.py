@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.programs import ServerProgram
+from tests.e2e.programs import ServerProgram, wait_for
 
 GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0.0, "extra_body": {"ignore_eos": True}}
 PROMPT = "The river froze early"
@@ -181,6 +181,14 @@ def test_metrics_of_engine_and_mesh(client: openai.OpenAI, server: ServerProgram
     text = httpx.get(f"{server.url}/metrics", timeout=60).text
     assert "vllm:request_success_total" in text
     assert "expertmesh_engine_dispatches" in text
+    experts = httpx.get(f"{server.url}/expertmesh/experts", timeout=60).json()
+    assert set(experts["holders"]) == set(experts["layers"]) == {"0", "1"}
+    # The controller is told every few seconds.
+    wait_for(
+        lambda: 'expertmesh_routing_effective_experts{layer="1"}' in httpx.get(f"{server.url}/metrics", timeout=60).text,
+        30,
+        "the routing's series",
+    )
 
 
 def _tokenize(server: ServerProgram, text: str) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -16,8 +16,10 @@ from prometheus_client import CollectorRegistry
 from actors import router as module
 from actors.api_access import key_digest
 from actors.router import Router
-from actors.router_metrics import MeshMetrics
+from actors.router_metrics import MeshMetrics, RoutingMetrics
 from cluster.messages import EngineSettings, RouterSpec
+from cluster.routing_windows import LayerSummary
+from cluster.traffic import Busiest, Routing
 
 SETTINGS = EngineSettings("", "ab" * 32, (0,), "", 8, 2, "float32", 16, 1.0, 1.0)
 STATS = {
@@ -92,17 +94,22 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", sampling)
     # The process's own registry takes each series once, and every test makes a router.
     monkeypatch.setattr(module, "MeshMetrics", lambda: MeshMetrics(CollectorRegistry()))
+    monkeypatch.setattr(module, "RoutingMetrics", lambda: RoutingMetrics(CollectorRegistry()))
     return Engine()
 
 
 def made(
-    engine: Engine, keys: tuple[str, ...] = (), ready_timeout_s: float = 5.0, max_requests: int = 8
+    engine: Engine,
+    keys: tuple[str, ...] = (),
+    ready_timeout_s: float = 5.0,
+    max_requests: int = 8,
+    experts: Callable[[], str] | None = None,
 ) -> tuple[Router, FastAPI]:
     digests = tuple(key_digest(key) for key in keys)
     spec = RouterSpec(
         "/m", "m", SETTINGS, {}, {}, digests, max_requests, 20.0, ready_timeout_s, "127.0.0.1", 0
     )
-    router = Router(spec, lambda: "", "node")
+    router = Router(spec, lambda: "", "node", experts=experts)
     router.engine = engine
     app = FastAPI()
     app.add_api_route("/v1/completions", lambda: {}, methods=["POST"])
@@ -174,6 +181,37 @@ def test_counters_want_a_key_and_readiness_does_not(engine: Engine) -> None:
     assert get(app, "/ready").status_code == 200
     assert get(app, "/expertmesh/stats").status_code == 401
     assert get(app, "/expertmesh/stats", Authorization="Bearer secret").json() == STATS
+
+
+def test_the_experts_are_told_to_those_who_have_a_key(engine: Engine) -> None:
+    _, app = made(engine, keys=("secret",), experts=lambda: '{"epoch": 3}')
+    assert get(app, "/expertmesh/experts").status_code == 401
+    assert get(app, "/expertmesh/experts", Authorization="Bearer secret").json() == {"epoch": 3}
+
+
+def test_a_controller_that_does_not_answer_is_said(engine: Engine) -> None:
+    def gone() -> str:
+        raise RuntimeError("long words\nthe controller died")
+
+    answer = get(made(engine, experts=gone)[1], "/expertmesh/experts")
+    assert answer.status_code == 503 and "the controller died" in answer.text
+    assert get(made(engine)[1], "/expertmesh/experts").status_code == 503
+
+
+def test_routing_is_exported_with_few_series() -> None:
+    registry = CollectorRegistry()
+    metrics = RoutingMetrics(registry)
+    layers = {3: LayerSummary(4.0, 0.25, 5.5), 4: LayerSummary(1.0, 0.0, 8.0)}
+    metrics.update(Routing(layers, (Busiest(3, 7, 0.5), Busiest(4, 1, 0.125))))
+    metrics.update(Routing(layers, (Busiest(3, 2, 0.4),)))
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"expertmesh_routing_{name}", labels)
+
+    assert value("max_over_mean", layer="3") == 4.0 and value("dead_share", layer="3") == 0.25
+    assert value("effective_experts", layer="4") == 8.0
+    assert value("busiest_share", layer="3", expert="2") == 0.4
+    assert value("busiest_share", layer="3", expert="7") is None, "it is not among the busiest any more"
 
 
 def test_a_full_engine_refuses_requests_of_those_who_have_a_key(engine: Engine) -> None:
