@@ -12,6 +12,7 @@ from cluster.balance import even, pour
 
 # The maximum alone gives a search no direction while several hosts are the slowest.
 _REST = 0.3
+_SWEEPS, _FEW = 200, 4096
 
 
 @njit(cache=True, nogil=True)
@@ -46,9 +47,11 @@ def step_seconds(holders, copies, touch, rows, fixed, per_touch, per_row):
     """Seconds of the slowest host under the best split, averaged over the scenarios."""
     hosts = len(fixed)
     share, level = np.zeros((len(copies), holders.shape[1])), np.zeros(hosts)
+    # Of thousands of copies every sweep levels nearly all hosts, and takes its time.
+    sweeps = max(_SWEEPS // 10, min(_SWEEPS, _SWEEPS * _FEW // max(1, copies.sum())))
     total = 0.0
     for s in range(touch.shape[0]):
         even(holders, copies, touch[s], rows[s], fixed, per_touch, per_row, share, level)
-        pour(holders, copies, touch[s], rows[s], per_touch, per_row, share, level, 1e-6 * level.max(), 200)
+        pour(holders, copies, touch[s], rows[s], per_touch, per_row, share, level, 1e-6 * level.max(), sweeps)
         total += level.max()
     return total / touch.shape[0]

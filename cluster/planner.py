@@ -15,6 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -119,12 +120,8 @@ def plan(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         searched = list(pool.map(one, range(len(loads))))
-    limit = settings.max_moves
-    prefixes = affordable([(s.path, s.gains, s.needed) for s in searched], limit)
-    layers = [
-        _finished(fleet, load, start, found, length)
-        for load, start, found, length in zip(loads, starts, searched, prefixes, strict=True)
-    ]
+        prefixes = affordable([(s.path, s.gains, s.needed) for s in searched], settings.max_moves)
+        layers = list(pool.map(partial(_finished, fleet), loads, starts, searched, prefixes))
     return FleetPlan(tuple(position), tuple(layers))
 
 
@@ -229,7 +226,7 @@ def _finished(
     arguments = load.touch, load.rows, fleet.fixed, fleet.per_touch, fleet.per_row
     apply_path(found.path[:length], holders, copies)
     after = step_seconds(holders, copies, *arguments)
-    before = step_seconds(found.holders, found.copies, *arguments)
+    before = step_seconds(found.holders, found.copies, *arguments) if length else after
     now = tuple(tuple(sorted(map(int, row[:n]))) for row, n in zip(holders, copies, strict=True))
     old = start if start is not None else [()] * len(now)
     loads = tuple((e, h) for e, held in enumerate(now) for h in held if h not in old[e])
