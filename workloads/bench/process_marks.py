@@ -18,7 +18,7 @@ def marked(name: str, value: str) -> list[psutil.Process]:
     A process that gives itself a title may write over its own environment (Ray's agents do); its parent tells
     whose it is then.
     """
-    living = list(psutil.process_iter())
+    living = [process for process in psutil.process_iter() if _lives(process)]
     children: dict[int, list[psutil.Process]] = {}
     for process in living:
         with contextlib.suppress(psutil.Error):
@@ -54,6 +54,14 @@ def kill_all(find: Callable[[], Sequence[psutil.Process]], timeout_s: float) -> 
         if not held or time.monotonic() >= deadline:
             return living
         time.sleep(_LOOK_S)
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether it has not ended: a parent that is stopped leaves its ended children where they are."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def environment(process: psutil.Process) -> Mapping[str, str]:

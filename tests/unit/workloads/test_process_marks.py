@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from workloads.bench.process_marks import kill_all, marked
@@ -61,6 +63,19 @@ def test_what_is_being_started_does_not_escape(mark: str, parent: subprocess.Pop
     first_child(parent)
     assert kill_all(lambda: marked(MARK, mark), 30) == []
     parent.communicate(timeout=30)
+
+
+@pytest.mark.parametrize("parent", [ONE], indirect=True)
+def test_what_has_ended_and_waits_for_its_parent_is_not_found(
+    mark: str, parent: subprocess.Popen[str]
+) -> None:
+    child = psutil.Process(first_child(parent))
+    child.kill()
+    deadline = time.monotonic() + 30
+    while child.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert [process.pid for process in marked(MARK, mark)] == [parent.pid]
 
 
 def test_nothing_found_is_nothing_left() -> None:
