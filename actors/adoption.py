@@ -20,6 +20,7 @@ from actors.expert_maths import layer_maths
 from actors.expert_reader import open_layer
 from actors.expert_weights import free, rebuilt_layer
 from actors.hosted_layer import HostedLayer
+from cluster import niceness
 from cluster.checkpoint import Checkpoint
 from cluster.errors import ExpertmeshError
 from cluster.holdings import Holdings, digest
@@ -78,6 +79,10 @@ class Adoption:
         return sum(map(len, self._held.values()))
 
     def _work(self) -> None:
+        if not self._held:
+            # Nobody asks this host for anything yet. One that serves must not do so: its other threads wait for the
+            # interpreter's lock, which a nice thread would keep for longer.
+            niceness.yield_cores()
         while True:
             with self._change:
                 if self._wanted is None or self._wanted[0] == self._held:

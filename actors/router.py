@@ -67,8 +67,8 @@ class Router:
         experts: Callable[[], str] | None = None,
     ) -> None:
         """`fetch_table` waits for the first table; `next_table` for one after an epoch, at most so many seconds;
-        `report` is told of the traffic, every few seconds, and says how even it is; `experts` gives the JSON of all that
-        is known of the experts.
+        `report` is told of the traffic, every few seconds, and says how even it is; `experts` gives the JSON of all
+        that is known of the experts.
         """
         self.spec = spec
         self._report, self._experts = report, experts

@@ -73,9 +73,13 @@ class RoutingMetrics:
         def gauge(name: str, text: str, labels: tuple[str, ...] = ("layer",)) -> Gauge:
             return Gauge(f"expertmesh_routing_{name}", text, labels, registry=registry)
 
-        self._max_over_mean = gauge("max_over_mean", "Choices of the layer's busiest expert over those of the mean one")
+        self._max_over_mean = gauge(
+            "max_over_mean", "Choices of the layer's busiest expert over those of the mean one"
+        )
         self._dead_share = gauge("dead_share", "Share of the layer's experts that nobody chose lately")
-        self._effective = gauge("effective_experts", "Equally busy experts that would be as uneven (exp of entropy)")
+        self._effective = gauge(
+            "effective_experts", "Equally busy experts that would be as uneven (exp of entropy)"
+        )
         self._busiest = gauge(
             "busiest_share", "Share of its layer's choices, of the few busiest experts", ("layer", "expert")
         )

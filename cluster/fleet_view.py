@@ -88,7 +88,9 @@ def plan_settings(deployment: Deployment, hosts: Sequence[FleetHost]) -> PlanSet
         least=copies,
         spread=config.spread,
         # On distinct nodes as far as there are nodes.
-        apart=len({host.node for host in hosts if host.memory_bytes > 0}) if config.spread == "node" else None,
+        apart=len({host.node for host in hosts if host.memory_bytes > 0})
+        if config.spread == "node"
+        else None,
         pins=pins(config.pins, deployment.layers),
         max_moves=config.rebalance.max_moves,
         gain_per_move=_GAIN_PER_MOVE,

@@ -43,6 +43,12 @@ def of_workers() -> str:
     return str(_NICE if may_return() else 0)
 
 
+def yield_cores() -> None:
+    """Make the calling thread, and those that it starts, nice for good: what it does can wait for those that serve."""
+    # In Linux a thread's number is its own; a higher one is always allowed.
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
 def usual() -> None:
     """Give all threads of this process the usual priority, where that is allowed."""
     for entry in Path("/proc/self/task").iterdir():

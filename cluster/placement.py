@@ -17,7 +17,6 @@ from cluster.deal import apportion_copies
 from cluster.errors import PlacementError
 from cluster.even_copies import even_copies
 from cluster.messages import HostSlot, MoeLayer, NodeInfo
-from cluster.pinned_placement import pinned
 from cluster.replication import RoutingCounts, copies_per_expert
 from cluster.spread_copies import spread_copies
 
@@ -84,8 +83,8 @@ def plan(
     """Place the copies that ``settings.replicas`` asks for, those of an expert on distinct hosts, with
     ``spread: node`` on distinct nodes where there are enough of them.
 
-    ``counts`` says how often each expert was chosen, for rules that ask, and ``nodes`` what labels the slots' nodes have,
-    for pins. The same input gives the same plan.
+    ``counts`` says how often each expert was chosen, for rules that ask, and ``nodes`` what labels the slots' nodes
+    have, for pins. The same input gives the same plan.
     Equal hosts hold equally many experts of every layer, give or take one (several copies spread over nodes
     with unequal numbers of hosts: over the hosts of each node; unequal numbers of copies: a few). Raises
     PlacementError, with the GiB that are missing in all and at which host, if the experts don't fit, and
@@ -100,6 +99,8 @@ def plan(
             "raise a host group's count, or lower placement.replicas",
         )
     if settings.pins:
+        from cluster.pinned_placement import pinned  # NumPy, which the rest of this does not need
+
         found = pinned(
             layers,
             slots,
@@ -114,10 +115,10 @@ def plan(
     by_node: dict[str, list[HostSlot]] = defaultdict(list)
     for slot in slots:
         by_node[slot.node_id].append(slot)
-    nodes = list(by_node.values())
+    groups = list(by_node.values())
     # Hosts of one node side by side: what divides the experts counts on it.
-    hosts = [slot for node in nodes for slot in node]
-    widths = [len(node) for node in nodes] if settings.spread == "node" else [len(hosts)]
+    hosts = [slot for group in groups for slot in group]
+    widths = [len(group) for group in groups] if settings.spread == "node" else [len(hosts)]
     per_expert = {layer.index: layer.expert_parameters * item_bytes for layer in layers}
     one_copy = sum(layer.num_experts * per_expert[layer.index] for layer in layers)
     total = sum(sum(copies[layer.index]) * per_expert[layer.index] for layer in layers)

@@ -83,12 +83,10 @@ def search(
         if kind < 0:
             continue
         ja = position(ea, a, holders, copies)
-        _shift_levels(
-            kind, ea, ja, a, eb, b, touch, rows, per_touch, per_row, holders, copies, share, level
-        )
+        _shift_levels(kind, ea, ja, a, eb, b, touch, rows, per_touch, per_row, holders, copies, share, level)
         delta = apply_move(kind, ea, a, ka, eb, b, kb, holders, copies, content, used, share, present)
         added = number
-        if (kind == REPLACE or kind == ADD) and copies[eb] == 2:
+        if kind in (REPLACE, ADD) and copies[eb] == 2:
             several[number] = eb
             added += 1
         done = 0
@@ -146,16 +144,18 @@ def _draw(s, level, rows, slots, least, pin, allowed, holders, copies, content, 
     if used[a] == 0:
         return none
     ka = np.random.randint(used[a])
-    ea = np.int64(content[a, ka])
+    ea = int(content[a, ka])
     kind = np.random.randint(4 if may_add else 3)
     if kind == SWAP:
         b = np.random.randint(hosts)
         if b == a or used[b] == 0:
             return none
         kb = np.random.randint(used[b])
-        eb = np.int64(content[b, kb])
-        if eb != ea and may_hold(ea, b, holders, copies, pin, allowed) and may_hold(
-            eb, a, holders, copies, pin, allowed
+        eb = int(content[b, kb])
+        if (
+            eb != ea
+            and may_hold(ea, b, holders, copies, pin, allowed)
+            and may_hold(eb, a, holders, copies, pin, allowed)
         ):
             return SWAP, ea, a, ka, eb, b, kb
         return none
@@ -164,9 +164,9 @@ def _draw(s, level, rows, slots, least, pin, allowed, holders, copies, content, 
         other = np.random.randint(experts)
         if rows[s, other] / copies[other] > rows[s, eb] / copies[eb]:
             eb = other
-        if eb != ea and copies[ea] > least[ea] and copies[eb] < holders.shape[1]:
-            if may_hold(eb, a, holders, copies, pin, allowed):
-                return REPLACE, ea, a, ka, eb, a, 0
+        wins = eb != ea and copies[ea] > least[ea] and copies[eb] < holders.shape[1]
+        if wins and may_hold(eb, a, holders, copies, pin, allowed):
+            return REPLACE, ea, a, ka, eb, a, 0
         return none
     b = np.random.randint(hosts)
     if used[b] >= slots[b] or not may_hold(ea, b, holders, copies, pin, allowed):

@@ -97,8 +97,8 @@ def plan(
     `current`: layer → per expert the ids of the hosts that hold it; ids of hosts that are gone are passed over.
     Raises PlacementError with what is missing, in numbers, if the experts, their least copies or their pins can't be.
     """
-    check(hosts, loads, settings)
     allowed, pin_of = allowed_hosts(hosts, loads, settings.pins)
+    check(hosts, loads, settings)
     fleet = _Fleet(
         np.array([host.cost.fixed_s for host in hosts]),
         np.array([host.cost.per_expert_s for host in hosts]),
@@ -168,7 +168,9 @@ def _search(
     if start is not None:
         for expert, held in enumerate(start):
             present[list(held), expert] = True
-        _keep(start, room, least, apart, width, fleet.domain, pin, fleet.allowed, holders, copies, content, used)
+        _keep(
+            start, room, least, apart, width, fleet.domain, pin, fleet.allowed, holders, copies, content, used
+        )
         # Under a limit on what is loaded, only copies that must be are added before the search has its say.
         target = np.maximum(target if settings.max_moves is None else least, copies)
     speed = 1.0 / np.maximum(

@@ -13,6 +13,7 @@ from tests.e2e.programs import ServerProgram, run, wait_for
 
 pytestmark = pytest.mark.slow
 
+
 def test_hosts_join_and_leave_and_experts_move_while_requests_run(
     server: ServerProgram, client: openai.OpenAI, tmp_path: Path
 ) -> None:

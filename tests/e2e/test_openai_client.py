@@ -185,7 +185,10 @@ def test_metrics_of_engine_and_mesh(client: openai.OpenAI, server: ServerProgram
     assert set(experts["holders"]) == set(experts["layers"]) == {"0", "1"}
     # The controller is told every few seconds.
     wait_for(
-        lambda: 'expertmesh_routing_effective_experts{layer="1"}' in httpx.get(f"{server.url}/metrics", timeout=60).text,
+        lambda: (
+            'expertmesh_routing_effective_experts{layer="1"}'
+            in httpx.get(f"{server.url}/metrics", timeout=60).text
+        ),
         30,
         "the routing's series",
     )

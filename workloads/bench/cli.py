@@ -212,7 +212,8 @@ def placement(
         Path | None, typer.Option("--fleet", metavar="FILE", help="Unequal hosts, described in YAML.")
     ] = None,
     requests: Annotated[
-        Path | None, typer.Option("--requests", metavar="FILE", help="Requests (.jsonl, .jsonl.gz) to replay.")
+        Path | None,
+        typer.Option("--requests", metavar="FILE", help="Requests (.jsonl, .jsonl.gz) to replay."),
     ] = None,
     number: Annotated[int, typer.Option("--number", min=1, help="Of them, the first so many.")] = 500,
     rate: Annotated[float, typer.Option(min=0.001, help="They come so many times as fast.")] = 1.0,

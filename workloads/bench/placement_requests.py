@@ -8,11 +8,10 @@ the simulation: a step takes what its slowest hosts take, and what the engine ta
 from __future__ import annotations
 
 import gzip
-import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -88,16 +87,15 @@ def read_requests(file: Path, number: int | None = None) -> list[Request]:
     way_out = "a line is {timestamp (ms), input_length, output_length, hash_ids}"
     found: list[Request] = []
     try:
-        opened = gzip.open(file, "rt") if file.suffix == ".gz" else file.open()
-        with opened as lines:
-            for at, line in enumerate(lines, 1):
-                if number is not None and len(found) == number:
-                    break
-                found.append(Request.model_validate(json.loads(line)))
+        with gzip.open(file, "rt") if file.suffix == ".gz" else file.open() as lines:
+            for line in islice(lines, number):
+                found.append(Request.model_validate_json(line))
     except (OSError, EOFError) as error:
         raise ConfigError(f"--requests {file} can't be read: {error}", way_out) from error
     except (ValidationError, ValueError) as error:
-        raise ConfigError(f"--requests {file}, line {at}: {str(error).splitlines()[0]}", way_out) from error
+        raise ConfigError(
+            f"--requests {file}, line {len(found) + 1}: {str(error).splitlines()[0]}", way_out
+        ) from error
     if not found:
         raise ConfigError(f"--requests {file} has no request", way_out)
     return sorted(found, key=lambda request: request.timestamp)
@@ -159,9 +157,7 @@ def _arrivals(requests: Sequence[Request]) -> Iterator[_Running]:
         yield _Running(request.timestamp / 1e3, prompt, answer, answer)
 
 
-def _chunks(
-    running: list[_Running], waiting: deque[_Running], engine: Engine
-) -> list[tuple[_Running, int]]:
+def _chunks(running: list[_Running], waiting: deque[_Running], engine: Engine) -> list[tuple[_Running, int]]:
     """Which request computes how many tokens in this step; requests that begin are moved to `running`."""
     left = engine.max_tokens
     chunks = []
@@ -179,9 +175,7 @@ def _chunks(
     return chunks
 
 
-def _advance(
-    request: _Running, chunk: int, now: float, firsts: list[float], per_token: list[float]
-) -> None:
+def _advance(request: _Running, chunk: int, now: float, firsts: list[float], per_token: list[float]) -> None:
     if request.prompt:
         request.prompt -= chunk
         if request.prompt:

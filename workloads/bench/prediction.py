@@ -74,7 +74,12 @@ def show(report: dict[str, Any], out: Console) -> None:
     """The errors and bars for a terminal."""
     table = Table("streams", "median error", "of single layers", "steps")
     for result in report["results"]:
-        table.add_row(str(result["streams"]), f"{result['median_error']:.1%}", f"{result['median_error_of_layers']:.1%}", str(result["steps"]))
+        table.add_row(
+            str(result["streams"]),
+            f"{result['median_error']:.1%}",
+            f"{result['median_error_of_layers']:.1%}",
+            str(result["steps"]),
+        )
     out.print(table)
     for key, bar in report["bars"].items():
         out.print(Bar(key, bar["value"], bar["limit"], bar["at_most"]).line(), highlight=False)

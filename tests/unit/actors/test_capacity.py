@@ -95,7 +95,9 @@ def test_dropped_pairs_are_made_up_for_counted_and_marked(spy: Spy) -> None:
     asked = np.bincount(spy.ids[spy.ids >= 0], minlength=EXPERTS)
     assert counts.max() > MOST
     assert asked.tolist() == np.minimum(counts, MOST).tolist()
-    assert spy.routing.take()[LAYER] == tuple(counts), "placements follow what was wanted, not what was left of it"
+    assert spy.routing.take()[LAYER] == tuple(counts), (
+        "placements follow what was wanted, not what was left of it"
+    )
     torch.testing.assert_close(out, expected_sums(x, spy.weights, spy.ids))
     lost = (spy.ids < 0).any(1)
     assert (bound.stats.capacity_pairs, bound.stats.overflow_pairs) == (48, (spy.ids < 0).sum())

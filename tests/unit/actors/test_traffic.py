@@ -11,7 +11,7 @@ SPLIT = [(0, 1, 2), (3, 4, 5)]
 
 def test_one_step_in_eight_is_timed_and_every_choice_counted(make_mesh, transport: str) -> None:
     dispatcher = make_mesh(SPLIT, "float32", transport).dispatcher()
-    x, weights, ids, _ = batch(4)
+    x, weights, ids, _ = batch(12)
     out = torch.empty_like(x)
     for _ in range(20):
         dispatcher(LAYER, x, weights, ids, out)

@@ -44,6 +44,8 @@ def spec(checkpoint: Checkpoint, local: tuple[int, ...], **changes: object) -> H
 def running(*specs: HostSpec, key: bytes = KEY, **options: Any) -> Iterator[list[ExpertHost]]:
     """Hosts that load, ended with the block; `options` are ExpertHost's."""
     threads = torch.get_num_threads()
+    # A host's own process has it from its environment, in all its threads. On some processors results depend on it.
+    torch.set_num_threads(specs[0].threads)
     hosts = [ExpertHost(spec, key, **options) for spec in specs]
     try:
         for host in hosts:

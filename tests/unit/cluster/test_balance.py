@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cluster.fleet import HostCost
 from cluster.split import LayerSplit
-from tests.unit.cluster.exact_placement import least_split
+from workloads.bench.placement_exact import least_split
 
 
 @st.composite

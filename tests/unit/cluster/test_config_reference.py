@@ -55,7 +55,11 @@ def test_the_reference_names_every_key_with_its_default_and_no_other() -> None:
 
 @pytest.mark.parametrize(
     ("title", "schemas"),
-    [("How many copies", (ReplicaRules, HottestExperts)), ("Autoscaling", (AutoscaleConfig,)), ("Pins", (PinConfig,))],
+    [
+        ("How many copies", (ReplicaRules, HottestExperts)),
+        ("Autoscaling", (AutoscaleConfig,)),
+        ("Pins", (PinConfig,)),
+    ],
 )
 def test_the_reference_names_what_may_be_in_a_mapping(
     title: str, schemas: tuple[type[BaseModel], ...]

@@ -246,7 +246,7 @@ def test_a_change_that_needs_a_host_which_is_not_ready_is_given_up(world: Memory
         controller.look()
     controller.changes.follow(moved(table, giver, taker), "a test")
     controller.look()
-    assert controller.changes.abandoned .startswith(f"host {taker} is not ready")
+    assert controller.changes.abandoned.startswith(f"host {taker} is not ready")
     assert PlacementTable.from_json(controller.table()).experts == table.experts
 
 

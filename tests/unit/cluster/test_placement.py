@@ -242,4 +242,10 @@ def test_pinned_experts_begin_where_they_may_be_and_the_others_anywhere() -> Non
     with pytest.raises(ConfigError, match=r"placement.pins.0.experts: 9, where layer 0 has 8 experts"):
         plan(layers, hosts, settings(pins=[{"experts": [9], "device": "cpu"}]), item_bytes=2, nodes=nodes)
     with pytest.raises(ConfigError, match=r"placement.pins.0.layers: the model has no layer 7"):
-        plan(layers, hosts, settings(pins=[{"layers": [7], "experts": [0], "device": "cpu"}]), item_bytes=2, nodes=nodes)
+        plan(
+            layers,
+            hosts,
+            settings(pins=[{"layers": [7], "experts": [0], "device": "cpu"}]),
+            item_bytes=2,
+            nodes=nodes,
+        )

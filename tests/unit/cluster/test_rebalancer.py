@@ -10,8 +10,8 @@ from cluster.config import HostGroup
 from cluster.config_placement import PlacementConfig
 from cluster.controller import Controller, Deployment
 from cluster.errors import PlacementError
-from cluster.holdings import by_host
 from cluster.fleet_view import fleet, layer_loads, plan_settings, proposal
+from cluster.holdings import by_host
 from cluster.messages import DispatchSample, HostCost, HostWork, MoeLayer, NodeInfo, Traffic
 from cluster.rebalancer import Rebalancer
 from cluster.table import PlacementTable
@@ -225,7 +225,10 @@ def test_costs_are_corrected_by_what_is_seen_and_predictions_are_judged(world: W
     seen = statistics.costs(snapshot.costs)["a-0"]
     assert seen.seconds(8, 2) == pytest.approx(2 * cost.seconds(8, 2) + 1e-4, rel=0.1)
     assert statistics.prediction_error is not None and statistics.prediction_error < 0.15
-    assert (statistics.predictions, statistics.layer_error) == (7 * 8, pytest.approx(statistics.prediction_error, abs=0.1))
+    assert (statistics.predictions, statistics.layer_error) == (
+        7 * 8,
+        pytest.approx(statistics.prediction_error, abs=0.1),
+    )
     # A host that began anew elsewhere is as it was measured there, until something is seen of it.
     elsewhere = {**snapshot.costs, "a-0": HostCost(0.0, 1e-3, 1e-4)}
     rebalancer_statistics = rebalancer.statistics()
@@ -238,7 +241,10 @@ def test_a_pinned_expert_goes_to_where_it_may_be(world: World) -> None:
     controller, rebalancer = world.served()
     holders = table_of(controller).experts
     layer, expert = next(
-        (layer, expert) for layer, rows in holders.items() for expert, held in enumerate(rows) if "b-0" not in held
+        (layer, expert)
+        for layer, rows in holders.items()
+        for expert, held in enumerate(rows)
+        if "b-0" not in held
     )
     deployment = controller.deployment()
     assert deployment is not None
@@ -248,7 +254,12 @@ def test_a_pinned_expert_goes_to_where_it_may_be(world: World) -> None:
     hosts = fleet(controller.changes.snapshot(), {})  # type: ignore[arg-type]
     pinned = replace(deployment, placement=wish)
     found = proposal(
-        pinned, hosts, layer_loads(pinned, rebalancer.statistics()), plan_settings(pinned, hosts), must=False, explain=True
+        pinned,
+        hosts,
+        layer_loads(pinned, rebalancer.statistics()),
+        plan_settings(pinned, hosts),
+        must=False,
+        explain=True,
     )
     assert found.worthwhile and found.verdict == "pinned experts are elsewhere"
     assert found.experts[layer][expert] == ("b-0",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_seeds_differ_and_hit_every_host() -> None:
 def test_no_host_is_hurt_twice_in_a_row() -> None:
     one = scenario(events=[{"action": "kill", "host": "any", "at": 1}])
     targets = [plan(one, HOSTS, seed)[0].host for seed in range(10)]
-    assert all(before != after for before, after in zip(targets, targets[1:], strict=False))
+    assert all(before != after for before, after in pairwise(targets))
 
 
 def test_events_come_in_order_of_time() -> None:

@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from cluster.errors import ConfigError
 from cluster.messages import HostCost
 from workloads.bench.placement_replay import SplitLevels
-from workloads.bench.placement_requests import BLOCK, Engine, Replayed, Request, read_requests, replay, summary
+from workloads.bench.placement_requests import (
+    BLOCK,
+    Engine,
+    Replayed,
+    Request,
+    read_requests,
+    replay,
+    summary,
+)
 from workloads.bench.placement_trace import Trace
 
 TRACE = Trace("t", np.random.default_rng(0).zipf(1.5, (2, 300, 2)).clip(1, 8) - 1, 8)
@@ -24,8 +32,12 @@ EVEN = [[[expert % 4] for expert in range(8)]] * 2
 SPARE = [[[expert % 4, (expert + 1) % 4] for expert in range(8)]] * 2
 
 
-def run(requests: Sequence[Request], placed: Sequence[Sequence[Sequence[int]]] = EVEN, engine: Engine = Engine()) -> Replayed:
-    return replay(TRACE, requests, 4, SplitLevels(placed, COSTS), engine)
+def run(
+    requests: Sequence[Request],
+    placed: Sequence[Sequence[Sequence[int]]] = EVEN,
+    engine: Engine | None = None,
+) -> Replayed:
+    return replay(TRACE, requests, 4, SplitLevels(placed, COSTS), engine or Engine())
 
 
 def request(at_ms: float, prompt: int, answer: int, *blocks: int) -> Request:
@@ -46,7 +58,9 @@ def test_every_request_is_answered_and_every_token_computed_once(
     assert found.requests == len(found.first_token_s) == len(requests)
     # The first answer comes with the prompt's last token.
     assert found.tokens == sum(r.input_length + max(1, r.output_length) - 1 for r in requests)
-    assert found.first_token_s.min() > 0 and len(found.per_token_s) == sum(r.output_length > 1 for r in requests)
+    assert found.first_token_s.min() > 0 and len(found.per_token_s) == sum(
+        r.output_length > 1 for r in requests
+    )
     assert found.seconds >= found.experts_s.sum() + found.steps * 1e-3 - 1e-9
     assert 0 < found.balance <= 1 and 0 < found.busy <= 1
 
@@ -68,7 +82,10 @@ def test_a_better_placement_takes_less_time_and_the_numbers_say_so() -> None:
 
 
 def test_files_are_read_gzipped_or_not_and_refused_by_line(tmp_path: Path) -> None:
-    lines = [{"timestamp": 5, "input_length": 3, "output_length": 2, "hash_ids": [1]}, {"timestamp": 1, "input_length": 4, "output_length": 1}]
+    lines = [
+        {"timestamp": 5, "input_length": 3, "output_length": 2, "hash_ids": [1]},
+        {"timestamp": 1, "input_length": 4, "output_length": 1},
+    ]
     text = "\n".join(map(json.dumps, lines))
     plain, packed = tmp_path / "r.jsonl", tmp_path / "r.jsonl.gz"
     plain.write_text(text)
