@@ -98,6 +98,6 @@ class PlanSettings:
     """Most blobs that hosts may have to load beyond what they hold now, unless an expert would lack copies."""
     gain_per_move: float = 0.0
     """What a blob that is loaded must gain at least, as a share of the layer's time."""
-    tries: int = 3000
-    """Moves of a layer that the search looks at."""
+    tries: int = 6000
+    """Moves of a layer that the search looks at; fewer where there are many copies."""
     seed: int = 0

@@ -12,7 +12,7 @@ from cluster.balance import even, pour
 
 # The maximum alone gives a search no direction while several hosts are the slowest.
 _REST = 0.3
-_SWEEPS, _FEW = 200, 4096
+_SWEEPS, _FEW = 100, 4096
 
 
 @njit(cache=True, nogil=True)
@@ -52,6 +52,6 @@ def step_seconds(holders, copies, touch, rows, fixed, per_touch, per_row):
     total = 0.0
     for s in range(touch.shape[0]):
         even(holders, copies, touch[s], rows[s], fixed, per_touch, per_row, share, level)
-        pour(holders, copies, touch[s], rows[s], per_touch, per_row, share, level, 1e-6 * level.max(), sweeps)
+        pour(holders, copies, touch[s], rows[s], per_touch, per_row, share, level, 1e-5 * level.max(), sweeps)
         total += level.max()
     return total / touch.shape[0]

@@ -29,7 +29,7 @@ from cluster.planner_limits import allowed_hosts, check, domains, layer_slots
 from cluster.planner_moves import affordable
 
 # Copies that a layer's search looks at in all its tries together.
-_MOST_WORK, _FEWEST_TRIES = 2**20, 16
+_MOST_WORK, _FEWEST_TRIES = 400_000, 16
 
 Holders = tuple[tuple[int, ...], ...]
 """Per expert the positions of the hosts that hold it."""

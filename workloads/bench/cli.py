@@ -220,7 +220,7 @@ def placement(
     layers: Annotated[int | None, typer.Option(min=1, help="Scale the trace to so many layers.")] = None,
     experts: Annotated[int | None, typer.Option(min=1, help="Scale it to so many experts a layer.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 256,
-    tries: Annotated[int, typer.Option(min=0, help="Moves of a layer that the search looks at.")] = 3000,
+    tries: Annotated[int, typer.Option(min=0, help="Moves of a layer that the search looks at.")] = 6000,
     methods: Annotated[str, typer.Option(help="What is compared.")] = ",".join(_METHODS),
     json_: JsonFile = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw a PNG.")] = None,

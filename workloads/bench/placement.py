@@ -21,6 +21,7 @@ from rich.table import Table
 from cluster.errors import ConfigError
 from cluster.fleet import FleetHost, PlanSettings
 from cluster.planner import FleetPlan, plan
+from cluster.precompile import precompile
 from cluster.split import LayerSplit
 from workloads.bench.placement_baselines import Copies, at_random, eplb, round_robin
 from workloads.bench.placement_fleet import equal_hosts, read_fleet, slots_of
@@ -61,7 +62,7 @@ class Settings:
     hosts: tuple[int, ...] = (8, 16, 32)
     redundancies: tuple[float, ...] = (1.0, 1.125, 1.25, 1.5)
     batch: int = 256
-    tries: int = 3000
+    tries: int = 6000
     methods: tuple[str, ...] = ("ours", "eplb", "round_robin", "random")
     seed: int = 0
 
@@ -84,6 +85,8 @@ class Result:
 def measure(settings: Settings, note: Callable[[str], None]) -> tuple[dict[str, Any], FleetPlan]:
     """The report, and the plan with the most hosts and copies, to be drawn. ConfigError for bad traces."""
     started_at = now()
+    # Loading compiled code takes a third of a second, once.
+    precompile()
     trace = read_trace(settings.trace)
     if settings.layers or settings.experts:
         trace = scaled(trace, settings.layers or trace.layers, settings.experts or trace.num_experts)
