@@ -28,6 +28,10 @@ class PlacementError(ExpertmeshError):
     """The experts do not fit the hosts: too little memory, or no node that matches."""
 
 
+class VersionError(ExpertmeshError):
+    """A version, or something that it is made of, is missing, damaged, or was changed by somebody else meanwhile."""
+
+
 class ProtocolError(ExpertmeshError):
     """A peer on the data plane speaks another version, model or dtype, or sent a malformed frame."""
 

@@ -1,0 +1,7 @@
+"""Versions of a model, expert by expert: blobs, manifests that name them, aliases that point at a manifest.
+
+files.py      a folder on any fsspec URL, in which a name is written once, whole or not at all
+blobs.py      one expert's weights each, named by their sha256
+manifest.py   what a version is made of; named by its own sha256
+aliases.py    `production`, `candidate`: moved by compare-and-swap, with their history
+"""

@@ -1,0 +1,50 @@
+"""Blobs: immutable bytes named by their sha256, so that the same expert in two versions exists once."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+from cluster.errors import VersionError
+from cluster.versions.files import Files
+
+_FOLDER = "blobs"
+
+
+class Blobs:
+    """The blobs of a store."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+
+    def put(self, data: bytes) -> tuple[str, bool]:
+        """Keep these bytes; their digest, and whether they are new here."""
+        digest = sha256(data).hexdigest()
+        return digest, self._files.create(_name(digest), data)
+
+    def get(self, digest: str) -> bytes:
+        """The bytes, once they have proved to be those. VersionError if they are missing or damaged."""
+        data = self._files.read(_name(digest))
+        found = sha256(data).hexdigest()
+        if found != digest:
+            raise VersionError(
+                f"blob {digest[:12]} of {self._files.url} is damaged: its content has sha256 {found[:12]}",
+                "publish the version again that it is of; the one that runs is not touched",
+            )
+        return data
+
+    def has(self, digest: str) -> bool:
+        """Whether it is there; its content is not looked at."""
+        return self._files.has(_name(digest))
+
+    def all(self) -> set[str]:
+        """Digests of all blobs."""
+        return {name.rpartition("/")[2] for name in self._files.names(_FOLDER)}
+
+    def remove(self, digest: str) -> int:
+        """Take it away; the bytes that it had."""
+        return self._files.remove(_name(digest))
+
+
+def _name(digest: str) -> str:
+    # Folders of a few hundred entries each, for file systems that are slow with many.
+    return f"{_FOLDER}/{digest[:2]}/{digest}"
