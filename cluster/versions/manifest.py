@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Final
 
@@ -24,8 +24,10 @@ class Manifest:
 
     model: str
     """Digest of the base checkpoint's architecture, see `cluster.checkpoint`."""
-    experts: Mapping[int, tuple[str, ...]]
-    """Layer index → per expert the digest of its blob."""
+    experts: Mapping[int, Mapping[int, str]] = field(default_factory=dict)
+    """Layer index → expert → digest of its blob; experts that are not named are the base checkpoint's, which nobody
+    copies.
+    """
     dense: Mapping[str, str] = field(default_factory=dict)
     """Name of a tensor of the engine's (router, bias, shared expert) → digest of its blob; only those that differ from
     the base checkpoint's.
@@ -41,7 +43,8 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The same bytes for the same version, on any machine."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+        tree = _MANIFEST.dump_python(self, mode="json")
+        return json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()
 
     @property
     def digest(self) -> str:
@@ -51,19 +54,18 @@ class Manifest:
     @property
     def blobs(self) -> frozenset[str]:
         """Digests of everything that it is made of."""
-        return frozenset(digest for row in self.experts.values() for digest in row) | {*self.dense.values()}
+        return frozenset(digest for named in self.experts.values() for digest in named.values()) | {
+            *self.dense.values()
+        }
 
     def changed(self, parent: Manifest) -> dict[int, tuple[int, ...]]:
-        """Layer index → experts that are not the parent's; no layer without one."""
-        found = {
-            layer: tuple(
-                expert
-                for expert, digest in enumerate(row)
-                if expert >= len(parent.experts.get(layer, ())) or parent.experts[layer][expert] != digest
-            )
-            for layer, row in self.experts.items()
-        }
-        return {layer: experts for layer, experts in found.items() if experts}
+        """Layer index → experts that are not the other's, one of the two may have the base's; no layer without one."""
+        found = {}
+        for layer in sorted({*self.experts, *parent.experts}):
+            mine, theirs = self.experts.get(layer, {}), parent.experts.get(layer, {})
+            if experts := sorted(e for e in {*mine, *theirs} if mine.get(e) != theirs.get(e)):
+                found[layer] = tuple(experts)
+        return found
 
 
 _MANIFEST: Final = TypeAdapter(Manifest)

@@ -62,12 +62,13 @@ def test_a_damaged_blob_is_refused(tmp_path: Path, damage) -> None:  # type: ign
 
 def test_a_manifest_is_named_by_what_it_says(files: Files) -> None:
     manifests = Manifests(files)
-    first = Manifest(MODEL, {3: ("a", "b"), 4: ("c",)}, author="x", metrics={"loss": 1.5})
+    first = Manifest(MODEL, {3: {0: "a", 1: "b"}, 4: {0: "c"}}, author="x", metrics={"loss": 1.5})
     digest = manifests.put(first)
     assert manifests.put(first) == digest == first.digest and manifests.get(digest) == first
-    second = Manifest(MODEL, {3: ("a", "z"), 4: ("c", "d")}, parent=digest)
-    assert second.changed(first) == {3: (1,), 4: (1,)} and first.changed(first) == {}
-    assert second.blobs == {"a", "z", "c", "d"}
+    second = Manifest(MODEL, {3: {0: "a", 1: "z"}, 4: {0: "c", 7: "d"}}, {"router": "r"}, parent=digest)
+    assert second.changed(first) == first.changed(second) == {3: (1,), 4: (7,)} and first.changed(first) == {}
+    assert Manifest(MODEL).changed(first) == {3: (0, 1), 4: (0,)}, "back to the base checkpoint's"
+    assert second.blobs == {"a", "z", "c", "d", "r"}
     assert manifests.find(digest[:8]) == digest
     manifests.put(second)
     with pytest.raises(VersionError, match="several versions begin"):
@@ -78,20 +79,18 @@ def test_a_manifest_is_named_by_what_it_says(files: Files) -> None:
 
 def test_a_manifest_that_was_changed_is_refused(tmp_path: Path) -> None:
     manifests = Manifests(Files(str(tmp_path)))
-    digest = manifests.put(Manifest(MODEL, {0: ("a",)}))
+    digest = manifests.put(Manifest(MODEL, {0: {0: "a"}}))
     path = tmp_path / "manifests" / digest
     path.write_bytes(path.read_bytes().replace(b"ab", b"cd", 1))
     with pytest.raises(VersionError, match="is damaged"):
         manifests.get(digest)
 
 
+digests = st.text("0123456789abcdef", min_size=4, max_size=4)
 manifests = st.builds(
     Manifest,
     st.just(MODEL),
-    st.dictionaries(
-        st.integers(0, 5),
-        st.lists(st.text("0123456789abcdef", min_size=4, max_size=4), max_size=4).map(tuple),
-    ),
+    st.dictionaries(st.integers(0, 5), st.dictionaries(st.integers(0, 99), digests, max_size=4)),
     metrics=st.dictionaries(
         st.text(max_size=5), st.floats(allow_nan=False, allow_infinity=False), max_size=3
     ),
