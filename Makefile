@@ -33,9 +33,10 @@ unit: setup
 	$(VENV)/bin/python -m pytest -n auto tests/unit $(ARGS)
 
 # Same tokens as stock vLLM, several Ray nodes, the controller on Ray, the default model, the API of a running
-# server, bad input, deaths. They mostly wait for processes to start, so two run at a time.
+# server, bad input, deaths. They mostly wait for processes to start, so two run at a time,
+# where each may have a /dev/shm of its own: that nothing is left there is a part of what they show.
 integration: setup
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=30 --durations-min=5 \
+	$(VENV)/bin/python -m pytest -n $$($(VENV)/bin/python -m tests.own_shared_memory) --dist loadgroup --no-loadscope-reorder --durations=30 --durations-min=5 \
 	  tests/integration tests/e2e $(ARGS)
 
 lint: setup

@@ -8,8 +8,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import psutil
 
 from cluster import niceness
 from cluster.auth import ensure_token, ray_environment, token_path
@@ -63,6 +65,7 @@ def connected(settings: RayConfig, *, quiet: bool = True) -> Iterator[str]:
         "log_to_driver": not quiet,
         "logging_level": "error",
     }
+    before = {process.pid for process in psutil.Process().children()}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if ":" in settings.address:
@@ -98,11 +101,13 @@ def connected(settings: RayConfig, *, quiet: bool = True) -> Iterator[str]:
         for number, handler in handlers.items():
             if callable(handler):
                 signal.signal(number, handler)
+    # A program may have children of its own.
+    ours = [process for process in psutil.Process().children() if process.pid not in before]
     try:
         yield str(context.address_info["address"])
     finally:
         if settings.address == "local":
-            _end_local_cluster()
+            _end_local_cluster(ours)
         else:
             ray.shutdown()
 
@@ -115,13 +120,15 @@ def _knock(address: str) -> None:
     socket.create_connection((host.strip("[]"), int(port)), _KNOCK_S).close()
 
 
-def _end_local_cluster() -> None:
-    """End the cluster that this process started, and wait until none of its processes is left."""
-    import psutil
+def _end_local_cluster(daemons: Sequence[psutil.Process]) -> None:
+    """End the cluster that this process started with these, and wait until none of its processes is left."""
     import ray
 
     # Ray waits for its daemons only; the workers end by themselves a moment later.
-    ours = psutil.Process().children(recursive=True)
+    ours = list(daemons)
+    for process in daemons:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            ours += process.children(recursive=True)
     ray.shutdown()
     _, left = psutil.wait_procs(ours, timeout=_WORKERS_END_S)
     for process in left:

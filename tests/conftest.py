@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.own_shared_memory import own_shared_memory
+
 # The longest come first. A group is a process's own while it runs; tests of other files are a group each.
 _GROUPS = {
     "e2e/test_chaos.py": None,
@@ -25,13 +27,16 @@ _HERE = Path(__file__).parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if "PYTEST_XDIST_WORKER" in os.environ and getattr(config.option, "loadgroup", False):
+        own_shared_memory()
         # Commands that look for "the" running server are not to find another process's.
         folder = tempfile.mkdtemp(prefix="expertmesh-test-run-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ["XDG_RUNTIME_DIR"] = folder
 
 
+# Before xdist's own, which reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = list(_GROUPS)
 

@@ -124,7 +124,10 @@ class Program:
     def assert_gone(self, timeout_s: float = 30.0) -> None:
         """AssertionError if a process or an entry in /dev/shm stays."""
         wait_for(lambda: not self.processes(), timeout_s, f"processes to end: {self.processes()}")
-        wait_for(lambda: not shared_memory.left_behind(self._memory), 10.0, "shared memory to go")
+        try:
+            wait_for(lambda: not shared_memory.left_behind(self._memory), 10.0, "shared memory to go")
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {shared_memory.left_behind(self._memory)}") from None
 
     def kill(self) -> None:
         """End whatever is left, process by process."""

@@ -210,7 +210,7 @@ def test_a_client_that_leaves_ends_its_work(server: ServerProgram) -> None:
                 )
                 assert answer.status_code == 200
                 next(answer.iter_lines())
-            assert _engine_load(http) != (0.0, 0.0)
+            wait_for(lambda: _engine_load(http) != (0.0, 0.0), 10, "requests to run")
         left = time.monotonic()
         while _engine_load(http) != (0.0, 0.0):
             assert time.monotonic() - left < 1.0
