@@ -204,13 +204,17 @@ def test_a_client_that_leaves_ends_its_work(server: ServerProgram) -> None:
     body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 480, "temperature": 0, "stream": True}
     with httpx.Client(base_url=server.url, timeout=60) as http:
         with contextlib.ExitStack() as stack:
-            for _ in range(4):
+            # On busy cores the engine may be done before its first words are here.
+            for _ in range(20):
                 answer = stack.enter_context(
                     http.stream("POST", "/v1/completions", json={**body, "ignore_eos": True})
                 )
                 assert answer.status_code == 200
-                next(answer.iter_lines())
-            wait_for(lambda: _engine_load(http) != (0.0, 0.0), 10, "requests to run")
+                assert "error" not in next(answer.iter_lines())
+                if _engine_load(http) != (0.0, 0.0):
+                    break
+            else:
+                pytest.fail("no request was seen to run")
         left = time.monotonic()
         while _engine_load(http) != (0.0, 0.0):
             assert time.monotonic() - left < 1.0
