@@ -229,6 +229,9 @@ def _finished(
     apply_path(found.path[:length], holders, copies)
     after = step_seconds(holders, copies, *arguments)
     before = step_seconds(found.holders, found.copies, *arguments) if length else after
+    if after > before:
+        # The search also looks at hosts other than the slowest, and may have given some of its time for theirs.
+        holders, copies, after = found.holders, found.copies, before
     now = tuple(tuple(sorted(map(int, row[:n]))) for row, n in zip(holders, copies, strict=True))
     old = start if start is not None else [()] * len(now)
     loads = tuple((e, h) for e, held in enumerate(now) for h in held if h not in old[e])
