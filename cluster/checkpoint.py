@@ -87,6 +87,11 @@ class Checkpoint:
         return _text_config(self.config)
 
     @property
+    def num_layers(self) -> int:
+        """Decoder layers, with experts or without."""
+        return _num_layers(self.config, self.path)
+
+    @property
     def hidden_size(self) -> int:
         """Width of the residual stream: what is dispatched per row."""
         value = self.text_config.get("hidden_size") or self.text_config.get("d_model")
@@ -155,7 +160,7 @@ class Checkpoint:
 
     def dense_bytes(self, dtype_name: str) -> int:
         """Bytes of all that the engine loads, held as ``dtype_name``: not routed experts and prediction heads."""
-        num_layers = _num_layers(self.config, self.path)
+        num_layers = self.num_layers
         return DTYPE_BYTES[dtype_name] * sum(
             prod(entry.shape)
             for name, entry in self.tensors.items()

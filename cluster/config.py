@@ -34,6 +34,7 @@ from cluster.config_values import (
     parse_size,
     resolve_key,
 )
+from cluster.config_versions import VersionsConfig
 
 
 class _Section(BaseModel):
@@ -145,6 +146,7 @@ class Config(_Section):
     ray: RayConfig = RayConfig()
     data_plane: DataPlaneConfig = DataPlaneConfig()
     placement: PlacementConfig = PlacementConfig()
+    versions: VersionsConfig = VersionsConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("hosts")

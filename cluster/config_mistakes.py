@@ -15,7 +15,7 @@ from cluster.errors import ConfigError
 
 REFERENCE: Final = "docs/configuration.md describes every key"
 # Values that must not reach a terminal or a log, not even wrong ones.
-_SECRET: Final = ("server", "api_keys")
+_SECRET: Final = (("server", "api_keys"), ("versions", "options"))
 # difflib's 0.6 would ask whether "gpu" was meant to be "cpu"; two swapped letters of four are 0.75.
 _ALIKE: Final = 0.7
 
@@ -45,7 +45,7 @@ def schema_mistakes(schema: type[BaseModel], error: ValidationError, sources: So
 
 def _mistake(schema: type[BaseModel], details: ErrorDetails, sources: Sources) -> Mistake:
     path: KeyPath = tuple(part for part in details["loc"] if part != "[key]")
-    shown = None if path[:2] == _SECRET else _shown(details["input"])
+    shown = None if path[:2] in _SECRET else _shown(details["input"])
     problem, way_out = _explain(schema, details, path)
     cause = details.get("ctx", {}).get("error")
     if isinstance(cause, BadValue) and cause.path:

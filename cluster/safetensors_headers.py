@@ -56,6 +56,11 @@ def read_headers(path: Path) -> tuple[dict[str, TensorEntry], bytes]:
     return tensors, samples.digest()
 
 
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """The tensors of one file by name. Raises CheckpointError if it is missing or torn."""
+    return _read_header(file, hashlib.sha256())
+
+
 def _read_index(path: Path) -> dict[str, str] | None:
     file = path / "model.safetensors.index.json"
     if not file.exists():

@@ -23,6 +23,7 @@ from workloads.bench.chaos_cli import chaos_app
 from workloads.bench.cli import bench_app
 from workloads.console import console
 from workloads.models.cli import model_app
+from workloads.version_commands import versions_app
 
 app = typer.Typer(
     name="expertmesh",
@@ -34,6 +35,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="The configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(model_app, name="model")
+app.add_typer(versions_app, name="versions")
 app.add_typer(bench_app, name="bench")
 app.add_typer(chaos_app, name="chaos")
 

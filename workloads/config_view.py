@@ -16,8 +16,10 @@ from cluster.messages import HostSlot, NodeInfo
 from cluster.placement import Plan
 
 _MASK: Final = "********"
-# Extra engine options have no schema to say which of them are secret.
-_SECRET_OPTION: Final = re.compile(r"^engine\.options\.(.*[._-])?(token|key|secret|password)$", re.IGNORECASE)
+# Extra options of the engine and of the store have no schema to say which of them are secret.
+_SECRET_OPTION: Final = re.compile(
+    r"^(engine|versions)\.options\.(.*[._-])?(token|key|secret|password)$", re.IGNORECASE
+)
 
 
 def config_table(loaded: LoadedConfig) -> Table:
@@ -26,7 +28,7 @@ def config_table(loaded: LoadedConfig) -> Table:
     for path, value in leaves(loaded.config):
         key = dotted(path)
         origin = loaded.origins[key]
-        shown = _MASK if _SECRET_OPTION.match(key) else show_value(value)
+        shown = show_value(_masked(value, key))
         table.add_row(
             key, _plain(shown), _plain(str(origin)), style="dim" if origin.kind == "default" else ""
         )
@@ -102,6 +104,13 @@ def show_duration(seconds: float) -> str:
         if seconds >= unit or seconds == 0:
             return f"{seconds / unit:g}{name}"
     return f"{seconds / 1e-6:g}us"
+
+
+def _masked(value: object, key: str) -> object:
+    """The same, but for what is secret inside a nested option."""
+    if not isinstance(value, dict):
+        return _MASK if _SECRET_OPTION.match(key) else value
+    return {name: _masked(inner, f"{key}.{name}") for name, inner in value.items()}
 
 
 def _ranges(plan: Plan, host_id: str) -> str:

@@ -8,7 +8,8 @@ are the alias's history as well. None is ever taken away, or its number could be
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from pydantic import TypeAdapter
@@ -31,6 +32,8 @@ class Move:
     """Seconds since 1970, by the clock of whoever moved it."""
     author: str = ""
     reason: str = ""
+    token: str = field(default="", compare=False)
+    """Random, given when it is made: tells one mover's move from another's that says the same."""
 
 
 _MOVE: Final = TypeAdapter(Move)
@@ -51,10 +54,11 @@ class Aliases:
         names = self._files.names(f"{_FOLDER}/{_checked(alias)}")
         return _MOVE.validate_json(self._files.read(names[-1])) if names else None
 
-    def history(self, alias: str) -> list[Move]:
-        """All its moves, the first one first."""
+    def history(self, alias: str, last: int | None = None) -> list[Move]:
+        """All its moves, or the `last` so many of them, in order."""
         names = self._files.names(f"{_FOLDER}/{_checked(alias)}")
-        return [_MOVE.validate_json(self._files.read(name)) for name in names]
+        shown = names if last is None else names[max(0, len(names) - last) :]
+        return [_MOVE.validate_json(self._files.read(name)) for name in shown]
 
     def move(self, alias: str, move: Move) -> None:
         """Point it elsewhere; ``move.number`` must be the one after where the caller saw it.
@@ -64,7 +68,11 @@ class Aliases:
         now = self.current(alias)
         if move.number != (now.number if now is not None else 0) + 1:
             raise _moved(alias)
-        if not self._files.create(f"{_FOLDER}/{alias}/{move.number:012}", _MOVE.dump_json(move)):
+        self._files.check_exclusive()
+        name = f"{_FOLDER}/{alias}/{move.number:012}"
+        data = _MOVE.dump_json(replace(move, token=uuid.uuid4().hex))
+        # Object stores' clients try again when no answer came, and then find what they wrote at first.
+        if not self._files.create(name, data) and self._files.read(name) != data:
             raise _moved(alias)
 
 

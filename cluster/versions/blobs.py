@@ -19,7 +19,11 @@ class Blobs:
     def put(self, data: bytes) -> tuple[str, bool]:
         """Keep these bytes; their digest, and whether they are new here."""
         digest = sha256(data).hexdigest()
-        return digest, self._files.create(_name(digest), data)
+        new = self._files.create(_name(digest), data)
+        if not new:
+            # It may be damaged, or be taken for garbage: nobody need have named it for long.
+            self._files.renew(_name(digest), data)
+        return digest, new
 
     def get(self, digest: str) -> bytes:
         """The bytes, once they have proved to be those. VersionError if they are missing or damaged."""
@@ -39,6 +43,14 @@ class Blobs:
     def all(self) -> set[str]:
         """Digests of all blobs."""
         return {name.rpartition("/")[2] for name in self._files.names(_FOLDER)}
+
+    def modified(self, digest: str) -> float | None:
+        """See `Files.modified`."""
+        return self._files.modified(_name(digest))
+
+    def size(self, digest: str) -> int:
+        """Bytes of the blob; 0 if there is none."""
+        return self._files.size(_name(digest))
 
     def remove(self, digest: str) -> int:
         """Take it away; the bytes that it had."""

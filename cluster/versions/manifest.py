@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Final
@@ -16,6 +16,7 @@ from cluster.versions.files import Files
 
 _FOLDER = "manifests"
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+_WAY_OUT: Final = "take another version: `expertmesh versions list`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,13 @@ class Manifest:
             *self.dense.values()
         }
 
+    def named(self) -> Iterator[tuple[str, str]]:
+        """What each of its blobs is, in words, and the blob's digest."""
+        for layer, experts in sorted(self.experts.items()):
+            for expert, digest in sorted(experts.items()):
+                yield f"layer {layer}, expert {expert}", digest
+        yield from sorted(self.dense.items())
+
     def changed(self, parent: Manifest) -> dict[int, tuple[int, ...]]:
         """Layer index → experts that are not the other's, one of the two may have the base's; no layer without one."""
         found = {}
@@ -79,21 +87,30 @@ class Manifests:
 
     def put(self, manifest: Manifest) -> str:
         """Keep it; its digest. The blobs must be there before, or readers may find it without them."""
-        digest = manifest.digest
-        self._files.create(f"{_FOLDER}/{digest}", manifest.to_json())
+        digest, data = manifest.digest, manifest.to_json()
+        if not self._files.create(f"{_FOLDER}/{digest}", data):
+            # It may be damaged.
+            self._files.renew(f"{_FOLDER}/{digest}", data)
         return digest
 
     def get(self, digest: str) -> Manifest:
         """VersionError if there is none, or it is damaged."""
-        data = self._files.read(f"{_FOLDER}/{digest}")
-        way_out = "take another version: `expertmesh versions list`"
-        if sha256(data).hexdigest() != digest:
-            raise VersionError(f"manifest {digest[:12]} of {self._files.url} is damaged", way_out)
         try:
-            return _MANIFEST.validate_json(data)
+            return _MANIFEST.validate_json(self.read(digest))
         except ValidationError as error:
             said = str(error).splitlines()[0]
-            raise VersionError(f"manifest {digest[:12]} makes no sense: {said}", way_out) from error
+            raise VersionError(f"manifest {digest[:12]} makes no sense: {said}", _WAY_OUT) from error
+
+    def read(self, digest: str) -> bytes:
+        """Its JSON. VersionError if there is none, or it is damaged."""
+        data = self._files.read(f"{_FOLDER}/{digest}")
+        if sha256(data).hexdigest() != digest:
+            raise VersionError(f"manifest {digest[:12]} of {self._files.url} is damaged", _WAY_OUT)
+        return data
+
+    def renew(self, digest: str) -> None:
+        """Have it count as published just now, so that it is no garbage for a while. VersionError as from `read`."""
+        self._files.renew(f"{_FOLDER}/{digest}", self.read(digest))
 
     def find(self, text: str) -> str:
         """The digest that begins so. VersionError if none does, or several do."""
@@ -107,6 +124,14 @@ class Manifests:
         """Digests of all manifests."""
         names = (name.rpartition("/")[2] for name in self._files.names(_FOLDER))
         return [name for name in names if _DIGEST.fullmatch(name)]
+
+    def modified(self, digest: str) -> float | None:
+        """See `Files.modified`."""
+        return self._files.modified(f"{_FOLDER}/{digest}")
+
+    def size(self, digest: str) -> int:
+        """Bytes of the manifest itself; 0 if there is none."""
+        return self._files.size(f"{_FOLDER}/{digest}")
 
     def remove(self, digest: str) -> int:
         """Take it away; the bytes that it had."""

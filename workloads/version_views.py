@@ -1,0 +1,169 @@
+"""Versions as JSON, and as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Group
+from rich.table import Table
+
+from cluster.errors import VersionError
+from cluster.versions.manifest import Manifest
+from cluster.versions.signing import is_signed, verify_manifest
+from cluster.versions.store import Store
+
+SHOWN: Final = 12
+"""Hexadecimal digits of a digest in tables."""
+
+
+def listing(store: Store) -> dict[str, Any]:
+    """All versions, the latest first, and all aliases with what they point to."""
+    moves = {name: store.aliases.current(name) for name in store.aliases.names()}
+    aliases = {name: move.manifest for name, move in moves.items() if move is not None}
+    named = defaultdict(list)
+    for alias, digest in aliases.items():
+        named[digest].append(alias)
+    versions = [
+        {"digest": digest, "aliases": named[digest], **_head(manifest)}
+        for digest in store.manifests.all()
+        for manifest in [store.manifests.get(digest)]
+    ]
+    versions.sort(key=lambda version: (-version["created"], version["digest"]))
+    return {"store": store.url, "aliases": aliases, "versions": versions}
+
+
+def about(store: Store, digest: str, public_key: Path | None) -> dict[str, Any]:
+    """One version; `signature` is "none", "unchecked", "good", or what is wrong with it."""
+    manifest = store.manifests.get(digest)
+    signature = "unchecked" if is_signed(store, digest) else "none"
+    if public_key is not None and signature != "none":
+        try:
+            verify_manifest(store, digest, public_key)
+            signature = "good"
+        except VersionError as error:
+            signature = error.message
+    return {
+        "digest": digest,
+        "store": store.url,
+        "model": manifest.model,
+        **_head(manifest),
+        "layers": {
+            layer: dict(sorted(experts.items())) for layer, experts in sorted(manifest.experts.items())
+        },
+        "tensors": dict(sorted(manifest.dense.items())),
+        "missing": list(store.missing(manifest)),
+        "signature": signature,
+    }
+
+
+def difference(store: Store, digest: str, other: str | None) -> dict[str, Any]:
+    """Layer → experts, and tensors, that one version has otherwise than another, which is its parent if not given."""
+    mine = store.manifests.get(digest)
+    against = mine.parent if other is None else other
+    theirs = store.manifests.get(against) if against else Manifest(mine.model)
+    if mine.model != theirs.model:
+        raise VersionError(
+            f"{digest[:SHOWN]} and {against[:SHOWN]} are versions of two models", "compare two of one model"
+        )
+    names = {*mine.dense, *theirs.dense}
+    return {
+        "version": digest,
+        "against": against,
+        "layers": {layer: list(experts) for layer, experts in mine.changed(theirs).items()},
+        "tensors": sorted(name for name in names if mine.dense.get(name) != theirs.dense.get(name)),
+        "metrics": {
+            name: [theirs.metrics.get(name), mine.metrics.get(name)]
+            for name in sorted({*mine.metrics, *theirs.metrics})
+        },
+    }
+
+
+def list_view(found: Mapping[str, Any]) -> Group:
+    """`listing` for a terminal."""
+    table = Table("version", "created", "author", "experts", "tensors", "parent", "aliases", "reason")
+    for version in found["versions"]:
+        table.add_row(
+            version["digest"][:SHOWN],
+            _when(version["created"]),
+            version["author"],
+            str(version["experts"]),
+            str(version["dense"]),
+            version["parent"][:SHOWN],
+            ", ".join(version["aliases"]),
+            version["reason"],
+        )
+    return Group(_grid({"store": found["store"]}), table)
+
+
+def about_view(found: Mapping[str, Any]) -> Group:
+    """`about` for a terminal."""
+    head = _grid(
+        {
+            "version": found["digest"],
+            "store": found["store"],
+            "parent": found["parent"] or "(the base checkpoint)",
+            "created": _when(found["created"]),
+            "author": found["author"],
+            "reason": found["reason"],
+            "signature": found["signature"],
+            "blobs missing": ", ".join(digest[:SHOWN] for digest in found["missing"]) or "none",
+            **{f"metric {name}": f"{value:g}" for name, value in found["metrics"].items()},
+        }
+    )
+    return Group(
+        head,
+        _changes({layer: list(experts) for layer, experts in found["layers"].items()}, found["tensors"]),
+    )
+
+
+def diff_view(found: Mapping[str, Any]) -> Group:
+    """`difference` for a terminal."""
+    metrics = {
+        f"metric {name}": f"{_number(before)} → {_number(now)}"
+        for name, (before, now) in found["metrics"].items()
+    }
+    against = found["against"] or "(the base checkpoint)"
+    head = _grid({"version": found["version"], "against": against, **metrics})
+    return Group(head, _changes(found["layers"], found["tensors"]))
+
+
+def _head(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "parent": manifest.parent,
+        "created": manifest.created,
+        "author": manifest.author,
+        "reason": manifest.reason,
+        "metrics": dict(manifest.metrics),
+        "experts": sum(map(len, manifest.experts.values())),
+        "dense": len(manifest.dense),
+    }
+
+
+def _changes(layers: Mapping[int, list[int]], tensors: Any) -> Table:
+    table = Table("layer", "experts that differ")
+    for layer, experts in layers.items():
+        table.add_row(str(layer), ", ".join(map(str, experts)))
+    for name in tensors:
+        table.add_row("", name)
+    if not table.row_count:
+        table.add_row("", "nothing")
+    return table
+
+
+def _grid(rows: Mapping[str, str]) -> Table:
+    head = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        head.add_row(name, value)
+    return head
+
+
+def _when(created: float) -> str:
+    return datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%d %H:%M:%S") if created else ""
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
