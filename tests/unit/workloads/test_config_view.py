@@ -25,6 +25,7 @@ def test_every_value_is_shown_with_its_origin(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "expertmesh.yaml").write_text(
         "engine:\n  kv_cache: 1536MiB\nserver: {api_keys: [hush, hush2]}\n"
         "placement: {replicas: {hottest: {share: 0.25, replicas: 1, counts: c.json}}}\n"
+        "versions: {options: {secret: hush, client_kwargs: {aws_secret_access_key: hush, region_name: eu}}}\n"
     )
     environ = {"EXPERTMESH__ENGINE__OPTIONS__HF_TOKEN": "hush", "EXPERTMESH__ENGINE__OPTIONS__SEED": "7"}
     rows = lines(config_table(load_config(None, {"data_plane.deadline": "500ms"}, environ)))
@@ -40,6 +41,9 @@ def test_every_value_is_shown_with_its_origin(tmp_path: Path, monkeypatch: pytes
         "data_plane.connect_timeout 60s default",
         "ray.token_path null default",
         "placement.replicas.hottest.share 0.25 file expertmesh.yaml:4",
+        "versions.options.secret ******** file expertmesh.yaml:5",
+        "versions.options.client_kwargs {'aws_secret_access_key': '********', 'region_name': 'eu'} "
+        "file expertmesh.yaml:5",
     ):
         assert expected in rows
     assert "hush" not in str(rows)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
 import uuid
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -13,68 +11,38 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import VersionError
-from cluster.versions.aliases import Aliases, Move
 from cluster.versions.blobs import Blobs
 from cluster.versions.files import Files
 from cluster.versions.manifest import Manifest, Manifests
-
-MODEL = "ab" * 32
-
-
-@pytest.fixture(params=["disk", "memory"])
-def files(request: pytest.FixtureRequest, tmp_path: Path) -> Files:
-    return Files(str(tmp_path / "store") if request.param == "disk" else f"memory://{uuid.uuid4().hex}")
+from cluster.versions.store import Store
+from tests.store_contract import MODEL, OpenFiles, RacingContract, StoreContract, move
 
 
-def move(number: int, manifest: str = "m") -> Move:
-    return Move(number, manifest, 0.0)
+class TestOnDisk(StoreContract, RacingContract):
+    @pytest.fixture
+    def open_files(self, tmp_path: Path) -> OpenFiles:
+        return lambda: Files(str(tmp_path / "store"))
 
 
-def test_a_name_is_written_once(files: Files) -> None:
-    assert not files.has("a/b") and files.names("a") == []
-    assert files.create("a/b", b"first") and not files.create("a/b", b"second")
-    assert files.read("a/b") == b"first" and files.names("a") == ["a/b"] and files.has("a/b")
-    assert files.remove("a/b") == 5 and files.remove("a/b") == 0 and files.names("a") == []
-    with pytest.raises(VersionError, match="has no a/b"):
-        files.read("a/b")
-
-
-def test_the_same_bytes_are_one_blob(files: Files) -> None:
-    blobs = Blobs(files)
-    first, new = blobs.put(b"weights")
-    assert new and blobs.put(b"weights") == (first, False) and first == sha256(b"weights").hexdigest()
-    other, _ = blobs.put(b"other")
-    assert blobs.all() == {first, other} and blobs.get(first) == b"weights"
-    assert blobs.remove(other) == 5 and not blobs.has(other) and blobs.has(first)
+class TestInMemory(StoreContract):
+    @pytest.fixture
+    def open_files(self) -> OpenFiles:
+        url = f"memory://{uuid.uuid4().hex}"
+        return lambda: Files(url)
 
 
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:-1], lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: b""]
 )
-def test_a_damaged_blob_is_refused(tmp_path: Path, damage) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_blob_is_refused_until_it_is_put_again(tmp_path: Path, damage) -> None:  # type: ignore[no-untyped-def]
     blobs = Blobs(Files(str(tmp_path)))
     digest, _ = blobs.put(b"weights")
     path = tmp_path / "blobs" / digest[:2] / digest
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(VersionError, match=f"blob {digest[:12]} .* is damaged"):
         blobs.get(digest)
-
-
-def test_a_manifest_is_named_by_what_it_says(files: Files) -> None:
-    manifests = Manifests(files)
-    first = Manifest(MODEL, {3: {0: "a", 1: "b"}, 4: {0: "c"}}, author="x", metrics={"loss": 1.5})
-    digest = manifests.put(first)
-    assert manifests.put(first) == digest == first.digest and manifests.get(digest) == first
-    second = Manifest(MODEL, {3: {0: "a", 1: "z"}, 4: {0: "c", 7: "d"}}, {"router": "r"}, parent=digest)
-    assert second.changed(first) == first.changed(second) == {3: (1,), 4: (7,)} and first.changed(first) == {}
-    assert Manifest(MODEL).changed(first) == {3: (0, 1), 4: (0,)}, "back to the base checkpoint's"
-    assert second.blobs == {"a", "z", "c", "d", "r"}
-    assert manifests.find(digest[:8]) == digest
-    manifests.put(second)
-    with pytest.raises(VersionError, match="several versions begin"):
-        manifests.find("")
-    with pytest.raises(VersionError, match="no version begins"):
-        manifests.find("zz")
+    blobs.put(b"weights")
+    assert blobs.get(digest) == b"weights"
 
 
 def test_a_manifest_that_was_changed_is_refused(tmp_path: Path) -> None:
@@ -106,48 +74,6 @@ def test_what_is_written_is_read(manifest: Manifest) -> None:
     assert found == manifest and found.digest == manifest.digest
 
 
-def test_an_alias_moves_from_where_it_was_seen_or_not_at_all(files: Files) -> None:
-    aliases = Aliases(files)
-    assert aliases.current("production") is None and aliases.names() == []
-    aliases.move("production", move(1, "a"))
-    aliases.move("production", move(2, "b"))
-    for stale in (1, 2, 4):
-        with pytest.raises(VersionError, match="moved by somebody else"):
-            aliases.move("production", move(stale, "c"))
-    assert aliases.current("production") == move(2, "b") and aliases.names() == ["production"]
-    assert aliases.history("production") == [move(1, "a"), move(2, "b")]
-    for name in ("", "Production", "a/b", "-a", "a" * 50):
-        with pytest.raises(VersionError, match="no name for an alias"):
-            aliases.current(name)
-
-
-def test_of_many_who_move_an_alias_at_once_one_succeeds_each_time(tmp_path: Path) -> None:
-    """What everybody was told is one history, in order: moves are linearizable."""
-    told: list[tuple[int, str]] = []
-    start = threading.Barrier(4)
-
-    def compete(name: str) -> None:
-        aliases = Aliases(Files(str(tmp_path)))
-        start.wait()
-        for _ in range(15):
-            seen = aliases.current("production")
-            number = (seen.number if seen else 0) + 1
-            try:
-                aliases.move("production", move(number, name))
-            except VersionError:
-                continue
-            told.append((number, name))
-
-    threads = [threading.Thread(target=compete, args=(f"t{n}",)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    history = [(made.number, made.manifest) for made in Aliases(Files(str(tmp_path))).history("production")]
-    assert sorted(told) == history and [number for number, _ in history] == list(range(1, len(history) + 1))
-    assert len(history) >= 15
-
-
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = Files(str(tmp_path))
 
@@ -164,10 +90,46 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 def test_what_is_being_written_is_not_seen(tmp_path: Path) -> None:
     files = Files(str(tmp_path))
     files.create("blobs/aa/b", b"1")
-    (tmp_path / "blobs" / "aa" / ".writing-x").write_bytes(b"half")
+    half = tmp_path / "blobs" / "aa" / ".writing-x"
+    half.write_bytes(b"half")
     assert files.names("blobs") == ["blobs/aa/b"]
+    written = half.stat().st_mtime
+    assert files.unfinished(written - 1) == [] and files.unfinished(written + 1) == ["blobs/aa/.writing-x"]
 
 
 def test_a_url_that_makes_no_sense_is_refused() -> None:
     with pytest.raises(VersionError, match="nowhere://x can't be opened"):
         Files("nowhere://x")
+
+
+def test_a_store_that_writes_a_name_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(f"memory://{uuid.uuid4().hex}")
+    monkeypatch.setattr(Files, "create", lambda self, name, data: self.renew(name, data) is None)
+    with pytest.raises(VersionError, match="lets a name be written twice"):
+        store.aliases.move("production", move(1))
+    assert store.aliases.names() == [] and store.files.names("probes") == []
+
+
+def test_an_object_store_that_is_out_of_reach_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = Files(f"memory://{uuid.uuid4().hex}")
+
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no route")
+
+    for name in ("pipe_file", "cat_file", "find", "info"):
+        monkeypatch.setattr(type(files._system), name, unreachable)
+    for call in (lambda: files.create("a", b""), lambda: files.read("a"), lambda: files.names("a")):
+        with pytest.raises(VersionError, match=r"a can't be .* memory://.*: no route"):
+            call()
+    with pytest.raises(VersionError, match="no route"):
+        files.has("a")
+
+
+def test_a_version_is_found_by_alias_and_by_its_beginning(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    digest = store.manifests.put(Manifest(MODEL, {0: {1: "a"}}))
+    store.aliases.move("production", move(1, digest))
+    assert store.find("production") == store.find(digest[:6]) == store.find(digest) == digest
+    assert store.missing(store.manifests.get(digest)) == ("a",) and store.missing(Manifest(MODEL)) == ()
+    with pytest.raises(VersionError, match="no version begins with 'candidate'"):
+        store.find("candidate")
