@@ -17,7 +17,7 @@ import structlog
 
 from actors.expert_kernels import VllmCpuLayer
 from actors.expert_maths import layer_maths
-from actors.expert_reader import open_layer
+from actors.expert_reader import ReadVariant, open_layer
 from actors.expert_weights import free, rebuilt_layer
 from actors.hosted_layer import HostedLayer
 from cluster import niceness
@@ -45,11 +45,15 @@ class Adoption:
         held: Holdings,
         opened: Callable[[], AbstractContextManager[Checkpoint]],
         build: Build,
+        variant: ReadVariant | None = None,
         *,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`opened` gives the checkpoint for a block; `build` makes a layer of which the host holds nothing."""
+        """`opened` gives the checkpoint for a block; `build` makes a layer of which the host holds nothing; `variant`
+        reads experts that are not the checkpoint's.
+        """
         self._layers, self._opened, self._build, self._sleep = layers, opened, build, sleep
+        self._variant = variant
         self._change = threading.Condition()
         self._held = {layer: tuple(experts) for layer, experts in held.items() if experts}
         self._wanted: tuple[dict[int, tuple[int, ...]], int, int] | None = None
@@ -131,7 +135,7 @@ class Adoption:
             made = rebuilt_layer(old.experts, old.slots, experts, None)
             self._layers[layer] = HostedLayer(made, experts, old.num_experts)
         else:
-            with open_layer(checkpoint, layer, layer_maths(checkpoint, layer)) as read:
+            with open_layer(checkpoint, layer, layer_maths(checkpoint, layer), self._variant) as read:
                 made = rebuilt_layer(
                     old.experts, old.slots, experts, read, lambda size: self._pause(size, bandwidth)
                 )
@@ -158,7 +162,7 @@ class Adoption:
             taken = set(old.slots.values())
             free_slots = (slot for slot in range(loaded.room) if slot not in taken)
             size = loaded.weight_bytes // loaded.room
-            with open_layer(checkpoint, layer, layer_maths(checkpoint, layer)) as read:
+            with open_layer(checkpoint, layer, layer_maths(checkpoint, layer), self._variant) as read:
                 for expert, slot in zip(new, free_slots, strict=False):
                     loaded.put(slot, read(expert))
                     kept[expert] = slot

@@ -26,6 +26,7 @@ from actors.peers import KeepOff, Peers
 from actors.rescue import Operands, Outage, Rescue
 from actors.route import NOBODY, Route, owners
 from actors.routing_counts import RoutingCounts
+from actors.row_versions import RowVersions
 from actors.share import Share, combine, shares
 from cluster.errors import HostError
 from cluster.frame import ITEM_BYTES
@@ -78,12 +79,14 @@ class Dispatcher:
             keep_off=keep_off,
         )
         self.stats = self.peers.stats
-        self.routing = RoutingCounts({layer: len(experts) for layer, experts in route.replicas.items()})
+        self.routing = RoutingCounts(route.sizes)
         self.counts_routing = True
         """Whether rows come with the experts that the router chose; else whoever changed them counts what it chose."""
         self._samples: deque[DispatchSample] = deque(maxlen=_SAMPLES)
         self._taken = 0
         self._first, self._step = min(route.replicas, default=0), 0
+        self.versions: RowVersions | None = None
+        """Where rows may be of versions that have experts of their own."""
         self._on_outage = on_outage
         self._rescue = Rescue(self, drop=drop, on_outage=on_outage)
 
@@ -95,11 +98,13 @@ class Dispatcher:
         ids_TK: torch.Tensor,
         out_TH: torch.Tensor,
         first_row: int = 0,
+        chosen_TK: torch.Tensor | None = None,
     ) -> None:
         """Fill `out_TH` with the routed experts' weighted sum per row.
 
         Args: x and out [T, H] in the connection's dtype, weights [T, K] float32, ids [T, K] int32; all
-        contiguous, since rows are copied as plain memory. `first_row` is what an outage adds to its row numbers.
+        contiguous, since rows are copied as plain memory. `first_row` is what an outage adds to its row numbers, and
+        `chosen_TK` what the router chose, where `ids_TK` are the numbers of the rows' versions for it already.
         ValueError for tensors of other sizes, and, with a number of rows that was not seen before, of other types
         or layouts.
         """
@@ -117,10 +122,15 @@ class Dispatcher:
         ):
             check_operands(self.layout, x_TH, weights_TK, ids_TK, out_TH)
             self._checked.add(rows)
+        if chosen_TK is None:
+            chosen_TK = ids_TK
+            if self.versions is not None:
+                ids_TK = self.versions.numbers(layer, ids_TK)
         if rows > step:
             for start in range(0, rows, step):
                 part = slice(start, start + step)
-                self(layer, x_TH[part], weights_TK[part], ids_TK[part], out_TH[part], first_row + start)
+                x, weights, out = x_TH[part], weights_TK[part], out_TH[part]
+                self(layer, x, weights, ids_TK[part], out, first_row + start, chosen_TK[part])
             return
         started = perf_counter_ns()
         peers = self.peers
@@ -155,7 +165,7 @@ class Dispatcher:
         if not self._step % _SAMPLED:
             self._sample(link, done, ids_TK, rows, elapsed)
         if self.counts_routing:
-            self.routing.note(layer, ids_TK)
+            self.routing.note(layer, chosen_TK)
 
     def take_traffic(self) -> Traffic:
         """What was counted since the last call; between two steps."""

@@ -12,6 +12,8 @@ class DispatchStats:
         self.nanoseconds = 0
         self.slowest_ns = 0
         """The longest dispatch of all."""
+        self.slowest_table_ns = 0
+        """The longest that taking up another table kept the engine from its next step."""
         self.lost = 0
         """Connections to hosts that ended."""
         self.late = 0

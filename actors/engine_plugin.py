@@ -17,10 +17,11 @@ import ctypes
 import json
 import os
 import signal
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from time import perf_counter_ns
 from typing import Any
 
 import structlog
@@ -45,6 +46,7 @@ from actors.outages import Outages
 from actors.reroute import install, keep_off
 from actors.rescue import Outage
 from actors.route import route_from_table
+from actors.row_versions import RowVersions
 from cluster.checkpoint import Checkpoint
 from cluster.errors import CheckpointError
 from cluster.gate import Gate
@@ -68,6 +70,9 @@ capacity_limit: CapacityLimit | None = None
 """Of an engine whose experts take a bounded number of rows; its scheduler ends each step for it."""
 # And its scheduler, which runs in the same process, finds here which requests a step could not compute.
 outages = Outages()
+# Set by the scheduler, which runs in the same process: see `MeshScheduler.go_on_with`.
+go_on_with: Callable[[Mapping[str, str]], None] | None = None
+_row_versions: RowVersions | None = None
 _PR_SET_PDEATHSIG = 1
 _library = torch.library.Library("expertmesh", "FRAGMENT")
 
@@ -269,6 +274,22 @@ def _connect(settings: EngineSettings, key: bytes, masks: dict[int, torch.Tensor
         keep_off=partial(keep_off, masks) if masks else None,
     )
     _dispatcher.peers.connect(settings.connect_timeout_s)
+    _use_versions()
+
+
+def _use_versions() -> None:
+    """Compute each row with its version's experts, where there are such."""
+    global _row_versions
+    assert _dispatcher is not None
+    if _row_versions is None:
+        _row_versions = RowVersions(outages.runs, _not_loaded)
+    route = _dispatcher.peers.route
+    _row_versions.set_versions(route.versions, route.sizes)
+    _dispatcher.versions = None if _row_versions.plain else _row_versions
+
+
+def _not_loaded(rows: tuple[int, ...]) -> None:
+    outages.note(Outage(0, rows, "the request's version is not loaded any more", degraded=False))
 
 
 def _bound(settings: EngineSettings, largest: int, gates: dict[int, Gate]) -> None:
@@ -286,11 +307,20 @@ class WorkerExtension:
     """Methods that the router deployment calls in the worker between two steps (`collective_rpc`)."""
 
     def expertmesh_set_table(self, table: str) -> int:
-        """Route by another placement table from the next step on; returns its epoch."""
+        """Route by another placement table, and compute with its versions, from the next step on; its epoch."""
         assert _dispatcher is not None
+        began = perf_counter_ns()
         route = route_from_table(PlacementTable.from_json(table))
         _dispatcher.peers.set_route(route)
+        _use_versions()
+        stats = _dispatcher.stats
+        stats.slowest_table_ns = max(stats.slowest_table_ns, perf_counter_ns() - began)
         return route.epoch
+
+    def expertmesh_go_on_with(self, continued: dict[str, str]) -> None:
+        """Have running requests go on with other versions; between two steps, with an empty cache."""
+        assert go_on_with is not None
+        go_on_with(continued)
 
     def expertmesh_attach(self) -> None:
         """Tell the process which rows of a step are whose; once, before the first request."""
@@ -324,6 +354,7 @@ class WorkerExtension:
             "rows": stats.rows,
             "seconds": stats.nanoseconds / 1e9,
             "slowest_seconds": stats.slowest_ns / 1e9,
+            "slowest_table_seconds": stats.slowest_table_ns / 1e9,
             "lost": stats.lost,
             "late": stats.late,
             "hedges": stats.hedges,

@@ -6,7 +6,7 @@ offers to other requests with the same prefix, in the same step even.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import structlog
@@ -17,7 +17,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
 from actors import engine_plugin
-from actors.outages import DEGRADED, UNAVAILABLE
+from actors.outages import DEGRADED, MANIFEST, UNAVAILABLE, manifest_of
+from actors.pinning import salted_anew
 
 log = structlog.get_logger()
 
@@ -28,6 +29,21 @@ class MeshScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._degraded: dict[str, str] = {}
+        engine_plugin.go_on_with = self.go_on_with
+
+    def go_on_with(self, continued: Mapping[str, str]) -> None:
+        """Have running requests go on with other versions: by manifest, the one that takes its place.
+
+        Called between two steps, when nothing that they computed is kept any more.
+        """
+        for request in self.requests.values():
+            manifest, params = continued.get(manifest_of(request)), request.sampling_params
+            if manifest is not None and params is not None and params.extra_args is not None:
+                # The model runner has the same parameters.
+                params.extra_args[MANIFEST] = manifest
+                request.cache_salt = salted_anew(request.cache_salt, manifest)
+                request.block_hashes = []
+                request.update_block_hashes()
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

@@ -30,10 +30,12 @@ from actors.failpoints import Failpoints
 from actors.host_cost import measured_cost
 from actors.host_server import HostedLayer, HostServer
 from actors.peer_copy import NoSourceError, Patience, PeerCopy, copied_checkpoint
+from actors.variant_reader import VariantReader
 from cluster.checkpoint import Checkpoint
 from cluster.errors import CheckpointError, ExpertmeshError, HostError
 from cluster.frame import manifest_id
 from cluster.holdings import Holdings
+from cluster.live_versions import Variants
 from cluster.messages import HostAddress, HostCost, HostProgress, HostReport, HostSpec, Sources
 
 log = structlog.get_logger()
@@ -72,6 +74,7 @@ class ExpertHost:
         self._error: Exception | None = None
         self._done = threading.Event()
         self._failpoints = Failpoints(os.environ)
+        self._variants = VariantReader(spec)
 
     def start(self) -> None:
         """Begin loading in the background."""
@@ -85,10 +88,14 @@ class ExpertHost:
         layers = len(self.spec.experts)
         return HostProgress(self.spec.host_id, min(len(self._layers), layers), layers, ready, error, holds)
 
-    def adopt(self, experts: Holdings, number: int, bandwidth: int) -> None:
-        """Hold these experts from now on, loading what is new at so many bytes a second; returns at once."""
+    def adopt(self, experts: Holdings, number: int, bandwidth: int, variants: Variants) -> None:
+        """Hold these experts from now on, loading what is new at so many bytes a second; returns at once.
+
+        `variants` says what those are that are not the base checkpoint's.
+        """
         self.wait_ready(0)
         assert self._adoption is not None
+        self._variants.know(variants)
         self._adoption.ask(experts, number, bandwidth)
 
     def wait_ready(self, timeout_s: float) -> HostAddress:
@@ -153,13 +160,23 @@ class ExpertHost:
                 self._layers[layer] = self._build(checkpoint, layer, tuple(experts))
             self._hidden = checkpoint.hidden_size
             self._cost = self._measured(checkpoint)
-        self._adoption = Adoption(self._layers, spec.experts, self._opened, self._build)
+        self._adoption = Adoption(self._layers, spec.experts, self._opened, self._build, self._variants)
 
     def _build(self, checkpoint: Checkpoint, layer: int, experts: tuple[int, ...]) -> HostedLayer:
         spec = self.spec
         dtype = getattr(torch, spec.dtype)
         number = checkpoint.layout(layer).num_experts
-        built = build_layer(checkpoint, layer, experts, dtype, spec.device, kernel=spec.kernel, room=number)
+        # Twice, for other versions beside these.
+        built = build_layer(
+            checkpoint,
+            layer,
+            experts,
+            dtype,
+            spec.device,
+            kernel=spec.kernel,
+            room=2 * number,
+            variant=self._variants,
+        )
         return HostedLayer(built, experts, number)
 
     def _measured(self, checkpoint: Checkpoint) -> HostCost | None:

@@ -21,14 +21,19 @@ from cluster.checkpoint import Checkpoint
 from cluster.errors import CheckpointError
 
 ReadExpert: TypeAlias = Callable[[int], ExpertMatrices]
+ReadVariant: TypeAlias = Callable[[int, int], StoredExpert]
+"""From layer and number to an expert that is not the base checkpoint's, see `actors.variant_reader`."""
 
 
 @contextmanager
-def open_layer(checkpoint: Checkpoint, layer: int, maths: ExpertMaths) -> Iterator[ReadExpert]:
-    """Map the files of ``layer``; yields a function from expert index to its matrices.
+def open_layer(
+    checkpoint: Checkpoint, layer: int, maths: ExpertMaths, variant: ReadVariant | None = None
+) -> Iterator[ReadExpert]:
+    """Map the files of ``layer``; yields a function from an expert's number to its matrices.
 
     That raises CheckpointError if a file vanished or changed, if shapes contradict the model's config, or if no
-    other host gives an expert that must be copied.
+    other host gives an expert that must be copied; and what `variant` raises, which reads those that are not the
+    base checkpoint's.
     """
     num_experts = checkpoint.layout(layer).num_experts
     with ExitStack() as stack:
@@ -39,6 +44,8 @@ def open_layer(checkpoint: Checkpoint, layer: int, maths: ExpertMaths) -> Iterat
         )
 
         def read(expert: int) -> ExpertMatrices:
+            if expert >= num_experts and variant is not None:
+                return as_matrices(variant(layer, expert), maths)
             if not 0 <= expert < num_experts:
                 raise CheckpointError(f"{checkpoint.path}: layer {layer} has no expert {expert}")
             return as_matrices(stored(expert), maths)

@@ -14,7 +14,7 @@ import torch
 from actors import bf16_kernel
 from actors.expert_kernels import GroupedLayer, LayerExperts, ModuleLayer, NoopLayer, VllmCpuLayer
 from actors.expert_maths import ExpertMaths, layer_maths
-from actors.expert_reader import open_layer
+from actors.expert_reader import ReadVariant, open_layer
 from actors.reserved_memory import release
 from actors.stored_expert import ExpertMatrices
 from actors.vllm_cpu_kernel import vllm_cpu_isa, vllm_cpu_ops
@@ -43,10 +43,12 @@ def build_layer(
     device: str = "cpu",
     kernel: str = "auto",
     room: int = 0,
+    variant: ReadVariant | None = None,
 ) -> LayerExperts:
     """Load ``experts`` of ``layer``; slot i of the result's ``compute`` is ``experts[i]``.
 
-    ``room``: slots that there shall be for experts that may come later, where they cost nothing.
+    ``room``: slots that there shall be for experts that may come later, where they cost nothing. ``variant`` reads
+    experts that are not the base checkpoint's.
 
     ``kernel``: ``auto`` takes ``bf16-weights`` for float32 rows over bfloat16 files where it can, else vLLM's
     kernel where stock vLLM would run it, else ``grouped-mm``; on a GPU it takes ``module``. ``noop`` loads
@@ -56,7 +58,7 @@ def build_layer(
     if kernel == "noop":
         return NoopLayer()
     maths = layer_maths(checkpoint, layer)
-    return pack_layer(checkpoint, layer, maths, experts, dtype, device, kernel, room)
+    return pack_layer(checkpoint, layer, maths, experts, dtype, device, kernel, room, variant)
 
 
 def pack_layer(
@@ -68,6 +70,7 @@ def pack_layer(
     device: str = "cpu",
     kernel: str = "auto",
     room: int = 0,
+    variant: ReadVariant | None = None,
 ) -> LayerExperts:
     """:func:`build_layer` for known maths; the choice of the kernel is made here."""
     made = _empty(checkpoint, layer, maths, len(experts), dtype, device, kernel)
@@ -77,7 +80,7 @@ def pack_layer(
         except OSError as error:
             # As large as they must be, and made anew when others come.
             log.warning("no room for experts that may come", layer=layer, reason=str(error))
-    with open_layer(checkpoint, layer, maths) as read:
+    with open_layer(checkpoint, layer, maths, variant) as read:
         for slot, expert in enumerate(experts):
             made.put(slot, read(expert))
     if isinstance(made, VllmCpuLayer):

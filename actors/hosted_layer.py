@@ -24,27 +24,30 @@ FEW = 32
 
 
 class HostedLayer:
-    """A layer's experts and the map from the model's expert numbers to the host's slots."""
+    """A layer's experts and the map from their numbers (see `cluster.live_versions`) to the host's slots."""
 
     def __init__(
         self, experts: LayerExperts, held: Sequence[int] | Mapping[int, int], num_experts: int
     ) -> None:
-        """`held`: the experts in the order of their slots, or each one's slot."""
+        """`held`: the experts in the order of their slots, or each one's slot.
+
+        `num_experts`: of the base checkpoint.
+        """
         slots = held if isinstance(held, Mapping) else {expert: slot for slot, expert in enumerate(held)}
         self.experts = experts
         self.slots = dict(slots)
         self.compute = experts.compute
         self.num_experts = num_experts
         # By id + 1 as an unsigned number: -1 ("not for this host") comes first, and no other id wraps around.
-        self.slot_of = np.full(num_experts + 1, _ABSENT, np.int32)
+        self.slot_of = np.full(max(num_experts, 1 + max(slots, default=0)) + 1, _ABSENT, np.int32)
         for expert, slot in slots.items():
             self.slot_of[expert + 1] = slot
         self.slot_of[0] = -1
         # The same for few ids, as unsigned numbers, without NumPy.
         self.slot_by_id = {**slots, _UNSIGNED_NONE: _UNSIGNED_NONE}
-        # Ids below this, as unsigned numbers, are their own slots: all of the layer's where this host holds it
-        # whole. -1 is a large unsigned number, so that one comparison finds whatever else there may be.
-        same = len(slots) == num_experts and all(expert == slot for expert, slot in slots.items())
+        # Ids below this, as unsigned numbers, are their own slots: all of the base checkpoint's where this host has
+        # those. -1 is a large unsigned number, so that one comparison finds whatever else there may be.
+        same = all(slots.get(expert) == expert for expert in range(num_experts))
         self.same_below = num_experts if same else 0
 
     @property

@@ -11,6 +11,7 @@ from vllm.outputs import RequestOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from actors.outages import DEGRADED, UNAVAILABLE
+from actors.pinning import PinnedInputs, Pins
 
 
 class MeshLLM(AsyncLLM):
@@ -20,6 +21,10 @@ class MeshLLM(AsyncLLM):
     """
 
     degraded: dict[str, str]
+
+    def pin(self, pins: Pins) -> None:
+        """Have every request name its version from now on."""
+        self.input_processor: Any = PinnedInputs(self.input_processor, pins)
 
     async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
         """As vLLM's."""

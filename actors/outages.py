@@ -17,6 +17,8 @@ UNAVAILABLE = "expertmesh:unavailable:"
 """How the stop reason of a request begins that ended because an expert has no living replica."""
 DEGRADED = "expertmesh"
 """Under this key of vLLM's `kv_transfer_params` a request's last output says how it was degraded."""
+MANIFEST = "expertmesh_manifest"
+"""Under this key of vLLM's `extra_args` a request names its manifest."""
 
 
 @dataclass(slots=True)
@@ -56,6 +58,18 @@ class Outages:
             return 0
         return int(self._runner.query_start_loc.np[batch.num_reqs])
 
+    def runs(self) -> list[tuple[str, int]]:
+        """The step's requests in the order of their rows: manifest ("" for none) and number of rows."""
+        batch = getattr(self._runner, "input_batch", None)
+        if batch is None or not batch.num_reqs:
+            return []
+        number, requests = batch.num_reqs, self._runner.requests
+        starts = self._runner.query_start_loc.np[: number + 1].tolist()
+        return [
+            (manifest_of(requests.get(name)), end - start)
+            for name, start, end in zip(batch.req_ids, starts, starts[1:], strict=False)
+        ]
+
     def requests(self, rows: tuple[int, ...]) -> list[str]:
         """The requests that these rows of the step's batch belong to; none for a warm-up's rows."""
         batch = getattr(self._runner, "input_batch", None)
@@ -65,3 +79,9 @@ class Outages:
         ends = self._runner.query_start_loc.np[1 : batch.num_reqs + 1]
         found = np.unique(np.searchsorted(ends, np.asarray(rows), side="right"))
         return [batch.req_ids[index] for index in found if index < batch.num_reqs]
+
+
+def manifest_of(request: Any) -> str:
+    """The manifest that a request of vLLM's names; "" if none."""
+    extra = getattr(getattr(request, "sampling_params", None), "extra_args", None)
+    return str(extra.get(MANIFEST, "")) if extra else ""

@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from cluster.moves import Proposal
 from cluster.rebalancer import Rebalancer
 from cluster.repair_state import HostStatus
 from cluster.traffic import Routing
+from cluster.version_changes import Promoted, Staged, VersionsStatus
 
 NAME = "controller"
 # How often nodes and hosts are looked at: a round takes a few ms, and the engines don't wait for it to do without
@@ -97,8 +98,10 @@ class ControllerActor:
         return self._controller.publish(timeout_s)
 
     @ray.method(concurrency_group="watch")
-    def next_table(self, after_epoch: int, timeout_s: float, engine: str = "") -> str:
-        return self._controller.next_table(after_epoch, timeout_s, engine)
+    def next_table(
+        self, after_epoch: int, timeout_s: float, engine: str = "", running: Collection[str] = ()
+    ) -> str:
+        return self._controller.next_table(after_epoch, timeout_s, engine, running)
 
     def table(self) -> str:
         return self._controller.table()
@@ -138,6 +141,23 @@ class ControllerActor:
 
     def change(self) -> ChangeStatus:
         return self._controller.changes.change()
+
+    def versions(self) -> VersionsStatus:
+        return self._controller.versions.status()
+
+    def stage(self, name: str) -> Staged:
+        return self._controller.versions.stage(name)
+
+    def unstage(self, name: str) -> None:
+        self._controller.versions.unstage(name)
+
+    def promote(self, name: str, author: str, reason: str, continue_running: bool | None) -> Promoted:
+        return self._controller.versions.promote(
+            name, author=author, reason=reason, continue_running=continue_running
+        )
+
+    def rollback(self, author: str, reason: str) -> Promoted:
+        return self._controller.versions.rollback(author=author, reason=reason)
 
     def autoscaled(self) -> tuple[AutoscaleStatus, ...]:
         return self._autoscaler[1].statuses() if self._autoscaler is not None else ()
@@ -188,10 +208,10 @@ def published_table(namespace: str, timeout_s: float) -> str:
     return str(ray.get(answer, timeout=timeout_s + 30))
 
 
-def next_table(namespace: str, after_epoch: int, timeout_s: float) -> str:
+def next_table(namespace: str, after_epoch: int, timeout_s: float, running: list[str]) -> str:
     """JSON of the first table after an epoch, or nothing in time; called in the router's process."""
     controller: Any = ray.get_actor(NAME, namespace=namespace)
-    answer: Any = controller.next_table.remote(after_epoch, timeout_s, _this_process())
+    answer: Any = controller.next_table.remote(after_epoch, timeout_s, _this_process(), running)
     # The controller may be gone for good: a new one has the same name, and is found by the next call.
     return str(ray.get(answer, timeout=timeout_s + 10))
 

@@ -26,6 +26,7 @@ from cluster.compute_environment import compute_environment
 from cluster.holdings import Holdings
 from cluster.inventory import nodes_from_ray
 from cluster.listening import Listening
+from cluster.live_versions import Variants
 from cluster.messages import HostProgress, HostReport, HostSpec, NodeInfo, Sources
 from cluster.repair_state import FIRST_LAUNCH, HostDead, HostFailed, HostReady
 
@@ -67,8 +68,8 @@ class HostActor:
     def report(self) -> HostReport:
         return self._host.report()
 
-    def adopt(self, experts: Holdings, number: int, bandwidth: int) -> None:
-        self._host.adopt(experts, number, bandwidth)
+    def adopt(self, experts: Holdings, number: int, bandwidth: int, variants: Variants) -> None:
+        self._host.adopt(experts, number, bandwidth, variants)
 
     def failpoint(self, name: str, value: float) -> None:
         self._host.failpoint(name, value)
@@ -123,9 +124,9 @@ class RayHost:
             return self._ready
         return replace(self._ready, holds=state.holds, weight_bytes=state.holds.weight_bytes)
 
-    def adopt(self, experts: Holdings, number: int, bandwidth: int) -> None:
+    def adopt(self, experts: Holdings, number: int, bandwidth: int, variants: Variants) -> None:
         """Ask it to hold these experts; its answer is in what it says at the next probe."""
-        self._actor.adopt.remote(experts, number, bandwidth)
+        self._actor.adopt.remote(experts, number, bandwidth, variants)
 
     def stop(self) -> None:
         ray.kill(self._actor, no_restart=True)

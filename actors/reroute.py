@@ -62,8 +62,9 @@ def keep_off(masks: Mapping[int, torch.Tensor], owners: Mapping[int, Owners]) ->
     """Set the masks for who owns what now; whether any expert is kept off."""
     any_missing = False
     for layer, of_layer in owners.items():
-        missing = [expert for expert, owner in enumerate(of_layer.listed[:-1]) if owner == NOBODY]
         mask = masks[layer]
+        # Behind them are other versions of the same experts, on the same hosts.
+        missing = [expert for expert, owner in enumerate(of_layer.listed[: len(mask)]) if owner == NOBODY]
         mask.zero_()
         if missing:
             mask[missing] = _LOWEST

@@ -6,11 +6,12 @@ A host is asked, suspected (it owes an answer, and is asked only for what nobody
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
+from cluster.live_versions import LiveVersions, dead_numbers
 from cluster.messages import HostAddress, HostCost
 from cluster.table import PlacementTable
 
@@ -22,7 +23,7 @@ Replicas = tuple[tuple[int, ...], ...]
 
 
 class Held(NamedTuple):
-    """Some experts of one layer that a host holds."""
+    """Some experts of one layer that a host holds, by their numbers."""
 
     layer: int
     experts: tuple[int, ...]
@@ -36,10 +37,22 @@ class Route:
     epoch: int
     hosts: tuple[HostAddress, ...]
     replicas: Mapping[int, Replicas]
+    """Layer index → by number (see `cluster.live_versions`), even of those that nobody may ask for."""
     digest: str = ""
     """Of the table that it was made of."""
     costs: tuple[HostCost, ...] = ()
     """Of each host, as it was measured; none where not all were."""
+    versions: LiveVersions = field(default_factory=LiveVersions)
+    dead: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    """Layer index → numbers that nobody may ask for."""
+
+    @property
+    def sizes(self) -> dict[int, int]:
+        """Layer index → experts of the base checkpoint."""
+        return {
+            layer: len(rows) - len(self.versions.variants.get(layer, ()))
+            for layer, rows in self.replicas.items()
+        }
 
     @property
     def replicated(self) -> bool:
@@ -49,7 +62,10 @@ class Route:
     def held_by(self, position: int) -> Held | None:
         """The first layer of which the host holds experts, and those; None if it holds none."""
         for layer, experts in self.replicas.items():
-            held = tuple(expert for expert, hosts in enumerate(experts) if position in hosts)
+            dead = self.dead.get(layer, frozenset())
+            held = tuple(
+                number for number, hosts in enumerate(experts) if position in hosts and number not in dead
+            )
             if held:
                 return Held(layer, held)
         return None
@@ -98,10 +114,15 @@ def fixed_route(
 def route_from_table(table: PlacementTable) -> Route:
     """The running hosts of a table and their experts; an expert without one has no replicas here."""
     position = {address.host_id: index for index, address in enumerate(table.running)}
-    replicas = {
-        layer: tuple(tuple(position[host] for host in hosts if host in position) for hosts in experts)
-        for layer, experts in table.experts.items()
-    }
+    replicas = {}
+    for layer, experts in table.experts.items():
+        rows = tuple(tuple(position[host] for host in hosts if host in position) for hosts in experts)
+        variants = table.versions.variants.get(layer, ())
+        replicas[layer] = rows + tuple(rows[variant.expert] for variant in variants)
     costs = tuple(table.costs[a.host_id] for a in table.running if a.host_id in table.costs)
     measured = costs if len(costs) == len(table.running) else ()
-    return Route(table.manifest, table.epoch, table.running, replicas, table.digest, measured)
+    dead = {
+        layer: dead_numbers(table.versions, layer, len(experts)) for layer, experts in table.experts.items()
+    }
+    versions = table.versions
+    return Route(table.manifest, table.epoch, table.running, replicas, table.digest, measured, versions, dead)

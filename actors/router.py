@@ -32,6 +32,7 @@ from actors.api_access import ApiKeys, KnownRoles, OpenAIErrors, error_response,
 from actors.degraded import Degraded, Unavailable
 from actors.engine_words import engine_words
 from actors.http_server import HttpServer
+from actors.pinning import Pinned, Pins
 from actors.router_metrics import MeshMetrics, RoutingMetrics
 from actors.router_metrics import queue as engine_queue
 from actors.single_flight import SingleFlight
@@ -53,6 +54,8 @@ _DRAIN_POLL_S = 0.05
 _CLOSE_S = 1.0
 _T = TypeVar("_T")
 
+NextTable = Callable[[int, float, list[str]], str]
+
 
 class Router:
     """One replica of the router deployment. Serve makes it in an actor; tests call it directly."""
@@ -62,11 +65,12 @@ class Router:
         spec: RouterSpec,
         fetch_table: Callable[[], str],
         node_id: str,
-        next_table: Callable[[int, float], str] | None = None,
+        next_table: NextTable | None = None,
         report: Callable[[Traffic], Routing | None] | None = None,
         experts: Callable[[], str] | None = None,
     ) -> None:
-        """`fetch_table` waits for the first table; `next_table` for one after an epoch, at most so many seconds;
+        """`fetch_table` waits for the first table; `next_table` for one after an epoch, at most so many seconds, and
+        is told the manifests of running requests;
         `report` is told of the traffic, every few seconds, and says how even it is; `experts` gives the JSON of all
         that is known of the experts.
         """
@@ -76,6 +80,7 @@ class Router:
         self._node_id = node_id
         self.engine: Any = None
         self.metrics, self.routing_metrics = MeshMetrics(), RoutingMetrics()
+        self.pins = Pins()
         self._epoch = -1
         self._name = os.urandom(8).hex()
         self._background: list[asyncio.Task[None]] = []
@@ -95,7 +100,8 @@ class Router:
         engine_args = AsyncEngineArgs(**engine_arguments(self.spec))
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
         table = await loop.run_in_executor(None, self._fetch_table)
-        self._epoch = PlacementTable.from_json(table).epoch
+        first = PlacementTable.from_json(table)
+        self._epoch, self.pins.versions = first.epoch, first.versions
         settings = replace(self.spec.settings, table=table, node_id=self._node_id)
         os.environ.update(environment(settings, data_plane_key()))
         openmp.preload(os.environ)
@@ -109,7 +115,9 @@ class Router:
                 disable_log_stats=False,
             ),
         )
-        frontend = FrontendArgs(**self.spec.frontend)
+        self.engine.pin(self.pins)
+        fingerprint = {"fingerprint_mode": "custom", "fingerprint_value": self.pins.placeholder}
+        frontend = FrontendArgs(**{**fingerprint, **self.spec.frontend})
         args = argparse.Namespace(**(vars(frontend) | vars(engine_args)))
         self.engine.degraded = {}
         await self.engine.collective_rpc("expertmesh_attach")
@@ -145,8 +153,25 @@ class Router:
 
     async def set_table(self, table: str) -> int:
         """Route by another placement table from the next step on; returns its epoch."""
-        self._epoch = (await self.engine.collective_rpc("expertmesh_set_table", args=(table,)))[0]
-        return self._epoch
+        versions = PlacementTable.from_json(table).versions
+        continued = {
+            name: other
+            for name, other in versions.continued.items()
+            if self.pins.versions.continued.get(name) != other
+        }
+        if continued:
+            # What they have computed is of another version: they compute it anew.
+            await self.engine.pause_generation(mode="keep", clear_cache=True)
+        try:
+            epoch: int = (await self.engine.collective_rpc("expertmesh_set_table", args=(table,)))[0]
+            if continued:
+                await self.engine.collective_rpc("expertmesh_go_on_with", args=(continued,))
+        finally:
+            if continued:
+                await self.engine.resume_generation()
+        # Only now: the engine must know a version before it is asked for it.
+        self._epoch, self.pins.versions = epoch, versions
+        return epoch
 
     async def check_health(self) -> None:
         """Raises if the engine process is gone, so that Serve replaces the replica."""
@@ -224,6 +249,7 @@ class Router:
         app.middleware_stack = None
         app.openapi_schema = None
         app.add_middleware(KnownRoles)
+        app.add_middleware(Pinned, pins=self.pins)
         app.add_middleware(Degraded, marks=self.engine.degraded)
         app.add_middleware(Unavailable)
         app.add_middleware(Admission, limit=self.spec.max_requests, timeout_s=self.spec.request_timeout_s)
@@ -231,11 +257,12 @@ class Router:
         if self.spec.api_key_digests:
             app.add_middleware(ApiKeys, digests=self.spec.api_key_digests)
 
-    async def _watch_table(self, next_table: Callable[[int, float], str]) -> None:
+    async def _watch_table(self, next_table: NextTable) -> None:
         """Follow the controller's table. Without a controller the last one stays in use."""
         while True:
             try:
-                table = await _in_daemon_thread(partial(next_table, self._epoch, _TABLE_WAIT_S))
+                running = [name for name, number in self.pins.running.items() if number]
+                table = await _in_daemon_thread(partial(next_table, self._epoch, _TABLE_WAIT_S, running))
                 # An older one may come from a controller that was restarted and has not caught up.
                 if table and PlacementTable.from_json(table).epoch > self._epoch:
                     epoch = await self.set_table(table)
@@ -342,7 +369,7 @@ def engine_arguments(spec: RouterSpec) -> dict[str, Any]:
 def serve_application(
     spec: RouterSpec,
     fetch_table: Callable[[], str],
-    next_table: Callable[[int, float], str],
+    next_table: NextTable,
     report: Callable[[Traffic], Routing | None],
     experts: Callable[[], str],
     *,

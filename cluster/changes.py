@@ -16,6 +16,7 @@ from cluster.deployment import Deployment, flipped, followed_by, joined, left, t
 from cluster.errors import HostError
 from cluster.in_use import TablesInUse
 from cluster.ledger import Ledger
+from cluster.live_versions import LiveVersions, variants_of
 from cluster.messages import HostCost, HostHolds, HostSpec, NodeInfo
 from cluster.reconcile import Abandon, Adopt, Flip, Todo, todo
 from cluster.repair_state import HostState, Phase
@@ -65,8 +66,14 @@ class Changes:
         self.abandoned = ""
         """Why the last change did not come about."""
 
-    def follow(self, experts: dict[int, tuple[tuple[str, ...], ...]], reason: str) -> None:
-        """Change to another placement: layer → per expert the ids of the hosts that are to hold it.
+    def follow(
+        self,
+        experts: Mapping[int, tuple[tuple[str, ...], ...]],
+        reason: str,
+        versions: LiveVersions | None = None,
+    ) -> None:
+        """Change to another placement: layer → per expert the ids of the hosts that are to hold it; or to hold other
+        versions of them.
 
         Hosts load what they lack while the current one serves. HostError while a change is under way.
         """
@@ -78,7 +85,7 @@ class Changes:
                     "see `expertmesh status`, and try again when it is done",
                 )
             self.abandoned = ""
-            self._ledger.save(followed_by(deployment, experts, reason), self._ledger.repair)
+            self._ledger.save(followed_by(deployment, experts, reason, versions), self._ledger.repair)
 
     def join(self, spec: HostSpec) -> None:
         """Start one more host, which holds no experts yet."""
@@ -149,7 +156,14 @@ class Changes:
             if seen == self._settled:
                 return
             table = _read_table(deployment.table)
-            actions = todo(table.experts, deployment.following, hosts, deployment.leaving, in_use=in_use)
+            actions = todo(
+                table.experts,
+                deployment.following,
+                hosts,
+                deployment.leaving,
+                in_use=in_use,
+                versions=table.versions,
+            )
             for action in actions:
                 self._do(action)
             self._settled = seen if not actions else None
@@ -159,7 +173,11 @@ class Changes:
         deployment, state = self._ledger.deployment, self._ledger.repair
         if isinstance(action, Adopt):
             bandwidth = int(deployment.placement.rebalance.bandwidth)
-            self._ledger.running[action.host_id].adopt(action.experts, action.number, bandwidth)
+            following = deployment.following
+            versions = following.versions if following is not None else None
+            known = versions or _read_table(deployment.table).versions
+            variants = variants_of(known, action.experts, deployment.sizes)
+            self._ledger.running[action.host_id].adopt(action.experts, action.number, bandwidth, variants)
         elif isinstance(action, Flip):
             assert deployment.following is not None
             log.info("placement changed", epoch=state.epoch + 1, reason=deployment.following.reason)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import structlog
@@ -42,6 +42,7 @@ from cluster.repair_state import (
 )
 from cluster.rounds import Rounds, in_short
 from cluster.table import PlacementTable
+from cluster.version_changes import VersionChanges
 
 log = structlog.get_logger()
 
@@ -85,6 +86,8 @@ class Controller:
         self._in_use = TablesInUse(self._clock(), silence_s)
         self.changes = Changes(self._ledger, self._in_use)
         """What an operator, or a planner, may change of the placement."""
+        self.versions = VersionChanges(self._ledger, self.changes, self._in_use)
+        """What an operator may change of the model's versions."""
         self._recover()
 
     def deploy(self, deployment: Deployment) -> None:
@@ -149,6 +152,7 @@ class Controller:
                         self._feed(answer)
             self._feed(Tick())
             self.changes.reconcile()
+            self.versions.look()
         finally:
             self._looking.release()
 
@@ -190,14 +194,17 @@ class Controller:
                     raise HostError(f"host {host_id} was not ready within {timeout_s:g} s{why}")
                 self._ledger.change.wait(min(left, _WAIT_S))
 
-    def next_table(self, after_epoch: int, timeout_s: float, engine: str = "") -> str:
+    def next_table(
+        self, after_epoch: int, timeout_s: float, engine: str = "", running: Collection[str] = ()
+    ) -> str:
         """JSON of the current table as soon as its epoch is later than `after_epoch`; "" if it is not in time.
 
-        `engine` names who asks, and uses `after_epoch` meanwhile.
+        `engine` names who asks, and uses `after_epoch` meanwhile; `running` are the manifests of its requests.
         """
         with self._ledger.change:
             if engine:
-                self._in_use.heard(engine, after_epoch, self._clock())
+                self._in_use.heard(engine, after_epoch, self._clock(), running)
+                self._ledger.change.notify_all()
             later = self._ledger.change.wait_for(
                 lambda: self._ledger.deployment is not None and self._ledger.repair.epoch > after_epoch,
                 timeout_s,

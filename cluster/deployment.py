@@ -5,7 +5,7 @@ Changes of a deployment are pure functions here; the controller saves what they 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pydantic import TypeAdapter
@@ -13,9 +13,11 @@ from pydantic import TypeAdapter
 from cluster.config import HostGroup
 from cluster.config_placement import PlacementConfig
 from cluster.errors import PlacementError
-from cluster.holdings import by_host
-from cluster.messages import HostSpec, MoeLayer
-from cluster.reconcile import Following
+from cluster.holdings import Holders, by_host
+from cluster.live_versions import LiveVersions, variants_of
+from cluster.messages import HostSpec, MoeLayer, StoreAddress
+from cluster.promotion import Promotion, Retiring, VersionSettings
+from cluster.reconcile import Following, held_by_host
 from cluster.rehome import Limits
 from cluster.repair_state import Repair, rebased
 from cluster.table import PlacementTable
@@ -47,10 +49,22 @@ class Deployment:
     """Hosts that are emptied, and then ended."""
     changes: int = 0
     """Number of the last change of the placement."""
+    store: StoreAddress | None = None
+    """Of the model's versions."""
+    version_settings: VersionSettings = field(default_factory=VersionSettings)
+    promotion: Promotion | None = None
+    """The one that is being made: a controller that finds it finishes or undoes it."""
+    retiring: Mapping[str, Retiring] = field(default_factory=dict)
+    """Versions that new requests don't get any more, by manifest."""
 
     def same(self, other: Deployment) -> bool:
         """Whether they are to run the same; hosts may have come and gone since."""
         return (self.served_name, self.run) == (other.served_name, other.run)
+
+    @property
+    def sizes(self) -> dict[int, int]:
+        """Layer index → experts of the base checkpoint."""
+        return {layer.index: layer.num_experts for layer in self.layers}
 
     def spec(self, host_id: str) -> HostSpec:
         """A host's specification."""
@@ -66,22 +80,47 @@ class Deployment:
 
 
 def followed_by(
-    deployment: Deployment, experts: dict[int, tuple[tuple[str, ...], ...]], reason: str
+    deployment: Deployment,
+    experts: Mapping[int, tuple[tuple[str, ...], ...]],
+    reason: str,
+    versions: LiveVersions | None = None,
 ) -> Deployment:
     """With a placement that is to come; one that was to come before is forgotten."""
     number = deployment.changes + 1
-    return replace(deployment, following=Following(number, experts, reason), changes=number)
+    return replace(deployment, following=Following(number, experts, reason, versions), changes=number)
 
 
 def flipped(deployment: Deployment) -> Deployment:
     """With the placement that was to come as the current one, one epoch on."""
     assert deployment.following is not None
     table = PlacementTable.from_json(deployment.table)
-    experts = deployment.following.experts
-    table = replace(table, epoch=table.epoch + 1, experts=experts)
-    held = by_host(experts)
-    hosts = tuple(replace(spec, experts=held.get(spec.host_id, {})) for spec in deployment.hosts)
-    return replace(deployment, table=table.to_json(), hosts=hosts, following=None)
+    experts, versions = deployment.following.experts, table.versions
+    if (coming := deployment.following.versions) is not None:
+        # Another version may have come to serve meanwhile.
+        versions = replace(coming, serving=versions.serving, continued=versions.continued)
+    return replace(with_table(deployment, replace(table, experts=experts, versions=versions)), following=None)
+
+
+def with_table(deployment: Deployment, table: PlacementTable) -> Deployment:
+    """With another placement, or other versions, one epoch on; hosts that start anew hold what these name."""
+    table = replace(table, epoch=table.epoch + 1)
+    hosts = holding(deployment.hosts, table.experts, table.versions, deployment.sizes)
+    return replace(deployment, table=table.to_json(), hosts=hosts)
+
+
+def holding(
+    hosts: Sequence[HostSpec], experts: Holders, versions: LiveVersions, sizes: Mapping[int, int]
+) -> tuple[HostSpec, ...]:
+    """These hosts with what a placement of these versions gives them."""
+    held = held_by_host(experts, versions)
+    return tuple(
+        replace(
+            spec,
+            experts=held.get(spec.host_id, {}),
+            variants=variants_of(versions, held.get(spec.host_id, {}), sizes),
+        )
+        for spec in hosts
+    )
 
 
 def joined(deployment: Deployment, spec: HostSpec) -> Deployment:

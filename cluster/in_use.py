@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class _Engine:
+    epoch: int
+    at: float
+    running: frozenset[str]
 
 
 @dataclass
@@ -13,15 +21,28 @@ class TablesInUse:
     """When this began to listen: an engine may have been waiting at a controller before."""
     silence_s: float = 45.0
     """An engine that has not asked for so long is gone: one that lives asks more often."""
-    _epochs: dict[str, tuple[int, float]] = field(default_factory=dict)
+    _engines: dict[str, _Engine] = field(default_factory=dict)
 
-    def heard(self, engine: str, epoch: int, now: float) -> None:
-        """An engine asks for what comes after the table that it uses."""
-        self._epochs[engine] = epoch, now
+    def heard(self, engine: str, epoch: int, now: float, running: Collection[str] = ()) -> None:
+        """An engine asks for what comes after the table that it uses; requests of these manifests run in it."""
+        self._engines[engine] = _Engine(epoch, now, frozenset(running))
 
     def everywhere(self, epoch: int, now: float) -> bool:
         """Whether every engine uses this table or a later one."""
-        self._epochs = {
-            engine: (used, at) for engine, (used, at) in self._epochs.items() if now - at <= self.silence_s
+        return now - self.since > self.silence_s and self.acknowledged(epoch, now)
+
+    def acknowledged(self, epoch: int, now: float) -> bool:
+        """Whether all engines that were heard of use this table or a later one."""
+        self._forget(now)
+        return all(engine.epoch >= epoch for engine in self._engines.values())
+
+    def done_with(self, manifest: str, epoch: int, now: float) -> bool:
+        """Whether no request of this manifest runs any more; from this table on no new one gets it."""
+        return self.everywhere(epoch, now) and not any(
+            manifest in engine.running for engine in self._engines.values()
+        )
+
+    def _forget(self, now: float) -> None:
+        self._engines = {
+            name: engine for name, engine in self._engines.items() if now - engine.at <= self.silence_s
         }
-        return now - self.since > self.silence_s and all(used >= epoch for used, _ in self._epochs.values())

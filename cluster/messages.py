@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.live_versions import Variants
+
 
 @dataclass(frozen=True, slots=True)
 class NodeInfo:
@@ -111,6 +113,15 @@ class Sources:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreAddress:
+    """A store of versions, see `cluster.versions`."""
+
+    url: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The file system's own, such as ``endpoint_url``."""
+
+
+@dataclass(frozen=True, slots=True)
 class Outline:
     """What a host must know of a checkpoint before it copies experts of it."""
 
@@ -180,7 +191,7 @@ class HostSpec:
     kernel: str
     threads: int
     experts: Mapping[int, tuple[int, ...]]
-    """Layer index → numbers of the experts to hold."""
+    """Layer index → numbers of the experts to hold, see `cluster.live_versions`."""
     unix: str
     """Name to listen on in the abstract socket namespace."""
     tcp_ip: str
@@ -190,6 +201,10 @@ class HostSpec:
     """Most that the process may take; 0 for no limit."""
     group: str = ""
     """Name of its host group."""
+    variants: Variants = field(default_factory=dict)
+    """What those numbers are that are not the base checkpoint's."""
+    store: StoreAddress | None = None
+    """Where their blobs are."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,7 @@ def _new_host(snapshot: Snapshot, group: str) -> HostSpec:
         device=wanted.device,
         kernel=wanted.kernel,
         experts={},
+        variants={},
         unix=f"expertmesh-{deployment.run}-{slot.host_id}",
         tcp_port=0,
         memory_limit_bytes=wanted.memory_limit or 0,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from cluster.holdings import Holdings
+from cluster.live_versions import Variants
 from cluster.messages import HostProgress, HostReport, HostSpec, NodeInfo
 from cluster.node_shape import NodeShape
 from cluster.repair_state import HostDead, HostFailed, HostReady
@@ -20,10 +21,11 @@ class Host(Protocol):
     def probe(self, timeout_s: float) -> HostReady | HostFailed | HostDead | None:
         """How it is; None while it loads, or if it doesn't answer: a process that is frozen is not dead."""
 
-    def adopt(self, experts: Holdings, number: int, bandwidth: int) -> None:
+    def adopt(self, experts: Holdings, number: int, bandwidth: int, variants: Variants) -> None:
         """Ask it to hold these experts, loading at most so many bytes a second; does not wait.
 
-        `number` is repeated in what it says of itself if it can't; see `cluster.messages.HostHolds`.
+        `number` is repeated in what it says of itself if it can't; see `cluster.messages.HostHolds`. `variants` says
+        what those are that are not the base checkpoint's.
         """
 
     def stop(self) -> None: ...

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from cluster.holdings import Holders, Holdings, by_host, digest, union
+from cluster.live_versions import LiveVersions, numbers
 from cluster.messages import HostHolds
 
 
@@ -27,11 +29,13 @@ class Following:
     experts: Mapping[int, tuple[tuple[str, ...], ...]]
     """Layer index → per expert the hosts that are to hold it."""
     reason: str
+    versions: LiveVersions | None = None
+    """What they are to hold of each expert, if that changes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adopt:
-    """Tell a host to hold these experts from now on."""
+    """Tell a host to hold these experts from now on, by their numbers (see `cluster.live_versions`)."""
 
     host_id: str
     experts: Holdings
@@ -60,6 +64,13 @@ class Leave:
 
 Todo = Adopt | Flip | Abandon | Leave
 
+NO_VERSIONS: Final = LiveVersions()
+
+
+def held_by_host(experts: Holders, versions: LiveVersions) -> dict[str, Holdings]:
+    """What a placement gives each host that it names: of each expert all that the versions ask for."""
+    return {host_id: numbers(versions, held) for host_id, held in by_host(experts).items()}
+
 
 def todo(
     current: Holders,
@@ -68,18 +79,19 @@ def todo(
     leaving: Collection[str],
     *,
     in_use: bool,
+    versions: LiveVersions = NO_VERSIONS,
 ) -> list[Todo]:
     """What is to be done now.
 
     `current` is the placement that serves and `following` the next one, if there is one; `hosts` are all hosts, None
     for one that is not ready; `in_use` says whether every engine uses the current table, so that what it does not
-    name is not asked for any more.
+    name is not asked for any more. `versions` are those that serve.
     """
     actions: list[Todo] = []
-    held = by_host(current)
+    held = held_by_host(current, versions)
     wanted: dict[str, Holdings] = {host_id: held.get(host_id, {}) for host_id in hosts}
     if following is not None:
-        waiting, coming = False, by_host(following.experts)
+        waiting, coming = False, held_by_host(following.experts, following.versions or versions)
         for host_id, known in hosts.items():
             now = wanted[host_id]
             both = union(now, coming.get(host_id, {}))

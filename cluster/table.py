@@ -14,6 +14,7 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from cluster.errors import PlacementError, ProtocolError
+from cluster.live_versions import LiveVersions
 from cluster.messages import HostAddress, HostCost, MoeLayer
 from cluster.placement import Plan
 from cluster.turns import first_asked
@@ -33,9 +34,13 @@ class PlacementTable:
     """Layer index → per expert the hosts that hold it, the one to ask first in front."""
     costs: Mapping[str, HostCost] = field(default_factory=dict)
     """Of hosts that were measured."""
+    versions: LiveVersions = field(default_factory=LiveVersions)
+    """What engines may ask these hosts for; `manifest` names the base checkpoint."""
 
     @classmethod
-    def from_plan(cls, plan: Plan, manifest: str, epoch: int = 0) -> PlacementTable:
+    def from_plan(
+        cls, plan: Plan, manifest: str, epoch: int = 0, versions: LiveVersions | None = None
+    ) -> PlacementTable:
         """The table of a plan whose hosts aren't running yet.
 
         An expert's hosts take turns in being asked first, or those in front would do all the work and the
@@ -50,7 +55,13 @@ class PlacementTable:
                 for expert in held.get(layer.index, ()):
                     holders[expert].append(position)
             experts[layer.index] = _by_turns(holders, names, weights)
-        return cls(manifest, epoch, dict.fromkeys(plan.assignments), experts)
+        return cls(
+            manifest,
+            epoch,
+            dict.fromkeys(plan.assignments),
+            experts,
+            versions=LiveVersions() if versions is None else versions,
+        )
 
     def next_epoch(
         self, *, hosts: Mapping[str, HostAddress | None] | None = None, manifest: str | None = None
@@ -112,6 +123,7 @@ class PlacementTable:
             hosts=dict(self.hosts),
             experts=experts,
             costs=dict(self.costs),
+            versions=self.versions,
         ).model_dump_json()
 
     @classmethod
@@ -144,7 +156,7 @@ class PlacementTable:
             layer: tuple(tuple(names[p] for p in positions) for positions in rows)
             for layer, rows in wire.experts.items()
         }
-        return cls(wire.manifest, wire.epoch, wire.hosts, experts, wire.costs)
+        return cls(wire.manifest, wire.epoch, wire.hosts, experts, wire.costs, wire.versions)
 
     def _holders(self, layer: int, expert: int) -> tuple[str, ...]:
         rows = self.experts.get(layer, ())
@@ -186,3 +198,4 @@ class _TableJson(BaseModel):
     hosts: dict[str, HostAddress | None]
     experts: dict[NonNegativeInt, list[list[NonNegativeInt]]]
     costs: dict[str, HostCost] = {}
+    versions: LiveVersions = LiveVersions()

@@ -22,8 +22,8 @@ from cluster.errors import ExpertmeshError
 from workloads.bench.chaos_cli import chaos_app
 from workloads.bench.cli import bench_app
 from workloads.console import console
+from workloads.live_version_commands import versions_app
 from workloads.models.cli import model_app
-from workloads.version_commands import versions_app
 
 app = typer.Typer(
     name="expertmesh",

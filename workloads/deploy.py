@@ -15,10 +15,11 @@ from cluster.cache_folder import cache_folder
 from cluster.checkpoint import Checkpoint
 from cluster.compute_environment import compute_environment
 from cluster.config import Config
-from cluster.controller import Deployment
+from cluster.deployment import Deployment, holding
 from cluster.errors import CheckpointError, PlacementError
 from cluster.frame import ITEM_BYTES
 from cluster.inventory import slots
+from cluster.live_versions import LiveVersions
 from cluster.messages import EngineSettings, HostSlot, HostSpec, NodeInfo, RouterSpec
 from cluster.placement import Plan, plan
 from cluster.rehome import Limits
@@ -26,6 +27,7 @@ from cluster.replication import read_counts
 from cluster.table import PlacementTable
 from workloads.config_view import show_size
 from workloads.models.unsupported import UNSUPPORTED
+from workloads.version_store import store_address, version_settings
 
 # Rows in one message. Prefill steps longer than this go in several rounds; it bounds the shared memory.
 _MAX_ROWS = 2048
@@ -53,8 +55,10 @@ def blueprint(
     served_name: str,
     nodes: Sequence[NodeInfo],
     here: str = "",
+    versions: LiveVersions | None = None,
 ) -> Blueprint:
-    """Place the experts and describe every host; `here` is the id of the node that asks.
+    """Place the experts and describe every host; `here` is the id of the node that asks, `versions` what serves of
+    the model's, without which there are none.
 
     Raises CheckpointError, ConfigError or PlacementError.
     """
@@ -78,13 +82,18 @@ def blueprint(
             f"{error.message}\n  {engine_needs(config, checkpoint, dtype)}",
             f"{error.hint}; a smaller engine.kv_cache leaves more to the hosts",
         ) from None
-    table = PlacementTable.from_plan(placed, manifest=checkpoint.digest, epoch=0)
+    table = PlacementTable.from_plan(placed, checkpoint.digest, 0, versions)
     selectors = {group.name: group.selector for group in config.hosts}
     # Two servers of one machine must not meet in the abstract socket namespace.
     run = secrets.token_hex(4)
     deployment = Deployment(
         served_name,
-        host_specs(config, checkpoint, dtype, chosen, placed, nodes, run),
+        holding(
+            host_specs(config, checkpoint, dtype, chosen, placed, nodes, run),
+            table.experts,
+            table.versions,
+            {layer.index: layer.num_experts for layer in checkpoint.moe_layers},
+        ),
         table.to_json(),
         Limits({slot.host_id: selectors[slot.group] for slot in chosen}, {engine.node_id: reserved}),
         run=run,
@@ -93,6 +102,8 @@ def blueprint(
         copies=placed.copies,
         groups=config.hosts,
         placement=config.placement,
+        store=store_address(config, checkpoint) if versions is not None else None,
+        version_settings=version_settings(config),
     )
     return Blueprint(checkpoint, dtype, served_name, engine, chosen, placed, deployment)
 
@@ -166,6 +177,7 @@ def host_specs(
             tcp_port=0,
             memory_limit_bytes=limit[slot.group] or 0,
             group=slot.group,
+            store=store_address(config, checkpoint),
         )
         for slot in chosen
         if placed.assignments.get(slot.host_id)

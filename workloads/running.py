@@ -17,6 +17,10 @@ START: Final = "start it with `expertmesh serve`"
 _CALL_S: Final = 120.0
 
 
+class NotRunningError(ExpertmeshError):
+    """No server of expertmesh has this cluster."""
+
+
 @dataclass(frozen=True)
 class RunningController:
     """A controller that can be asked."""
@@ -58,5 +62,5 @@ def running_controller(config: Config, url: str | None = None) -> Iterator[Runni
 
         actor = ray_controller.find(settings.namespace)
         if actor is None:
-            raise ExpertmeshError(NOTHING, START)
+            raise NotRunningError(NOTHING, START)
         yield RunningController(url, actor)

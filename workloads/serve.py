@@ -44,6 +44,7 @@ from workloads.models.provenance import read_provenance
 from workloads.rehearse import rehearse
 from workloads.serve_options import replica_options
 from workloads.take_down import APP, take_down
+from workloads.version_store import first_version
 
 Progress = Callable[[str, float], None]
 
@@ -111,6 +112,7 @@ def serving(config: Config, progress: Progress) -> Iterator[Server]:
     with breakdown.stage("model"):
         checkpoint, dtype, name = open_model(config, progress)
         check_supported(checkpoint)
+        versions = first_version(config, checkpoint)
     with breakdown.stage("compile"):
         rehearse(config, checkpoint, dtype, name, progress)
     breakdown.started = time.monotonic()
@@ -120,7 +122,7 @@ def serving(config: Config, progress: Progress) -> Iterator[Server]:
             address = stack.enter_context(connected(config.ray))
             progress("starting Ray", 1.0)
         with breakdown.stage("plan"):
-            print_ = blueprint(config, checkpoint, dtype, name, nodes(), here=here())
+            print_ = blueprint(config, checkpoint, dtype, name, nodes(), here(), versions)
         url = f"http://{_url_host(config, print_)}:{config.server.port}"
         controller = _claim(config.ray.namespace, print_, stack)
         _bring_up(config, print_, controller, breakdown, progress)

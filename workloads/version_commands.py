@@ -210,7 +210,25 @@ def gc(
 
 def running_versions(config: Config) -> frozenset[str]:
     """Digests of the versions that the running mesh has loaded or is loading; none if no mesh runs."""
-    return frozenset()
+    from workloads import run_file
+    from workloads.running import NotRunningError, running_controller
+
+    found: set[str] = set()
+    # A cluster that does not answer is an error: what it needs must not go.
+    for url in [run.url for run in run_file.running()] if config.ray.address == "local" else [None]:
+        try:
+            with running_controller(config, url) as controller:
+                if controller.ask("deployment") is not None:
+                    status = controller.ask("versions")
+                    found |= {*status.live, *status.coming, status.promoting or status.serving}
+        except NotRunningError:
+            continue
+    return frozenset(found)
+
+
+def configured(file: Path | None) -> Config:
+    """The configuration, without what flags of the store may say."""
+    return _config(file, None, None)
 
 
 def _config(file: Path | None, model: str | None, store: str | None) -> Config:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import httpx
 
+from cluster.live_versions import HEADER
 from workloads.bench.chaos_scenario import Load
 
 # refused: a 503, as status or as an event. short: [DONE] came too early. broken: the connection ended first.
@@ -54,6 +55,8 @@ class Answer:
     """One per event that brought tokens."""
     counts: tuple[int, ...]
     """How many tokens each of these events brought."""
+    manifest: str = ""
+    """The version of the model that it says it is of."""
 
 
 @dataclass
@@ -64,6 +67,7 @@ class _Heard:
     times_ns: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     done: bool = False
+    manifest: str = ""
     error: Mapping[str, Any] | None = None
 
 
@@ -173,6 +177,7 @@ async def ask(client: httpx.AsyncClient, url: str, model: str, prompt: Prompt, l
         tuple(heard.tokens),
         tuple(heard.times_ns),
         tuple(heard.counts),
+        heard.manifest,
     )
 
 
@@ -180,6 +185,7 @@ async def _listen(
     request: AbstractAsyncContextManager[httpx.Response], heard: _Heard, wanted: int
 ) -> tuple[Outcome, str]:
     async with request as response:
+        heard.manifest = response.headers.get(HEADER, "")
         if response.status_code != 200:
             text = (await response.aread()).decode(errors="replace")
             return ("refused" if response.status_code == 503 else "status"), f"{response.status_code} {text}"

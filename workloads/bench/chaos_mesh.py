@@ -151,6 +151,21 @@ class Mesh:
         answer = self._ask("experts")
         return answer[0] if answer else None
 
+    def call(self, method: str, *arguments: object) -> Any:
+        """The controller's answer. The ExpertmeshError that it raises, or Ray's if it is not there."""
+        import ray
+
+        from actors import ray_controller
+
+        try:
+            return ray.get(
+                getattr(ray_controller.find(self._namespace), method).remote(*arguments), timeout=_CALL_S
+            )
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ExpertmeshError):
+                raise error.cause from None
+            raise
+
     def restore(self) -> None:
         """Start the nodes again that were killed, so that the next run finds as many."""
         if self._nodes is not None:

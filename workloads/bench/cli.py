@@ -1,13 +1,19 @@
-"""`expertmesh bench dispatch | hot-path | prediction | serve | replicas | placement | solver`."""
+"""`expertmesh bench dispatch | hot-path | prediction | swap | serve | replicas | placement | solver`."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from cluster.checkpoint import Checkpoint
+    from cluster.config import Config
+    from workloads.bench.chaos_run import Model
 
 bench_app = typer.Typer(help="Measurements; each can write one JSON object.", no_args_is_help=True)
 
@@ -76,35 +82,36 @@ def prediction(
     check: Check = False,
 ) -> None:
     """How far the planner's predictions are from what dispatches take, on a running mesh."""
-    from cluster.config import load_config
-    from workloads.bench.chaos_mesh import own_cluster
-    from workloads.bench.chaos_run import Model
     from workloads.bench.chaos_server import steadfast
     from workloads.bench.prediction import measure, show
-    from workloads.bench.report import write
-    from workloads.console import console
-    from workloads.logs import configure
-    from workloads.progress import stages
-    from workloads.serve import open_model
 
-    flags = {"model.path": model, "hosts.0.count": hosts}
-    names = {"model.path": "--model", "hosts.0.count": "--hosts"}
-    loaded = load_config(config, flags, os.environ, names).config
-    own_cluster(loaded)
-    configure("warning")
-    err = Console(stderr=True)
-    with stages(err) as progress:
-        checkpoint, dtype, name = open_model(loaded, progress)
-    given = {"path": str(checkpoint.path), "dtype": dtype, "name": name}
-    loaded = loaded.model_copy(update={"model": loaded.model.model_copy(update=given)})
+    loaded, _, served = _own_server(config, model, hosts)
     with steadfast():
-        served = Model(name, int(checkpoint.text_config["vocab_size"]))
-        report = measure(loaded, served, seed, lambda text: err.print(text, highlight=False))
-    if json_:
-        write(report, json_)
-    show(report, err if json_ == "-" else console())
-    if check and any(bar["met"] is False for bar in report["bars"].values()):
-        raise typer.Exit(1)
+        report = measure(loaded, served, seed, _note)
+    _end(report, json_, check, show)
+
+
+@bench_app.command()
+def swap(
+    json_: JsonFile = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Checkpoint folder, or 'default'.")
+    ] = None,
+    hosts: Annotated[int | None, typer.Option("--hosts", help="Number of expert hosts.")] = None,
+    cycles: Annotated[int, typer.Option(min=2, help="Promotions, and as many rollbacks.")] = 100,
+    seed: Seed = 0,
+    check: Check = False,
+) -> None:
+    """A version published, staged, and promoted and rolled back again and again under load."""
+    from workloads.bench.chaos_server import steadfast
+    from workloads.bench.swap import measure, show
+
+    # Tokens are compared one by one.
+    loaded, checkpoint, served = _own_server(config, model, hosts, dtype="float32")
+    with steadfast():
+        report = measure(loaded, checkpoint, served, cycles, seed, _note)
+    _end(report, json_, check, show)
 
 
 @bench_app.command()
@@ -280,6 +287,50 @@ def solver(
     if json_:
         write(report, json_)
     show(report, err if json_ == "-" else console())
+    if check and any(bar["met"] is False for bar in report["bars"].values()):
+        raise typer.Exit(1)
+
+
+def _own_server(
+    config: Path | None, model: str | None, hosts: int | None, dtype: str | None = None
+) -> tuple[Config, Checkpoint, Model]:
+    """What a measurement serves on a cluster of its own. ConfigError where the configuration names another."""
+    from cluster.config import load_config
+    from workloads.bench.chaos_mesh import own_cluster
+    from workloads.bench.chaos_run import Model
+    from workloads.logs import configure
+    from workloads.progress import stages
+    from workloads.serve import open_model
+
+    flags = {"model.path": model, "hosts.0.count": hosts, "model.dtype": dtype}
+    names = {"model.path": "--model", "hosts.0.count": "--hosts", "model.dtype": "--dtype"}
+    loaded = load_config(config, flags, os.environ, names).config
+    own_cluster(loaded)
+    configure("warning")
+    with stages(Console(stderr=True)) as progress:
+        checkpoint, served_dtype, name = open_model(loaded, progress)
+    given = {"path": str(checkpoint.path), "dtype": served_dtype, "name": name}
+    loaded = loaded.model_copy(update={"model": loaded.model.model_copy(update=given)})
+    return loaded, checkpoint, Model(name, int(checkpoint.text_config["vocab_size"]))
+
+
+def _note(text: str) -> None:
+    Console(stderr=True).print(text, highlight=False)
+
+
+def _end(
+    report: dict[str, Any],
+    json_: str | None,
+    check: bool,
+    show: Callable[[dict[str, Any], Console], None],
+) -> None:
+    """Write the report, show it, and end with code 1 if a bar is missed that was to be met."""
+    from workloads.bench.report import write
+    from workloads.console import console
+
+    if json_:
+        write(report, json_)
+    show(report, Console(stderr=True) if json_ == "-" else console())
     if check and any(bar["met"] is False for bar in report["bars"].values()):
         raise typer.Exit(1)
 

@@ -17,6 +17,7 @@ from cluster.config import HostGroup
 from cluster.controller import Controller, Deployment
 from cluster.errors import HostError
 from cluster.holdings import Holdings, digest
+from cluster.live_versions import Variants
 from cluster.messages import (
     HostAddress,
     HostCost,
@@ -74,7 +75,7 @@ class MemoryHost:
             return None
         return HostReady(host_id, self.generation, self.address, 1024, holds, HostCost(1e-5, 1e-4, 1e-5))
 
-    def adopt(self, experts: Holdings, number: int, bandwidth: int) -> None:
+    def adopt(self, experts: Holdings, number: int, bandwidth: int, variants: Variants) -> None:
         if self.fails_to_adopt:
             self.failed = number
         elif self.adopts:

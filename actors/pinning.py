@@ -1,0 +1,115 @@
+"""Every request has one version of the model, from its first token to its last.
+
+It gets it when it is admitted: `Pinned` chooses and names it in the answer's header and system fingerprint,
+`PinnedInputs` writes it into what goes to the engine. There `actors.row_versions` finds it, and the salt keeps what
+one version computed from being used for another.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from contextvars import ContextVar
+from typing import Any, Final
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from actors.outages import MANIFEST
+from cluster.live_versions import HEADER, LiveVersions
+
+_SHORT: Final = 16
+_of_request: ContextVar[str] = ContextVar("expertmesh_manifest", default="")
+
+
+class Pins:
+    """The versions that requests get, of one replica of the router."""
+
+    def __init__(self) -> None:
+        self.versions = LiveVersions()
+        self.running: Counter[str] = Counter()
+        """Requests inside, by manifest."""
+        # vLLM writes it into answers; each request's own takes its place, which is as long.
+        self.placeholder: Final = f"expertmesh-{secrets.token_hex(_SHORT // 2)}"
+
+    def choose(self, scope: Scope) -> str:
+        """The manifest for a request that is admitted now."""
+        return self.versions.serving
+
+    def current(self) -> str:
+        """The manifest of the request that is being handled; of one that was not admitted, such as a probe, the
+        one that serves.
+        """
+        return _of_request.get() or self.versions.serving
+
+    def fingerprint(self, manifest: str) -> bytes:
+        """What the answer names, once running requests may go on with another version."""
+        return f"expertmesh-{self.versions.continued.get(manifest, manifest)[:_SHORT]}".encode()
+
+
+class Pinned:
+    """Chooses each request's manifest, and names it in the answer."""
+
+    def __init__(self, app: ASGIApp, pins: Pins) -> None:
+        self._app, self._pins = app, pins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pins = self._pins
+        manifest = pins.choose(scope) if scope["type"] == "http" and scope["method"] == "POST" else ""
+        if not manifest:
+            await self._app(scope, receive, send)
+            return
+        placeholder = pins.placeholder.encode()
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(raw=message["headers"])[HEADER] = manifest
+            elif placeholder in message.get("body", b""):
+                body = message["body"].replace(placeholder, pins.fingerprint(manifest))
+                message = {**message, "body": body}
+            await send(message)
+
+        token = _of_request.set(manifest)
+        pins.running[manifest] += 1
+        try:
+            await self._app(scope, receive, answer)
+        finally:
+            pins.running[manifest] -= 1
+            _of_request.reset(token)
+
+
+class PinnedInputs:
+    """vLLM's processor of inputs, which names each request's manifest to the engine and salts its cache with it."""
+
+    def __init__(self, inner: Any, pins: Pins) -> None:
+        self._inner, self._pins = inner, pins
+
+    def process_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's."""
+        return self._pin(self._inner.process_inputs(*args, **kwargs))
+
+    async def process_inputs_async(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's."""
+        return self._pin(await self._inner.process_inputs_async(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def _pin(self, request: Any) -> Any:
+        manifest = self._pins.current()
+        if manifest:
+            request.cache_salt = salt(manifest, request.cache_salt)
+            params = request.sampling_params
+            if params is not None:
+                params.extra_args = {**(params.extra_args or {}), MANIFEST: manifest}
+        return request
+
+
+def salt(manifest: str, of_client: str | None) -> str:
+    """What a request's cache is salted with: its manifest, and what its client asked for."""
+    return f"{manifest}:{of_client or ''}"
+
+
+def salted_anew(before: str | None, manifest: str) -> str:
+    """The salt of a request that goes on with another manifest."""
+    return salt(manifest, (before or "").partition(":")[2])

@@ -1,0 +1,291 @@
+"""Versions of a mesh that serves: staged, promoted, rolled back, and let go when nobody needs them any more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import structlog
+
+from cluster import staging
+from cluster.changes import Changes
+from cluster.deployment import Deployment, with_table
+from cluster.errors import VersionError
+from cluster.in_use import TablesInUse
+from cluster.ledger import Ledger
+from cluster.live_versions import serving, with_version, without_version
+from cluster.messages import StoreAddress
+from cluster.promotion import Promotion, Retiring
+from cluster.table import PlacementTable
+from cluster.version_check import checked
+from cluster.versions.aliases import Move
+from cluster.versions.store import Store
+
+log = structlog.get_logger()
+
+# How long `promote` waits for the engines' word that they use it; it goes on without.
+_ENGINES_S: Final = 5.0
+CRASH_VARIABLE: Final = "EXPERTMESH_CRASH_AT"
+"""Names a step at which the process kills itself, where failpoints are allowed: tests cut promotions short by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """What a version takes to be ready."""
+
+    manifest: str
+    bytes_by_host: Mapping[str, int]
+    """Of what hosts load for it; empty if they have all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Promoted:
+    """A version serves."""
+
+    manifest: str
+    before: str
+    """The one that served before."""
+    epoch: int
+    seconds: float
+    """From the request until every engine gave it to new requests."""
+    everywhere: bool
+    """Whether all engines have said so."""
+
+
+@dataclass(frozen=True, slots=True)
+class VersionsStatus:
+    """Which versions a mesh can compute with."""
+
+    serving: str
+    live: tuple[str, ...]
+    retiring: Mapping[str, Retiring]
+    promoting: str = ""
+    """The one that is being promoted."""
+    coming: tuple[str, ...] = field(default=())
+    """Versions that are being staged."""
+
+
+class VersionChanges:
+    """Of one controller; calls may come from several threads."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        changes: Changes,
+        in_use: TablesInUse,
+        *,
+        open_store: Callable[[StoreAddress], Store] = lambda address: Store(address.url, address.options),
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._ledger, self._changes, self._in_use = ledger, changes, in_use
+        self._open_store, self._wall = open_store, wall
+        # One promotion at a time.
+        self._promoting = threading.Lock()
+
+    def status(self) -> VersionsStatus:
+        """Which versions are live, and which one serves."""
+        with self._ledger.change:
+            deployment = self._ledger.required()
+            versions = PlacementTable.from_json(deployment.table).versions
+            following = deployment.following.versions if deployment.following is not None else None
+            promotion = deployment.promotion
+            return VersionsStatus(
+                versions.serving,
+                tuple(versions.live),
+                deployment.retiring,
+                promotion.move.manifest if promotion is not None else "",
+                tuple(name for name in (following.live if following else ()) if name not in versions.live),
+            )
+
+    def stage(self, name: str) -> Staged:
+        """Have the hosts load a version beside those that serve; returns while they do.
+
+        `name` is an alias, or how the manifest's digest begins. VersionError if it is damaged, unsigned where it must
+        be signed, of another model, or larger than the memory that hosts have left.
+        """
+        store, deployment = self._store()
+        digest = store.find(name)
+        model = PlacementTable.from_json(deployment.table).manifest
+        manifest = checked(store, digest, model, deployment.version_settings.public_key)
+        snapshot = self._changes.snapshot()
+        if snapshot is None:
+            raise VersionError(
+                "the hosts are still starting", "try again when `expertmesh status` says ready"
+            )
+        table = PlacementTable.from_json(snapshot.deployment.table)
+        if digest in table.versions.live:
+            self._keep(digest)
+            return Staged(digest, {})
+        coming = with_version(table.versions, digest, manifest.experts, snapshot.deployment.sizes)
+        with self._ledger.change:
+            held = {host_id: said.weight_bytes for host_id, said in self._ledger.said.items()}
+        loads = staging.bytes_by_host(snapshot.deployment, table, coming)
+        staging.check_room(snapshot, held, loads)
+        self._changes.follow(table.experts, f"stage {digest[:12]}", coming)
+        self._changes.reconcile()
+        return Staged(digest, loads)
+
+    def unstage(self, name: str) -> None:
+        """Let go of a version that does not serve, as soon as no request runs on it."""
+        store, _ = self._store()
+        digest = store.find(name)
+        with self._ledger.change:
+            deployment, state = self._ledger.required(), self._ledger.repair
+            versions = PlacementTable.from_json(deployment.table).versions
+            if digest == versions.serving:
+                raise VersionError(f"version {digest[:12]} serves", "promote another one first")
+            if digest not in versions.live:
+                raise VersionError(f"version {digest[:12]} is not loaded", "see `expertmesh versions list`")
+            retiring = {**deployment.retiring, digest: Retiring(0.0, state.epoch)}
+            self._ledger.save(replace(deployment, retiring=retiring), state)
+
+    def promote(
+        self, name: str, *, author: str = "", reason: str = "", continue_running: bool | None = None
+    ) -> Promoted:
+        """Give a staged version to all new requests, and move the alias there.
+
+        VersionError if it is not staged, or somebody else moves the alias meanwhile: nothing is changed then.
+        """
+        started = time.monotonic()
+        if not self._promoting.acquire(blocking=False):
+            raise VersionError("another version is being promoted", "see `expertmesh versions list`")
+        try:
+            store, deployment = self._store()
+            digest, alias = store.find(name), deployment.version_settings.alias
+            if deployment.promotion is not None:
+                self._finish(store, deployment.promotion)
+            now = store.aliases.current(alias)
+            with self._ledger.change:
+                deployment, state = self._ledger.required(), self._ledger.repair
+                versions = PlacementTable.from_json(deployment.table).versions
+                if digest not in versions.live:
+                    raise VersionError(
+                        f"version {digest[:12]} is not loaded",
+                        f"`expertmesh versions stage {digest[:12]}` first",
+                    )
+                if digest == versions.serving and now is not None and now.manifest == digest:
+                    raise VersionError(f"version {digest[:12]} serves already", "nothing is to be done")
+                before = versions.serving
+                move = Move((now.number if now else 0) + 1, digest, self._wall(), author, reason)
+                if continue_running is None:
+                    continue_running = deployment.version_settings.continue_running
+                promotion = Promotion(alias, move, continue_running)
+                self._ledger.save(replace(deployment, promotion=promotion), state)
+            crash_here("promotion written down")
+            epoch = self._finish(store, promotion)
+            everywhere = self._wait_for_engines(epoch)
+            return Promoted(digest, before, epoch, time.monotonic() - started, everywhere)
+        finally:
+            self._promoting.release()
+
+    def rollback(self, *, author: str = "", reason: str = "") -> Promoted:
+        """Promote the version that served before. VersionError if there was none, or it is not loaded any more."""
+        store, deployment = self._store()
+        alias = deployment.version_settings.alias
+        moves = store.aliases.history(alias, 2)
+        if len(moves) < 2:
+            raise VersionError(f"{alias} has been at one version only", "there is none to go back to")
+        return self.promote(moves[0].manifest, author=author, reason=reason or "rollback")
+
+    def look(self) -> None:
+        """Finish a promotion that a controller before this one began, and let go of versions that nobody needs."""
+        with self._ledger.change:
+            deployment = self._ledger.deployment
+        if deployment is None or (deployment.promotion is None and not deployment.retiring):
+            return
+        if deployment.promotion is not None and self._promoting.acquire(blocking=False):
+            try:
+                store, deployment = self._store()
+                if deployment.promotion is not None:
+                    self._finish(store, deployment.promotion)
+            except VersionError as error:
+                log.warning("promotion not finished", reason=error.message)
+            finally:
+                self._promoting.release()
+        self._let_go()
+
+    def _finish(self, store: Store, promotion: Promotion) -> int:
+        """From wherever a promotion is to its end; the epoch from which on it holds.
+
+        VersionError if the alias was moved by somebody else: the promotion is crossed out.
+        """
+        move = promotion.move
+        now = store.aliases.current(promotion.alias)
+        try:
+            if now is None or now.number < move.number:
+                store.aliases.move(promotion.alias, move)
+            elif store.aliases.history(promotion.alias, 1 + now.number - move.number)[0] != move:
+                raise VersionError(
+                    f"alias {promotion.alias} was moved by somebody else meanwhile",
+                    "see where it points now, and try again",
+                )
+        except VersionError:
+            with self._ledger.change:
+                self._ledger.save(replace(self._ledger.required(), promotion=None), self._ledger.repair)
+            raise
+        crash_here("alias moved")
+        with self._ledger.change:
+            deployment, state = self._ledger.required(), self._ledger.repair
+            table = PlacementTable.from_json(deployment.table)
+            before, epoch = table.versions.serving, state.epoch + 1
+            versions = serving(table.versions, move.manifest, continue_running=promotion.continue_running)
+            deployment = with_table(deployment, replace(table, versions=versions))
+            retiring = {name: r for name, r in deployment.retiring.items() if name != move.manifest}
+            if before != move.manifest:
+                retiring[before] = Retiring(self._wall(), epoch)
+            deployment = replace(deployment, promotion=None, retiring=retiring)
+            self._ledger.save(deployment, replace(state, epoch=epoch))
+        crash_here("table published")
+        log.info("version serves", manifest=move.manifest[:12], before=before[:12], epoch=epoch)
+        return epoch
+
+    def _wait_for_engines(self, epoch: int) -> bool:
+        with self._ledger.change:
+            return self._ledger.change.wait_for(
+                lambda: self._in_use.acknowledged(epoch, self._ledger.now()), _ENGINES_S
+            )
+
+    def _let_go(self) -> None:
+        with self._ledger.change:
+            deployment, state = self._ledger.deployment, self._ledger.repair
+            if deployment is None or not deployment.retiring or deployment.following is not None:
+                return
+            keep, now = deployment.version_settings.keep_warm_s, self._wall()
+            for name, retiring in deployment.retiring.items():
+                if now - retiring.since < keep or not self._in_use.done_with(
+                    name, retiring.epoch, self._ledger.now()
+                ):
+                    continue
+                table = PlacementTable.from_json(deployment.table)
+                table = replace(table, versions=without_version(table.versions, name))
+                left = {other: r for other, r in deployment.retiring.items() if other != name}
+                deployment = replace(with_table(deployment, table), retiring=left)
+                self._ledger.save(deployment, replace(state, epoch=state.epoch + 1))
+                log.info("version let go", manifest=name[:12])
+                return
+
+    def _keep(self, digest: str) -> None:
+        """Not to be let go for its age: somebody staged it anew."""
+        with self._ledger.change:
+            deployment = self._ledger.required()
+            if digest in deployment.retiring:
+                left = {name: r for name, r in deployment.retiring.items() if name != digest}
+                self._ledger.save(replace(deployment, retiring=left), self._ledger.repair)
+
+    def _store(self) -> tuple[Store, Deployment]:
+        with self._ledger.change:
+            deployment = self._ledger.required()
+        if deployment.store is None:
+            raise VersionError("this mesh has no store of versions", "set versions.store and start it again")
+        return self._open_store(deployment.store), deployment
+
+
+def crash_here(step: str) -> None:
+    """End this process at once if it is to crash at this step."""
+    if os.environ.get(CRASH_VARIABLE) == step and os.environ.get("EXPERTMESH_FAILPOINTS") == "1":
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,164 @@
+"""`expertmesh versions stage`, `promote`, `rollback`, `unstage`: the versions of a mesh that serves."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import time
+from dataclasses import asdict
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+
+from cluster.errors import HostError, VersionError
+from workloads.console import console
+from workloads.running import RunningController, running_controller
+from workloads.version_commands import ConfigFile, Json, Version, configured
+from workloads.version_commands import versions_app as versions_app
+
+out = console()
+err = Console(stderr=True)
+
+_POLL_S: Final = 0.05
+Url = Annotated[
+    str | None, typer.Option("--url", help="Server whose mesh it is (default: the one that runs here).")
+]
+Reason = Annotated[str, typer.Option(help="What for.")]
+Author = Annotated[str | None, typer.Option(help="Who does it (default: your login).")]
+
+
+@versions_app.command()
+def stage(
+    version: Version,
+    timeout: Annotated[float, typer.Option(help="Seconds that loading may take.")] = 600.0,
+    config: ConfigFile = None,
+    url: Url = None,
+    json_: Json = False,
+) -> None:
+    """Have the hosts load a version beside the one that serves, so that it can be promoted."""
+    started = time.monotonic()
+    with running_controller(configured(config), url) as controller:
+        staged = _when_free(controller, version, timeout)
+        wait_until_live(controller, staged.manifest, timeout)
+    found = {**asdict(staged), "seconds": time.monotonic() - started}
+    loaded = sum(staged.bytes_by_host.values())
+    _tell(
+        found,
+        f"{staged.manifest}\n  loaded beside what serves: {loaded / 1e6:.1f} MB on {len(staged.bytes_by_host)} hosts, "
+        f"{found['seconds']:.2f} s",
+        json_,
+    )
+
+
+@versions_app.command()
+def promote(
+    version: Version,
+    reason: Reason = "",
+    author: Author = None,
+    running: Annotated[
+        str | None,
+        typer.Option(help="Whether running requests `finish` on their version or `continue` on this one."),
+    ] = None,
+    config: ConfigFile = None,
+    url: Url = None,
+    json_: Json = False,
+) -> None:
+    """Give a version that was staged to all new requests."""
+    if running not in (None, "finish", "continue"):
+        raise typer.BadParameter(f"{running!r} is neither finish nor continue", param_hint="--running")
+    goes_on = None if running is None else running == "continue"
+    with running_controller(configured(config), url) as controller:
+        _tell_promoted(controller.ask("promote", version, _who(author), reason, goes_on), json_)
+
+
+@versions_app.command()
+def rollback(
+    reason: Reason = "",
+    author: Author = None,
+    config: ConfigFile = None,
+    url: Url = None,
+    json_: Json = False,
+) -> None:
+    """Give the version that served before to all new requests again."""
+    with running_controller(configured(config), url) as controller:
+        _tell_promoted(controller.ask("rollback", _who(author), reason), json_)
+
+
+@versions_app.command()
+def unstage(version: Version, config: ConfigFile = None, url: Url = None) -> None:
+    """Let go of a version that does not serve, once no request runs on it."""
+    with running_controller(configured(config), url) as controller:
+        controller.ask("unstage", version)
+    out.print("it is let go once no request runs on it; see `expertmesh versions live`")
+
+
+@versions_app.command()
+def live(config: ConfigFile = None, url: Url = None, json_: Json = False) -> None:
+    """Versions that the running mesh has loaded, and the one that serves."""
+    with running_controller(configured(config), url) as controller:
+        status = controller.ask("versions")
+    states = {
+        **dict.fromkeys(status.live, "loaded"),
+        **dict.fromkeys(status.retiring, "served before; let go when nobody needs it"),
+        **dict.fromkeys(status.coming, "loading"),
+        status.serving: "serves",
+        **({status.promoting: "is being promoted"} if status.promoting else {}),
+    }
+    _tell(asdict(status), "\n".join(f"{name[:12]}  {state}" for name, state in states.items()), json_)
+
+
+def wait_until_live(controller: RunningController, manifest: str, timeout_s: float) -> None:
+    """Until all hosts have a version that is being staged. VersionError with the reason if they can't."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        status = controller.ask("versions")
+        if manifest in status.live:
+            return
+        if manifest not in status.coming:
+            # It may have come to be live between the two questions, or was given up.
+            if manifest in controller.ask("versions").live:
+                return
+            why = controller.ask("change").abandoned or "another change took its place"
+            raise VersionError(
+                f"version {manifest[:12]} was not loaded: {why}", "what serves was not touched"
+            )
+        if time.monotonic() > deadline:
+            raise VersionError(
+                f"version {manifest[:12]} is not loaded after {timeout_s:g} s",
+                "it goes on; see `expertmesh status`",
+            )
+        time.sleep(_POLL_S)
+
+
+def _when_free(controller: RunningController, version: str, timeout_s: float) -> Any:
+    """What staging says; waits for a change of the placement that is under way."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return controller.ask("stage", version)
+        except HostError as error:
+            if "being changed already" not in error.message or time.monotonic() > deadline:
+                raise
+        time.sleep(_POLL_S)
+
+
+def _tell_promoted(promoted: Any, json_: bool) -> None:
+    late = "" if promoted.everywhere else "; not every engine has said so yet"
+    _tell(
+        asdict(promoted),
+        f"{promoted.manifest}\n  serves since table epoch {promoted.epoch}, after {promoted.seconds * 1e3:.0f} ms{late}; "
+        f"before it {promoted.before[:12]}",
+        json_,
+    )
+
+
+def _tell(found: dict[str, Any], text: str, json_: bool) -> None:
+    if json_:
+        print(json.dumps(found, indent=2))
+    else:
+        out.print(text, highlight=False, soft_wrap=True)
+
+
+def _who(author: str | None) -> str:
+    return getpass.getuser() if author is None else author
