@@ -45,7 +45,7 @@ def test_a_version_is_its_signer_s_and_nobody_else_s(store: Store, tmp_path: Pat
     sign_manifest(store, digest, mine)
     assert is_signed(store, digest) and not is_signed(store, other)
     verify_manifest(store, digest, my_public)
-    with pytest.raises(VersionError, match="is not .*theirs.pub's"):
+    with pytest.raises(VersionError, match=r"is not .*theirs\.pub's"):
         verify_manifest(store, digest, their_public)
 
     # A good signature of one version is none of another.
@@ -55,7 +55,7 @@ def test_a_version_is_its_signer_s_and_nobody_else_s(store: Store, tmp_path: Pat
 
     sign_manifest(store, digest, theirs)
     verify_manifest(store, digest, their_public)
-    with pytest.raises(VersionError, match="is not .*mine.pub's"):
+    with pytest.raises(VersionError, match=r"is not .*mine\.pub's"):
         verify_manifest(store, digest, my_public)
 
     collect(store, {other}, history=1, min_age_s=-10)
