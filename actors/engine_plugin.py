@@ -41,6 +41,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from actors import openmp, scored_router
 from actors.buffers import Layout
 from actors.capacity import CapacityLimit
+from actors.dense_weights import tensors, to_load
 from actors.dispatch import Dispatcher
 from actors.outages import Outages
 from actors.reroute import install, keep_off
@@ -73,6 +74,8 @@ outages = Outages()
 # Set by the scheduler, which runs in the same process: see `MeshScheduler.go_on_with`.
 go_on_with: Callable[[Mapping[str, str]], None] | None = None
 _row_versions: RowVersions | None = None
+# Tensors that are not the checkpoint's, with the files that they came from.
+_dense: dict[str, str] = {}
 _PR_SET_PDEATHSIG = 1
 _library = torch.library.Library("expertmesh", "FRAGMENT")
 
@@ -316,6 +319,21 @@ class WorkerExtension:
         stats = _dispatcher.stats
         stats.slowest_table_ns = max(stats.slowest_table_ns, perf_counter_ns() - began)
         return route.epoch
+
+    def expertmesh_use_dense(self, files: dict[str, str]) -> float:
+        """Have the tensors in these files, and the checkpoint's for all others, from the next step on; seconds.
+
+        What was computed with others must not be used any more.
+        """
+        global _dense
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        checkpoint = Checkpoint.open(Path(runner.model_config.model))
+        began = perf_counter_ns()
+        names = to_load(checkpoint, _dense, files)
+        if names:
+            runner.reload_weights(weights_iterator=tensors(checkpoint, names, files))
+        _dense = files
+        return (perf_counter_ns() - began) / 1e9
 
     def expertmesh_go_on_with(self, continued: dict[str, str]) -> None:
         """Have running requests go on with other versions; between two steps, with an empty cache."""

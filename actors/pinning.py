@@ -7,6 +7,7 @@ one version computed from being used for another.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections import Counter
 from contextvars import ContextVar
@@ -27,10 +28,49 @@ class Pins:
 
     def __init__(self) -> None:
         self.versions = LiveVersions()
+        """What requests get that are admitted now."""
         self.running: Counter[str] = Counter()
         """Requests inside, by manifest."""
         # vLLM writes it into answers; each request's own takes its place, which is as long.
         self.placeholder: Final = f"expertmesh-{secrets.token_hex(_SHORT // 2)}"
+        self._open, self._idle = asyncio.Event(), asyncio.Event()
+        self._open.set()
+        self._idle.set()
+
+    def use(self, versions: LiveVersions) -> None:
+        """Requests that are admitted from now on get these; those that were held go on."""
+        self.versions = versions
+        self._open.set()
+
+    def hold(self) -> None:
+        """Let no request in until `use`."""
+        self._open.clear()
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is inside."""
+        return not self._idle.is_set()
+
+    async def idle(self) -> None:
+        """Until no request is inside."""
+        await self._idle.wait()
+
+    async def enter(self, scope: Scope) -> str:
+        """Let a request in, at once or when they are let in again; its manifest."""
+        while not self._open.is_set():
+            await self._open.wait()
+        manifest = self.choose(scope)
+        self.running[manifest] += 1
+        self._idle.clear()
+        return manifest
+
+    def leave(self, manifest: str) -> None:
+        """The request has ended."""
+        self.running[manifest] -= 1
+        if not self.running[manifest]:
+            del self.running[manifest]
+        if not self.running:
+            self._idle.set()
 
     def choose(self, scope: Scope) -> str:
         """The manifest for a request that is admitted now."""
@@ -55,14 +95,14 @@ class Pinned:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pins = self._pins
-        manifest = pins.choose(scope) if scope["type"] == "http" and scope["method"] == "POST" else ""
-        if not manifest:
+        if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
+        manifest = await pins.enter(scope)
         placeholder = pins.placeholder.encode()
 
         async def answer(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if message["type"] == "http.response.start" and manifest:
                 MutableHeaders(raw=message["headers"])[HEADER] = manifest
             elif placeholder in message.get("body", b""):
                 body = message["body"].replace(placeholder, pins.fingerprint(manifest))
@@ -70,11 +110,10 @@ class Pinned:
             await send(message)
 
         token = _of_request.set(manifest)
-        pins.running[manifest] += 1
         try:
             await self._app(scope, receive, answer)
         finally:
-            pins.running[manifest] -= 1
+            pins.leave(manifest)
             _of_request.reset(token)
 
 

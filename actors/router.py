@@ -30,12 +30,14 @@ from actors import openmp
 from actors.admission import Admission
 from actors.api_access import ApiKeys, KnownRoles, OpenAIErrors, error_response, keep_listed_routes
 from actors.degraded import Degraded, Unavailable
+from actors.dense_files import DenseFiles
 from actors.engine_words import engine_words
 from actors.http_server import HttpServer
 from actors.pinning import Pinned, Pins
 from actors.router_metrics import MeshMetrics, RoutingMetrics
 from actors.router_metrics import queue as engine_queue
 from actors.single_flight import SingleFlight
+from actors.version_swap import VersionSwap
 from cluster import niceness
 from cluster.auth import data_plane_key
 from cluster.messages import RouterSpec, Traffic
@@ -81,6 +83,8 @@ class Router:
         self.engine: Any = None
         self.metrics, self.routing_metrics = MeshMetrics(), RoutingMetrics()
         self.pins = Pins()
+        self._dense = DenseFiles(spec.settings.store)
+        self._swap = VersionSwap(self.pins, self._dense, lambda: self.engine)
         self._epoch = -1
         self._name = os.urandom(8).hex()
         self._background: list[asyncio.Task[None]] = []
@@ -101,7 +105,8 @@ class Router:
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
         table = await loop.run_in_executor(None, self._fetch_table)
         first = PlacementTable.from_json(table)
-        self._epoch, self.pins.versions = first.epoch, first.versions
+        self._epoch = first.epoch
+        await loop.run_in_executor(None, self._dense.fetch, first.versions)
         settings = replace(self.spec.settings, table=table, node_id=self._node_id)
         os.environ.update(environment(settings, data_plane_key()))
         openmp.preload(os.environ)
@@ -121,6 +126,7 @@ class Router:
         args = argparse.Namespace(**(vars(frontend) | vars(engine_args)))
         self.engine.degraded = {}
         await self.engine.collective_rpc("expertmesh_attach")
+        await self._swap.to(first.versions)
         tasks = await self.engine.get_supported_tasks()
         app = build_app(args, tasks, self.engine.model_config)
         await init_app_state(self.engine, app.state, args, tasks)
@@ -154,23 +160,11 @@ class Router:
     async def set_table(self, table: str) -> int:
         """Route by another placement table from the next step on; returns its epoch."""
         versions = PlacementTable.from_json(table).versions
-        continued = {
-            name: other
-            for name, other in versions.continued.items()
-            if self.pins.versions.continued.get(name) != other
-        }
-        if continued:
-            # What they have computed is of another version: they compute it anew.
-            await self.engine.pause_generation(mode="keep", clear_cache=True)
-        try:
-            epoch: int = (await self.engine.collective_rpc("expertmesh_set_table", args=(table,)))[0]
-            if continued:
-                await self.engine.collective_rpc("expertmesh_go_on_with", args=(continued,))
-        finally:
-            if continued:
-                await self.engine.resume_generation()
+        await _in_daemon_thread(partial(self._dense.fetch, versions))
+        epoch: int = (await self.engine.collective_rpc("expertmesh_set_table", args=(table,)))[0]
         # Only now: the engine must know a version before it is asked for it.
-        self._epoch, self.pins.versions = epoch, versions
+        await self._swap.to(versions)
+        self._epoch = epoch
         return epoch
 
     async def check_health(self) -> None:
@@ -193,6 +187,7 @@ class Router:
         """End the engine process; a second call does nothing."""
         for task in self._background:
             task.get_loop().call_soon_threadsafe(task.cancel)
+        self._dense.close()
         engine, self.engine = self.engine, None
         if engine is not None:
             engine.shutdown()

@@ -46,6 +46,8 @@ class LiveVersions:
     """Digest of the manifest that new requests get."""
     live: Mapping[str, Differs] = field(default_factory=dict)
     """By manifest; hosts hold all that these name."""
+    dense: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Manifest → tensor of the engine's → blob, of those that are not the base checkpoint's."""
     variants: Mapping[int, tuple[Variant, ...]] = field(default_factory=dict)
     """Layer index → all that ever had a number, in the order of their numbers."""
     continued: Mapping[str, str] = field(default_factory=dict)
@@ -62,8 +64,10 @@ def with_version(
     manifest: str,
     experts: Mapping[int, Mapping[int, str]],
     sizes: Mapping[int, int],
+    dense: Mapping[str, str] | None = None,
 ) -> LiveVersions:
-    """With one more version; `experts` are the blobs of those that it has of its own, `sizes` the layers' experts.
+    """With one more version; `experts` are the blobs of those that it has of its own, `sizes` the layers' experts,
+    `dense` the blobs of the engine's tensors that it has of its own.
 
     VersionError for a layer or an expert that the model does not have.
     """
@@ -80,15 +84,21 @@ def with_version(
             if variant not in known:
                 known = variants[layer] = (*known, variant)
             differs.setdefault(layer, {})[expert] = sizes[layer] + known.index(variant)
-    return replace(versions, live={**versions.live, manifest: differs}, variants=variants)
+    return replace(
+        versions,
+        live={**versions.live, manifest: differs},
+        variants=variants,
+        dense={**versions.dense, manifest: dense} if dense else versions.dense,
+    )
 
 
 def without_version(versions: LiveVersions, manifest: str) -> LiveVersions:
     """Without a version that new requests don't get."""
     assert manifest != versions.serving
     live = {name: differs for name, differs in versions.live.items() if name != manifest}
+    dense = {name: named for name, named in versions.dense.items() if name != manifest}
     continued = {name: other for name, other in versions.continued.items() if name != manifest}
-    return replace(versions, live=live, continued=continued)
+    return replace(versions, live=live, dense=dense, continued=continued)
 
 
 def serving(versions: LiveVersions, manifest: str, *, continue_running: bool = False) -> LiveVersions:

@@ -169,11 +169,14 @@ class EngineSettings:
     no_replica: str = "fail"
     """What becomes of rows whose expert has no living replica: fail, reroute or drop."""
     capacity: CapacitySettings = CapacitySettings()
+    store: StoreAddress | None = None
+    """Of the model's versions."""
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> EngineSettings:
         """From what `dataclasses.asdict` gave."""
-        return cls(**{**raw, "capacity": CapacitySettings(**raw["capacity"])})
+        store = StoreAddress(**raw["store"]) if raw.get("store") else None
+        return cls(**{**raw, "capacity": CapacitySettings(**raw["capacity"]), "store": store})
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,7 +121,8 @@ class VersionChanges:
         if digest in table.versions.live:
             self._keep(digest)
             return Staged(digest, {})
-        coming = with_version(table.versions, digest, manifest.experts, snapshot.deployment.sizes)
+        sizes = snapshot.deployment.sizes
+        coming = with_version(table.versions, digest, manifest.experts, sizes, manifest.dense)
         with self._ledger.change:
             held = {host_id: said.weight_bytes for host_id, said in self._ledger.said.items()}
         loads = staging.bytes_by_host(snapshot.deployment, table, coming)

@@ -18,6 +18,7 @@ _GROUPS = {
     "integration/test_same_tokens.py": "vllm",
     "integration/test_capacity.py": "vllm",
     "integration/test_default_model.py": "vllm",
+    "integration/test_versions_on_s3.py": "s3",
     "e2e/test_live_changes.py": "server",
     "e2e/test_api_errors.py": "server",
     "e2e/test_openai_client.py": "server",

@@ -209,6 +209,7 @@ def router_spec_for(config: Config, checkpoint: Checkpoint, dtype: str, name: st
         no_replica=config.placement.no_replica,
         capacity=config.placement.capacity.settings(),
         connect_timeout_s=config.data_plane.connect_timeout,
+        store=store_address(config, checkpoint),
     )
     arguments = {
         "dtype": dtype,

@@ -145,9 +145,10 @@ def _when_free(controller: RunningController, version: str, timeout_s: float) ->
 
 def _tell_promoted(promoted: Any, json_: bool) -> None:
     late = "" if promoted.everywhere else "; not every engine has said so yet"
+    took = f"{promoted.seconds * 1e3:.0f} ms{late}"
     _tell(
         asdict(promoted),
-        f"{promoted.manifest}\n  serves since table epoch {promoted.epoch}, after {promoted.seconds * 1e3:.0f} ms{late}; "
+        f"{promoted.manifest}\n  serves since table epoch {promoted.epoch}, after {took}; "
         f"before it {promoted.before[:12]}",
         json_,
     )

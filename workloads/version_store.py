@@ -50,4 +50,4 @@ def first_version(
     digest = current.manifest
     manifest = checked(store, digest, checkpoint.digest, version_settings(config).public_key)
     sizes = {layer.index: layer.num_experts for layer in checkpoint.moe_layers}
-    return with_version(LiveVersions(serving=digest), digest, manifest.experts, sizes)
+    return with_version(LiveVersions(serving=digest), digest, manifest.experts, sizes, manifest.dense)

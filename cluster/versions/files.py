@@ -53,6 +53,11 @@ class Files:
                     self._system.pipe_file(self._path(name), data, mode="create")
             except FileExistsError:
                 return False
+            except OSError:
+                # Not every package says of a condition that is not met what it is.
+                if self._local or not self.has(name):
+                    raise
+                return False
             return True
 
     def renew(self, name: str, data: bytes) -> None:

@@ -282,7 +282,7 @@ def _copies(mesh: Mesh) -> int:
     reports = mesh.call("reports")
     layers = mesh.call("deployment").layers
     return round(
-        sum(report.experts_loaded for report in reports.values()) / sum(l.num_experts for l in layers)
+        sum(report.experts_loaded for report in reports.values()) / sum(layer.num_experts for layer in layers)
     )
 
 

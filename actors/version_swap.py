@@ -1,0 +1,76 @@
+"""From the version that serves to another one, in one replica of the router.
+
+Where only experts differ, the next request simply names the other version: rows of both travel together. Where the
+engine's own tensors differ too, one engine can't compute for both at once. Then requests that run end with their
+version first, while new ones wait, and the tensors are changed when none is left; or, by the operator's choice, those
+that run go on with the new version, which computes anew what they have said so far.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import structlog
+
+from actors.dense_files import DenseFiles
+from actors.pinning import Pins
+from cluster.live_versions import LiveVersions
+
+log = structlog.get_logger()
+
+
+class VersionSwap:
+    """Used in the router's event loop."""
+
+    def __init__(self, pins: Pins, dense: DenseFiles, engine: Callable[[], Any]) -> None:
+        self._pins, self._files, self._engine = pins, dense, engine
+        self._loaded: Mapping[str, str] = {}
+        self._draining: asyncio.Task[None] | None = None
+
+    async def to(self, versions: LiveVersions) -> None:
+        """New requests get what `versions` says, once the engine, which knows these versions, can compute it."""
+        if self._draining is not None:
+            self._draining.cancel()
+            self._draining = None
+        before = self._pins.versions
+        continued = {
+            name: other for name, other in versions.continued.items() if before.continued.get(name) != other
+        }
+        same = versions.dense.get(versions.serving, {}) == self._loaded
+        if continued:
+            await self._go_on(versions, continued)
+        elif same:
+            self._pins.use(versions)
+        elif self._pins.busy:
+            self._pins.hold()
+            self._draining = asyncio.create_task(self._when_idle(versions))
+        else:
+            await self._change(versions)
+
+    async def _go_on(self, versions: LiveVersions, continued: Mapping[str, str]) -> None:
+        engine = self._engine()
+        # What running requests have computed is of another version: they compute it anew.
+        await engine.pause_generation(mode="keep", clear_cache=True)
+        try:
+            await self._change(versions)
+            await engine.collective_rpc("expertmesh_go_on_with", args=(dict(continued),))
+        finally:
+            await engine.resume_generation()
+
+    async def _when_idle(self, versions: LiveVersions) -> None:
+        log.info(
+            "new requests wait for those of the version before", running=sum(self._pins.running.values())
+        )
+        await self._pins.idle()
+        await self._change(versions)
+
+    async def _change(self, versions: LiveVersions) -> None:
+        wanted = versions.dense.get(versions.serving, {})
+        if wanted != self._loaded:
+            files = self._files.paths(versions, versions.serving)
+            seconds = (await self._engine().collective_rpc("expertmesh_use_dense", args=(files,)))[0]
+            self._loaded = wanted
+            log.info("the engine's own weights changed", tensors=len(wanted), seconds=round(seconds, 3))
+        self._pins.use(versions)
