@@ -9,17 +9,21 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Final
 
 from cluster.live_versions import LiveVersions
 from cluster.messages import StoreAddress
 from cluster.versions.store import Store
 
+_SHARED: Final = Path("/dev/shm")
+
 
 class DenseFiles:
     """Of one replica of the router; used by one thread at a time."""
 
-    def __init__(self, address: StoreAddress | None) -> None:
-        self._address = address
+    def __init__(self, address: StoreAddress | None, parent: Path = _SHARED) -> None:
+        """`parent`: where the folder for them is made, if it is there."""
+        self._address, self._parent = address, parent
         self._folder: Path | None = None
 
     def fetch(self, versions: LiveVersions) -> None:
@@ -28,10 +32,8 @@ class DenseFiles:
         if self._folder is None:
             if not wanted:
                 return
-            shared = Path("/dev/shm")
-            self._folder = Path(
-                tempfile.mkdtemp(prefix="expertmesh-dense-", dir=shared if shared.is_dir() else None)
-            )
+            parent = self._parent if self._parent.is_dir() else None
+            self._folder = Path(tempfile.mkdtemp(prefix="expertmesh-dense-", dir=parent))
         there = {path.name for path in self._folder.iterdir()}
         for blob in there - wanted:
             (self._folder / blob).unlink()

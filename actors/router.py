@@ -40,6 +40,7 @@ from actors.single_flight import SingleFlight
 from actors.version_swap import VersionSwap
 from cluster import niceness
 from cluster.auth import data_plane_key
+from cluster.live_versions import same_but_choice
 from cluster.messages import RouterSpec, Traffic
 from cluster.table import PlacementTable
 from cluster.traffic import TRAFFIC, Routing
@@ -86,6 +87,9 @@ class Router:
         self._dense = DenseFiles(spec.settings.store)
         self._swap = VersionSwap(self.pins, self._dense, lambda: self.engine)
         self._epoch = -1
+        self._table: PlacementTable | None = None
+        # The engine is being told of a table that requests are chosen by already.
+        self._behind: asyncio.Task[None] | None = None
         self._name = os.urandom(8).hex()
         self._background: list[asyncio.Task[None]] = []
 
@@ -105,7 +109,7 @@ class Router:
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
         table = await loop.run_in_executor(None, self._fetch_table)
         first = PlacementTable.from_json(table)
-        self._epoch = first.epoch
+        self._epoch, self._table = first.epoch, first
         await loop.run_in_executor(None, self._dense.fetch, first.versions)
         settings = replace(self.spec.settings, table=table, node_id=self._node_id)
         os.environ.update(environment(settings, data_plane_key()))
@@ -159,13 +163,24 @@ class Router:
 
     async def set_table(self, table: str) -> int:
         """Route by another placement table from the next step on; returns its epoch."""
-        versions = PlacementTable.from_json(table).versions
-        await _in_daemon_thread(partial(self._dense.fetch, versions))
-        epoch: int = (await self.engine.collective_rpc("expertmesh_set_table", args=(table,)))[0]
-        # Only now: the engine must know a version before it is asked for it.
-        await self._swap.to(versions)
-        self._epoch = epoch
-        return epoch
+        new = PlacementTable.from_json(table)
+        before, self._table = self._table, new
+        if self._behind is not None:
+            await self._behind
+        if before is not None and _only_choice(before, new) and self._swap.can_now(new.versions):
+            # The engine knows these versions, and can be told between two steps.
+            await self._swap.to(new.versions)
+            self._behind = asyncio.create_task(self._tell_engine(table))
+        else:
+            await _in_daemon_thread(partial(self._dense.fetch, new.versions))
+            await self._tell_engine(table)
+            # Only now: the engine must know a version before it is asked for it.
+            await self._swap.to(new.versions)
+        self._epoch = new.epoch
+        return new.epoch
+
+    async def _tell_engine(self, table: str) -> None:
+        await self.engine.collective_rpc("expertmesh_set_table", args=(table,))
 
     async def check_health(self) -> None:
         """Raises if the engine process is gone, so that Serve replaces the replica."""
@@ -298,6 +313,12 @@ class Router:
         routing = await _in_daemon_thread(lambda: report(told))
         if routing is not None:
             self.routing_metrics.update(routing)
+
+
+def _only_choice(before: PlacementTable, after: PlacementTable) -> bool:
+    """Whether the engine asks the same hosts for the same by either table."""
+    same = replace(after, epoch=before.epoch, versions=before.versions) == before
+    return same and same_but_choice(before.versions, after.versions)
 
 
 async def _in_daemon_thread(call: Callable[[], _T]) -> _T:

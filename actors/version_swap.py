@@ -29,15 +29,16 @@ class VersionSwap:
         self._loaded: Mapping[str, str] = {}
         self._draining: asyncio.Task[None] | None = None
 
+    def can_now(self, versions: LiveVersions) -> bool:
+        """Whether new requests can get what `versions` says without a word to the engine."""
+        return self._continued(versions) == {} and versions.dense.get(versions.serving, {}) == self._loaded
+
     async def to(self, versions: LiveVersions) -> None:
         """New requests get what `versions` says, once the engine, which knows these versions, can compute it."""
         if self._draining is not None:
             self._draining.cancel()
             self._draining = None
-        before = self._pins.versions
-        continued = {
-            name: other for name, other in versions.continued.items() if before.continued.get(name) != other
-        }
+        continued = self._continued(versions)
         same = versions.dense.get(versions.serving, {}) == self._loaded
         if continued:
             await self._go_on(versions, continued)
@@ -48,6 +49,11 @@ class VersionSwap:
             self._draining = asyncio.create_task(self._when_idle(versions))
         else:
             await self._change(versions)
+
+    def _continued(self, versions: LiveVersions) -> dict[str, str]:
+        """Manifests whose running requests are to go on with another one, and did not before."""
+        before = self._pins.versions.continued
+        return {name: other for name, other in versions.continued.items() if before.get(name) != other}
 
     async def _go_on(self, versions: LiveVersions, continued: Mapping[str, str]) -> None:
         engine = self._engine()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from pydantic import TypeAdapter
 
+from cluster.canary import Canary
 from cluster.config import HostGroup
 from cluster.config_placement import PlacementConfig
 from cluster.errors import PlacementError
@@ -56,6 +57,10 @@ class Deployment:
     """The one that is being made: a controller that finds it finishes or undoes it."""
     retiring: Mapping[str, Retiring] = field(default_factory=dict)
     """Versions that new requests don't get any more, by manifest."""
+    canary: Canary | None = None
+    """A version on trial."""
+    verdict: str = ""
+    """What became of the last trial, and why."""
 
     def same(self, other: Deployment) -> bool:
         """Whether they are to run the same; hosts may have come and gone since."""
@@ -97,7 +102,13 @@ def flipped(deployment: Deployment) -> Deployment:
     experts, versions = deployment.following.experts, table.versions
     if (coming := deployment.following.versions) is not None:
         # Another version may have come to serve meanwhile.
-        versions = replace(coming, serving=versions.serving, continued=versions.continued)
+        versions = replace(
+            coming,
+            serving=versions.serving,
+            continued=versions.continued,
+            candidate=versions.candidate,
+            share=versions.share,
+        )
     return replace(with_table(deployment, replace(table, experts=experts, versions=versions)), following=None)
 
 

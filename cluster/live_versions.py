@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Final
 
 from cluster.errors import VersionError
@@ -52,6 +53,10 @@ class LiveVersions:
     """Layer index → all that ever had a number, in the order of their numbers."""
     continued: Mapping[str, str] = field(default_factory=dict)
     """Manifest → the one that its running requests go on with."""
+    candidate: str = ""
+    """Manifest that some new requests get in its place; "" for none."""
+    share: float = 0.0
+    """Of new requests that get the candidate."""
 
     @property
     def plain(self) -> bool:
@@ -94,7 +99,7 @@ def with_version(
 
 def without_version(versions: LiveVersions, manifest: str) -> LiveVersions:
     """Without a version that new requests don't get."""
-    assert manifest != versions.serving
+    assert manifest not in (versions.serving, versions.candidate)
     live = {name: differs for name, differs in versions.live.items() if name != manifest}
     dense = {name: named for name, named in versions.dense.items() if name != manifest}
     continued = {name: other for name, other in versions.continued.items() if name != manifest}
@@ -102,12 +107,33 @@ def without_version(versions: LiveVersions, manifest: str) -> LiveVersions:
 
 
 def serving(versions: LiveVersions, manifest: str, *, continue_running: bool = False) -> LiveVersions:
-    """New requests get another of the live versions; those that run as well, with `continue_running`."""
+    """All new requests get another of the live versions; those that run as well, with `continue_running`."""
     assert manifest in versions.live
     continued = {name: other for name, other in versions.continued.items() if name != manifest}
     if continue_running:
         continued = {name: manifest for name in versions.live if name != manifest}
-    return replace(versions, serving=manifest, continued=continued)
+    return replace(versions, serving=manifest, continued=continued, candidate="", share=0.0)
+
+
+def with_candidate(versions: LiveVersions, manifest: str, share: float) -> LiveVersions:
+    """A share of new requests gets another of the live versions; with none of them, none does."""
+    assert manifest in versions.live
+    return replace(versions, candidate=manifest if share else "", share=share)
+
+
+def same_but_choice(one: LiveVersions, other: LiveVersions) -> bool:
+    """Whether they differ at most in what new requests get."""
+    return one == replace(
+        other, serving=one.serving, candidate=one.candidate, share=one.share, continued=one.continued
+    )
+
+
+def chosen(versions: LiveVersions, who: str) -> str:
+    """The manifest that a request of somebody gets: the same for all of theirs, and kept when the share grows."""
+    if not versions.candidate:
+        return versions.serving
+    lot = int.from_bytes(sha256(f"{versions.candidate}:{who}".encode()).digest()[:8], "big") / 2**64
+    return versions.candidate if lot < versions.share else versions.serving
 
 
 def live_numbers(versions: LiveVersions, layer: int, expert: int) -> list[int]:

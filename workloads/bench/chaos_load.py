@@ -93,7 +93,7 @@ async def once(
     url: str, model: str, load: Load, streams: tuple[tuple[Prompt, ...], ...], passes: int = 1
 ) -> list[Answer]:
     """Every stream sends all its prompts `passes` times, all streams at once."""
-    return await _all(url, model, load, streams, lambda sent, _: sent < passes * load.prompts)
+    return await streamed(url, model, load, streams, lambda sent, _: sent < passes * load.prompts)
 
 
 async def under_faults(
@@ -108,7 +108,7 @@ async def under_faults(
     def go_on(sent: int, seconds: float) -> bool:
         return seconds < load.duration if load.repeat else sent < load.prompts
 
-    asked = asyncio.create_task(_all(url, model, load, streams, go_on))
+    asked = asyncio.create_task(streamed(url, model, load, streams, go_on))
     try:
         await faults()
         return await asked
@@ -116,13 +116,14 @@ async def under_faults(
         asked.cancel()
 
 
-async def _all(
+async def streamed(
     url: str,
     model: str,
     load: Load,
     streams: tuple[tuple[Prompt, ...], ...],
     go_on: Callable[[int, float], bool],
 ) -> list[Answer]:
+    """Every stream sends one prompt after the other while `go_on` says so, of how many it sent and of seconds."""
     answers: list[Answer] = []
     begin = time.monotonic()
 

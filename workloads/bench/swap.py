@@ -27,7 +27,7 @@ from rich.console import Console
 from cluster.checkpoint import Checkpoint
 from cluster.config import Config
 from cluster.errors import HostError
-from workloads.bench.chaos_load import Answer, Prompt, once, prompts, under_faults
+from workloads.bench.chaos_load import Answer, Prompt, once, prompts, streamed
 from workloads.bench.chaos_mesh import Mesh, started
 from workloads.bench.chaos_run import Model
 from workloads.bench.chaos_scenario import Load
@@ -41,6 +41,8 @@ _NOISE: Final = 0.5
 _STAGE_S: Final = 120.0
 # Between two swaps: as long as a swap and what follows it, to compare with.
 _APART_S: Final = 0.5
+# All streams begin at once: their prompts are one long step, which no other moment has.
+_BEGUN_S: Final = 8.0
 _AFTER_NS: Final = 300_000_000
 
 
@@ -212,7 +214,7 @@ def _swapped(
 
     def swap() -> None:
         try:
-            time.sleep(2 * _APART_S)
+            time.sleep(_BEGUN_S)
             for number in range(2 * cycles):
                 to = versions[number % 2]
                 begin_ns = time.monotonic_ns()
@@ -227,13 +229,11 @@ def _swapped(
         finally:
             over.set()
 
-    async def until_over() -> None:
-        await asyncio.get_running_loop().run_in_executor(None, swap)
-
     async def run() -> list[Answer]:
-        # Until the last swap: the load's own duration is no bound.
-        long = load.model_copy(update={"duration": 4 * _APART_S * cycles + 2.0})
-        return await under_faults(mesh.url, mesh.name, long, streams, until_over)
+        swapping = asyncio.get_running_loop().run_in_executor(None, swap)
+        answers = await streamed(mesh.url, mesh.name, load, streams, lambda sent, seconds: not over.is_set())
+        await swapping
+        return answers
 
     return swaps, asyncio.run(run())
 
