@@ -19,7 +19,8 @@ class Blobs:
     def put(self, data: bytes) -> tuple[str, bool]:
         """Keep these bytes; their digest, and whether they are new here."""
         digest = sha256(data).hexdigest()
-        new = self._files.create(_name(digest), data)
+        # Asked before, since a server is sent all of it before it says no.
+        new = not self.has(digest) and self._files.create(_name(digest), data)
         if not new:
             # It may be damaged, or be taken for garbage: nobody need have named it for long.
             self._files.renew(_name(digest), data)

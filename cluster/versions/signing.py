@@ -39,9 +39,11 @@ def sign_manifest(store: Store, digest: str, private_key: Path, password: str | 
     VersionError if there is no such version, or the key can't be used.
     """
     signing = _library("signing")
+    # Declared as a text there, and handed on to where bytes are wanted.
+    secret = password.encode() if password else None
     with _written(store.manifests.read(digest)) as (folder, signature):
         try:
-            signing.Config().use_elliptic_key_signer(private_key=private_key, password=password).sign(
+            signing.Config().use_elliptic_key_signer(private_key=private_key, password=secret).sign(
                 folder, signature
             )
         except (OSError, ValueError, TypeError) as error:

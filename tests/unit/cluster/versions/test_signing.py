@@ -73,7 +73,7 @@ def test_a_signature_that_was_changed_is_none(store: Store, tmp_path: Path) -> N
         b"null",
         b"no JSON",
         good[:-20],
-        good.replace(b'"sig": "M', b'"sig": "N'),
+        good.replace(b'"sig":"ME', b'"sig":"MF'),
         good[::-1],
     ):
         assert wrong != good
