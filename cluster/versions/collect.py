@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from cluster.versions.aliases import Move
+from cluster.versions.failpoints import reach
 from cluster.versions.manifest import Manifest
 from cluster.versions.signing import signature_name
 from cluster.versions.store import Store
@@ -103,6 +104,7 @@ def collect(
             freed += store.manifests.size(digest) + store.files.size(signature_name(digest))
         else:
             freed += store.files.remove(signature_name(digest)) + store.manifests.remove(digest)
+    reach("after-manifests-removed")
     for digest in found.blobs:
         freed += store.blobs.size(digest) if dry_run else store.blobs.remove(digest)
     for name in unfinished:

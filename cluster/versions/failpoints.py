@@ -1,4 +1,4 @@
-"""Where a test may have a publisher end as `kill -9` ends it.
+"""Where a test may have a publisher or collector end as `kill -9` ends it.
 
 Only with EXPERTMESH_FAILPOINTS=1 in the environment, as for a host's failpoints; EXPERTMESH_DIE_AT names the step.
 """

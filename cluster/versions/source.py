@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -89,7 +89,20 @@ def open_source(path: Path, checkpoint: Checkpoint) -> Source:
                 f"(there: {', '.join(sorted(parts))})",
                 "all parts of an expert come together: add those that did not change as well",
             )
+    if whole:
+        _check_complete(path, checkpoint, experts)
     return Source(dict(experts), dense)
+
+
+def _check_complete(path: Path, checkpoint: Checkpoint, experts: Collection[tuple[int, int]]) -> None:
+    """VersionError if a checkpoint lacks an expert: what is not named would silently be the parent's."""
+    for layer, layout in checkpoint.layouts.items():
+        for expert in range(layout.num_experts):
+            if (layer, expert) not in experts:
+                raise VersionError(
+                    f"{path} is a checkpoint without expert {expert} of layer {layer}",
+                    "fetch all of it, or take config.json away if it is to hold changes alone",
+                )
 
 
 class _Found(NamedTuple):

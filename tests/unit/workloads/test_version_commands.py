@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from cluster.checkpoint import Checkpoint
 from cluster.versions.aliases import Move
@@ -131,6 +133,30 @@ def test_without_a_store_there_is_one_for_the_model(checkpoint: Checkpoint, tmp_
     printed = run("publish")
     assert (tmp_path / ".cache/expertmesh/versions" / checkpoint.digest[:16] / "manifests").exists()
     assert printed.split()[0] in run("show", printed[:8])
+
+
+def test_a_version_is_signed_and_its_signature_looked_at(
+    checkpoint: Checkpoint, tmp_path: Path, run: Run, told: Callable[..., Any]
+) -> None:
+    key, other = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (tmp_path / "key.pem").write_bytes(private)
+    for name, signer in (("key.pub", key), ("other.pub", other)):
+        public = signer.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        (tmp_path / name).write_bytes(public)
+    version = told("publish")["digest"]
+    assert f"{version} is signed" == run("sign", version[:9], "--key", "key.pem")
+    assert told("show", version)["signature"] == "unchecked"
+    for name, words in (("key.pub", "good"), ("other.pub", "is not other.pub's")):
+        (tmp_path / "expertmesh.yaml").write_text(
+            f"model: {{path: base}}\nversions: {{store: kept, public_key: {name}}}\n"
+        )
+        assert words in told("show", version)["signature"]
+    assert "can't sign" in run("sign", version, "--key", "key.pub", code=1)
 
 
 @pytest.mark.parametrize(

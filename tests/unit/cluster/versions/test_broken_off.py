@@ -77,6 +77,20 @@ def test_a_killed_publisher_leaves_a_store_that_works(tmp_path: Path, step: str)
     assert store.files.unfinished(LATER) == []
 
 
+def test_a_killed_collector_leaves_whole_versions_and_the_next_one_ends_its_work(tmp_path: Path) -> None:
+    checkpoint, store = tiny.base(tmp_path), Store(str(tmp_path / "store"))
+    loose = publish(store, checkpoint, tiny.changes(checkpoint, tmp_path / "a.safetensors", [(0, 0)]))
+    serving = publish(store, checkpoint, tiny.changes(checkpoint, tmp_path / "b.safetensors", [(0, 1)]))
+    step = "after-manifests-removed"
+
+    def work() -> tuple[str, ...]:
+        return collect(store, {serving.digest}, history=1, min_age_s=0, now=LATER).blobs
+
+    assert killed_at(step, work) == -signal.SIGKILL
+    assert store.manifests.all() == [serving.digest] and len(store.blobs.all()) == 2, loose.digest
+    assert len(work()) == 1 and store.blobs.all() == store.manifests.get(serving.digest).blobs
+
+
 def test_nothing_ends_that_is_not_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(failpoints.STEP, "here")
     failpoints.reach("here")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -221,6 +222,32 @@ def test_a_source_that_is_no_change_of_the_base_is_refused(tmp_path: Path) -> No
     (other / "config.json").write_text('{"model_type": "olmoe"}')
     with pytest.raises(VersionError, match="of type olmoe, the base checkpoint is of type mixtral"):
         publish(store, checkpoint, other)
+
+
+def test_a_checkpoint_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:
+    """Or what is not named in it would silently be the parent's."""
+    checkpoint, store = tiny.base(tmp_path), Store(str(tmp_path / "store"))
+    given = {name: value for name, value in tiny.tensors().items() if ".1.block.experts.3." not in name}
+    with pytest.raises(VersionError, match="is a checkpoint without expert 3 of layer 1"):
+        publish(store, checkpoint, tiny.save(tmp_path / "tuned", given))
+
+
+def test_three_experts_of_some_size_take_no_time_and_no_more_than_their_bytes(tmp_path: Path) -> None:
+    shapes = {"w1.weight": (576, 1536), "w3.weight": (576, 1536), "w2.weight": (1536, 576)}
+    given = {
+        tiny.name(0, expert, part): np.full(shape, expert, np.float16)
+        for expert in range(4)
+        for part, shape in shapes.items()
+    }
+    checkpoint, store = Checkpoint.open(tiny.save(tmp_path / "base", given)), Store(str(tmp_path / "store"))
+    source = tiny.changes(checkpoint, tmp_path / "a.safetensors", [(0, 0), (0, 1), (0, 3)])
+    began = time.monotonic()
+    made = publish(store, checkpoint, source)
+    assert time.monotonic() - began < 2.0
+    size = expert_form(checkpoint, 0).size
+    assert 3 * size < made.bytes_written < 3 * size + 4096
+    written = sum(path.stat().st_size for path in (tmp_path / "store").rglob("*") if path.is_file())
+    assert written == made.bytes_written
 
 
 def test_a_parent_that_will_not_do_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,9 @@ def key_pair(folder: Path, name: str, password: str | None = None) -> tuple[Path
         serialization.BestAvailableEncryption(password.encode()) if password else serialization.NoEncryption()
     )
     private, public = folder / f"{name}.pem", folder / f"{name}.pub"
-    private.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, how))
+    private.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, how)
+    )
     public.write_bytes(
         key.public_key().public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
