@@ -105,6 +105,8 @@ class StoreContract:
         assert aliases.current("production") == move(2, "b") and aliases.names() == ["production"]
         assert aliases.history("production") == [move(1, "a"), move(2, "b")]
         assert aliases.history("production", 1) == [move(2, "b")] and aliases.history("production", 0) == []
+        aliases.move("production-2", move(1, "z"))
+        assert aliases.current("production") == move(2, "b"), "another's with the same beginning"
         for name in ("", "Production", "a/b", "-a", "a" * 50):
             with pytest.raises(VersionError, match="no name for an alias"):
                 aliases.current(name)

@@ -28,9 +28,8 @@ def listing(store: Store) -> dict[str, Any]:
     for alias, digest in aliases.items():
         named[digest].append(alias)
     versions = [
-        {"digest": digest, "aliases": named[digest], **_head(manifest)}
+        {"digest": digest, "aliases": named[digest], **_entry(store, digest)}
         for digest in store.manifests.all()
-        for manifest in [store.manifests.get(digest)]
     ]
     versions.sort(key=lambda version: (-version["created"], version["digest"]))
     return {"store": store.url, "aliases": aliases, "versions": versions}
@@ -94,7 +93,7 @@ def list_view(found: Mapping[str, Any]) -> Group:
             str(version["dense"]),
             version["parent"][:SHOWN],
             ", ".join(version["aliases"]),
-            version["reason"],
+            version["error"] or version["reason"],
         )
     return Group(_grid({"store": found["store"]}), table)
 
@@ -129,6 +128,14 @@ def diff_view(found: Mapping[str, Any]) -> Group:
     against = found["against"] or "(the base checkpoint)"
     head = _grid({"version": found["version"], "against": against, **metrics})
     return Group(head, _changes(found["layers"], found["tensors"]))
+
+
+def _entry(store: Store, digest: str) -> dict[str, Any]:
+    try:
+        return {**_head(store.manifests.get(digest)), "error": ""}
+    except VersionError as error:
+        # The list is where an operator looks for another one.
+        return {**_head(Manifest("")), "error": error.message}
 
 
 def _head(manifest: Manifest) -> dict[str, Any]:

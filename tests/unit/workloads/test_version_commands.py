@@ -99,6 +99,7 @@ def test_a_version_is_published_shown_and_collected(
         "metrics": {"loss": 1.5},
         "experts": 2,
         "dense": 0,
+        "error": "",
     }
     assert f"{first['digest'][:12]}" in run("list") and "production" in run("list")
 
@@ -125,6 +126,18 @@ def test_a_version_is_published_shown_and_collected(
     assert f"2 versions, {len(would['blobs'])} blobs" in run("gc", "--min-age", "0s")
     assert store.manifests.all() == [first["digest"]]
     assert store.missing(store.manifests.get(first["digest"])) == ()
+
+
+def test_a_damaged_version_does_not_hide_the_others(
+    checkpoint: Checkpoint, tmp_path: Path, run: Run, told: Callable[..., Any]
+) -> None:
+    base = told("publish")["digest"]
+    tiny.changes(checkpoint, tmp_path / "a.safetensors", [(0, 1)])
+    bad = told("publish", "a.safetensors")["digest"]
+    (tmp_path / "kept" / "manifests" / bad).write_bytes(b"{}")
+    errors = {version["digest"]: version["error"] for version in told("list")["versions"]}
+    assert errors == {base: "", bad: f"manifest {bad[:12]} of {tmp_path}/kept is damaged"}
+    assert "is damaged" in run("list") and "is damaged" in run("show", bad, code=1)
 
 
 def test_without_a_store_there_is_one_for_the_model(checkpoint: Checkpoint, tmp_path: Path, run: Run) -> None:
