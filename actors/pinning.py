@@ -8,16 +8,19 @@ one version computed from being used for another.
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.outages import MANIFEST
-from cluster.live_versions import HEADER, LiveVersions
+from cluster.live_versions import HEADER, LiveVersions, chosen
 
 _SHORT: Final = 16
 _of_request: ContextVar[str] = ContextVar("expertmesh_manifest", default="")
@@ -55,11 +58,11 @@ class Pins:
         """Until no request is inside."""
         await self._idle.wait()
 
-    async def enter(self, scope: Scope) -> str:
-        """Let a request in, at once or when they are let in again; its manifest."""
+    async def enter(self, who: str) -> str:
+        """Let a request of somebody in, at once or when requests are let in again; its manifest."""
         while not self._open.is_set():
             await self._open.wait()
-        manifest = self.choose(scope)
+        manifest = chosen(self.versions, who)
         self.running[manifest] += 1
         self._idle.clear()
         return manifest
@@ -71,10 +74,6 @@ class Pins:
             del self.running[manifest]
         if not self.running:
             self._idle.set()
-
-    def choose(self, scope: Scope) -> str:
-        """The manifest for a request that is admitted now."""
-        return self.versions.serving
 
     def current(self) -> str:
         """The manifest of the request that is being handled; of one that was not admitted, such as a probe, the
@@ -98,7 +97,11 @@ class Pinned:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        manifest = await pins.enter(scope)
+        who = ""
+        if pins.versions.candidate:
+            body, receive = await _read(receive)
+            who = whose(scope, body)
+        manifest = await pins.enter(who)
         placeholder = pins.placeholder.encode()
 
         async def answer(message: Message) -> None:
@@ -115,6 +118,42 @@ class Pinned:
         finally:
             pins.leave(manifest)
             _of_request.reset(token)
+
+
+@contextmanager
+def pinned_to(manifest: str) -> Iterator[None]:
+    """Requests of this block are of a version, whatever serves."""
+    token = _of_request.set(manifest)
+    try:
+        yield
+    finally:
+        _of_request.reset(token)
+
+
+def whose(scope: Scope, body: bytes) -> str:
+    """Whose request it is: the user that it names, else the API key, else its own."""
+    try:
+        user = json.loads(body)["user"]
+    except (ValueError, KeyError, TypeError):
+        user = None
+    if isinstance(user, str) and user:
+        return f"user {user}"
+    key = Headers(scope=scope).get("authorization", "")
+    return f"key {key}" if key else secrets.token_hex(8)
+
+
+async def _read(receive: Receive) -> tuple[bytes, Receive]:
+    """The request's body, and what gives the application the same messages again."""
+    messages: list[Message] = []
+    while not messages or messages[-1].get("more_body", False):
+        messages.append(await receive())
+    body = b"".join(message.get("body", b"") for message in messages)
+    left = iter(messages)
+
+    async def again() -> Message:
+        return next(left, None) or await receive()
+
+    return body, again
 
 
 class PinnedInputs:

@@ -18,6 +18,7 @@ from actors.ray_hosts import RayHosts, RayNodes
 from actors.ray_node_provider import RayNodeProvider
 from cluster import niceness
 from cluster.autoscaler import Autoscaler, AutoscaleStatus
+from cluster.canary import Observed, Trial
 from cluster.changes import ChangeStatus
 from cluster.controller import Controller, Deployment
 from cluster.experts_report import EXPERTS, ExpertsReport, experts_report
@@ -157,7 +158,15 @@ class ControllerActor:
         )
 
     def rollback(self, author: str, reason: str) -> Promoted:
+        if self._controller.trials.under_way:
+            return self._controller.trials.end(reason or "by hand")
         return self._controller.versions.rollback(author=author, reason=reason)
+
+    def try_out(self, trial: Trial) -> None:
+        self._controller.trials.try_out(trial)
+
+    def observe(self, seen: Observed) -> None:
+        self._controller.trials.observe(seen)
 
     def autoscaled(self) -> tuple[AutoscaleStatus, ...]:
         return self._autoscaler[1].statuses() if self._autoscaler is not None else ()
@@ -223,6 +232,12 @@ def report_traffic(namespace: str, traffic: Traffic) -> Routing | None:
     controller: Any = ray.get_actor(NAME, namespace=namespace)
     answer: Any = ray.get(controller.count.remote(traffic), timeout=_CALL_S)
     return answer
+
+
+def observe(namespace: str, seen: Observed) -> None:
+    """Tell the controller what a router saw of a version on trial; called in the router's process."""
+    controller: Any = ray.get_actor(NAME, namespace=namespace)
+    ray.get(controller.observe.remote(seen), timeout=_CALL_S)
 
 
 def experts_json(namespace: str) -> str:

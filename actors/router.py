@@ -20,26 +20,31 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
 
 from actors import openmp
 from actors.admission import Admission
 from actors.api_access import ApiKeys, KnownRoles, OpenAIErrors, error_response, keep_listed_routes
+from actors.canary_watch import CanaryWatch
 from actors.degraded import Degraded, Unavailable
 from actors.dense_files import DenseFiles
 from actors.engine_words import engine_words
 from actors.http_server import HttpServer
 from actors.pinning import Pinned, Pins
+from actors.replay import Replay
 from actors.router_metrics import MeshMetrics, RoutingMetrics
 from actors.router_metrics import queue as engine_queue
 from actors.single_flight import SingleFlight
 from actors.version_swap import VersionSwap
 from cluster import niceness
 from cluster.auth import data_plane_key
+from cluster.canary import Observed
 from cluster.live_versions import same_but_choice
 from cluster.messages import RouterSpec, Traffic
 from cluster.table import PlacementTable
@@ -60,6 +65,14 @@ _T = TypeVar("_T")
 NextTable = Callable[[int, float, list[str]], str]
 
 
+class Feedback(BaseModel):
+    """What a user says of an answer."""
+
+    id: str
+    """Of the answer, as it says itself."""
+    score: float = Field(ge=0, le=1)
+
+
 class Router:
     """One replica of the router deployment. Serve makes it in an actor; tests call it directly."""
 
@@ -71,19 +84,21 @@ class Router:
         next_table: NextTable | None = None,
         report: Callable[[Traffic], Routing | None] | None = None,
         experts: Callable[[], str] | None = None,
+        observe: Callable[[Observed], None] | None = None,
     ) -> None:
         """`fetch_table` waits for the first table; `next_table` for one after an epoch, at most so many seconds, and
         is told the manifests of running requests;
         `report` is told of the traffic, every few seconds, and says how even it is; `experts` gives the JSON of all
-        that is known of the experts.
+        that is known of the experts; `observe` is told what is seen of a version on trial.
         """
         self.spec = spec
-        self._report, self._experts = report, experts
+        self._report, self._experts, self._observe = report, experts, observe
         self._fetch_table, self._next_table = fetch_table, next_table
         self._node_id = node_id
         self.engine: Any = None
         self.metrics, self.routing_metrics = MeshMetrics(), RoutingMetrics()
         self.pins = Pins()
+        self._watch = CanaryWatch(self.pins)
         self._dense = DenseFiles(spec.settings.store)
         self._swap = VersionSwap(self.pins, self._dense, lambda: self.engine)
         self._epoch = -1
@@ -124,7 +139,7 @@ class Router:
                 disable_log_stats=False,
             ),
         )
-        self.engine.pin(self.pins)
+        self.engine.pin(self.pins, self._watch)
         fingerprint = {"fingerprint_mode": "custom", "fingerprint_value": self.pins.placeholder}
         frontend = FrontendArgs(**{**fingerprint, **self.spec.frontend})
         args = argparse.Namespace(**(vars(frontend) | vars(engine_args)))
@@ -139,9 +154,15 @@ class Router:
         await self.ready()
         self._background.append(asyncio.create_task(self._watch_stats()))
         self._background.append(asyncio.create_task(self._watch_traffic()))
+        if self.spec.holdout:
+            self._background.append(asyncio.create_task(self._replay(Path(self.spec.holdout)).run()))
         if self._next_table is not None:
             self._background.append(asyncio.create_task(self._watch_table(self._next_table)))
         return app
+
+    def _replay(self, path: Path) -> Replay:
+        tokenizer = self.engine.get_tokenizer()
+        return Replay(self.pins, path, tokenizer.encode, self.engine.nats, self._watch.predicted)
 
     async def ready(self) -> dict[str, Any]:
         """Ask every expert host and one token of the engine; raises what does not answer."""
@@ -150,7 +171,9 @@ class Router:
 
         round_trips = (await self.engine.collective_rpc("expertmesh_reachable"))[0]
         sampling = SamplingParams(max_tokens=1, temperature=0.0, output_kind=RequestOutputKind.FINAL_ONLY)
-        request_id = f"ready-{os.urandom(8).hex()}"
+        from actors.mesh_llm import PROBE
+
+        request_id = f"{PROBE}{os.urandom(8).hex()}"
         async for _ in self.engine.generate(
             {"prompt_token_ids": [self._probe_token()]}, sampling, request_id
         ):
@@ -242,6 +265,14 @@ class Router:
             """Counters of this replica's engine process."""
             return JSONResponse(await self.stats())
 
+        @app.post("/expertmesh/feedback", tags=["expertmesh"])
+        async def feedback(said: Feedback) -> Response:
+            """How good an answer was, from 0 to 1: what a version on trial is judged by, among others."""
+            if self._watch.liked(said.id, said.score):
+                return Response(status_code=204)
+            text = f"no answer {said.id!r} is remembered: versions are not on trial, or it is long ago"
+            return error_response(404, text, "not_found_error", "answer_not_found")
+
         @app.get("/expertmesh/experts", tags=["expertmesh"])
         async def experts() -> Response:
             """Where every expert is, and how often it is asked for: the full matrix."""
@@ -300,6 +331,9 @@ class Router:
 
     async def _tell(self) -> None:
         """Tell the controller which experts were asked for; what it does not hear is lost, not counted twice."""
+        seen = self._watch.take()
+        if seen is not None and (observe := self._observe) is not None:
+            await _in_daemon_thread(partial(observe, seen))
         if self._report is None:
             return
         traffic = TRAFFIC.validate_json((await self.engine.collective_rpc("expertmesh_traffic"))[0])
@@ -388,6 +422,7 @@ def serve_application(
     next_table: NextTable,
     report: Callable[[Traffic], Routing | None],
     experts: Callable[[], str],
+    observe: Callable[[Observed], None],
     *,
     replicas: int,
     options: dict[str, Any],
@@ -404,7 +439,7 @@ def serve_application(
             # The engine's process inherits it.
             niceness.usual()
             node_id = ray.get_runtime_context().get_node_id()
-            self._router = Router(spec, fetch_table, node_id, next_table, report, experts)
+            self._router = Router(spec, fetch_table, node_id, next_table, report, experts, observe)
             self._http = HttpServer(spec.http_host, spec.http_port)
             try:
                 app = await self._router.start()

@@ -15,7 +15,8 @@ class VersionsConfig(BaseModel):
     """The store of versions, and how one follows another.
 
     ``keep_warm``: seconds for which the version before stays loaded; ``running``: whether requests that run at a change
-    end with the version that they began with; ``history``: moves of each alias that can be made back.
+    end with the version that they began with; ``holdout``: file of texts by which a version on trial is compared;
+    ``history``: moves of each alias that can be made back.
     """
 
     model_config = SECTION
@@ -26,6 +27,7 @@ class VersionsConfig(BaseModel):
     keep_warm: Duration = 600.0
     running: Literal["finish", "continue"] = "finish"
     public_key: Name | None = None
+    holdout: Name | None = None
     history: Count = 10
 
     def url(self, model: str) -> str:

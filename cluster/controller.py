@@ -42,6 +42,7 @@ from cluster.repair_state import (
 )
 from cluster.rounds import Rounds, in_short
 from cluster.table import PlacementTable
+from cluster.trials import Trials
 from cluster.version_changes import VersionChanges
 
 log = structlog.get_logger()
@@ -88,6 +89,8 @@ class Controller:
         """What an operator, or a planner, may change of the placement."""
         self.versions = VersionChanges(self._ledger, self.changes, self._in_use)
         """What an operator may change of the model's versions."""
+        self.trials = Trials(self._ledger, self.versions)
+        """Versions that get a share of requests first."""
         self._recover()
 
     def deploy(self, deployment: Deployment) -> None:
@@ -153,6 +156,7 @@ class Controller:
             self._feed(Tick())
             self.changes.reconcile()
             self.versions.look()
+            self.trials.look()
         finally:
             self._looking.release()
 

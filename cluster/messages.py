@@ -256,6 +256,8 @@ class RouterSpec:
     ready_timeout_s: float
     http_host: str
     http_port: int
+    holdout: str = ""
+    """File of texts that versions on trial are compared by; "" for none."""
 
 
 @dataclass(frozen=True, slots=True)

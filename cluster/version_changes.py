@@ -13,13 +13,13 @@ from typing import Final
 import structlog
 
 from cluster import staging
-from cluster.canary import Canary, Observed, Trial, advanced, begun, observed, verdict
+from cluster.canary import verdict
 from cluster.changes import Changes
 from cluster.deployment import Deployment, with_table
 from cluster.errors import VersionError
 from cluster.in_use import TablesInUse
 from cluster.ledger import Ledger
-from cluster.live_versions import serving, with_candidate, with_version, without_version
+from cluster.live_versions import serving, with_version, without_version
 from cluster.messages import StoreAddress
 from cluster.promotion import Promotion, Retiring
 from cluster.table import PlacementTable
@@ -29,8 +29,6 @@ from cluster.versions.store import Store
 
 log = structlog.get_logger()
 
-CANDIDATE: Final = "candidate"
-"""The alias of a version on trial."""
 
 # How long `promote` waits for the engines' word that they use it; it goes on without.
 _ENGINES_S: Final = 5.0
@@ -126,7 +124,7 @@ class VersionChanges:
         `name` is an alias, or how the manifest's digest begins. VersionError if it is damaged, unsigned where it must
         be signed, of another model, or larger than the memory that hosts have left.
         """
-        store, deployment = self._store()
+        store, deployment = self.store()
         digest = store.find(name)
         model = PlacementTable.from_json(deployment.table).manifest
         manifest = checked(store, digest, model, deployment.version_settings.public_key)
@@ -151,7 +149,7 @@ class VersionChanges:
 
     def unstage(self, name: str) -> None:
         """Let go of a version that does not serve, as soon as no request runs on it."""
-        store, _ = self._store()
+        store, _ = self.store()
         digest = store.find(name)
         with self._ledger.change:
             deployment, state = self._ledger.required(), self._ledger.repair
@@ -176,7 +174,7 @@ class VersionChanges:
         if not self._promoting.acquire(blocking=False):
             raise VersionError("another version is being promoted", "see `expertmesh versions list`")
         try:
-            store, deployment = self._store()
+            store, deployment = self.store()
             digest, alias = store.find(name), deployment.version_settings.alias
             if deployment.promotion is not None:
                 self._finish(store, deployment.promotion)
@@ -185,7 +183,7 @@ class VersionChanges:
                 deployment, state = self._ledger.required(), self._ledger.repair
                 versions = PlacementTable.from_json(deployment.table).versions
                 if digest not in versions.live:
-                    raise _not_loaded(digest)
+                    raise not_loaded(digest)
                 if digest == versions.serving and now is not None and now.manifest == digest:
                     raise VersionError(f"version {digest[:12]} serves already", "nothing is to be done")
                 before = versions.serving
@@ -196,61 +194,14 @@ class VersionChanges:
                 self._ledger.save(replace(deployment, promotion=promotion), state)
             crash_here("promotion written down")
             epoch = self._finish(store, promotion)
-            everywhere = self._wait_for_engines(epoch)
+            everywhere = self.wait_for_engines(epoch)
             return Promoted(digest, before, epoch, time.monotonic() - started, everywhere)
         finally:
             self._promoting.release()
 
-    def try_out(self, trial: Trial) -> None:
-        """Give a staged version to a share of new requests, and watch it; what becomes of it is decided by `look`.
-
-        The alias ``candidate`` points at it from then on. VersionError if it is not staged, serves, is another model's
-        router, or another one is on trial.
-        """
-        store, _ = self._store()
-        digest = store.find(trial.manifest)
-        with self._ledger.change:
-            deployment = self._ledger.required()
-            versions = PlacementTable.from_json(deployment.table).versions
-            if digest not in versions.live:
-                raise _not_loaded(digest)
-            if digest == versions.serving:
-                raise VersionError(f"version {digest[:12]} serves already", "nothing is to be done")
-            if deployment.canary is not None:
-                raise VersionError(
-                    f"version {versions.candidate[:12]} is on trial",
-                    "end that with promote or rollback first",
-                )
-            if versions.dense.get(digest, {}) != versions.dense.get(versions.serving, {}):
-                raise VersionError(
-                    f"version {digest[:12]} changes the engine's own weights, which one engine can't have twice",
-                    "promote it as a whole",
-                )
-            try:
-                canary = begun(replace(trial, manifest=digest), self._wall())
-            except ValueError as error:
-                raise VersionError(str(error), "such as 1%,5%,25%,100%") from None
-        now = store.aliases.current(CANDIDATE)
-        if now is None or now.manifest != digest:
-            store.aliases.move(CANDIDATE, Move((now.number if now else 0) + 1, digest, self._wall()))
-        self._on_trial(canary)
-
-    def observe(self, seen: Observed) -> None:
-        """What a router saw of the candidate and of the version that serves."""
-        with self._ledger.change:
-            deployment = self._ledger.deployment
-            if deployment is not None and deployment.canary is not None:
-                canary = observed(deployment.canary, seen)
-                self._ledger.save(replace(deployment, canary=canary), self._ledger.repair)
-
     def rollback(self, *, author: str = "", reason: str = "") -> Promoted:
-        """Promote the version that served before, or end the trial of one that is to serve.
-
-        VersionError if there was none, or it is not loaded any more.
-        """
-        store, deployment = self._store()
-        if deployment.canary is not None:
-            return self._end_trial(reason or "by hand")
+        """Promote the version that served before. VersionError if there was none, or it is not loaded any more."""
+        store, deployment = self.store()
         alias = deployment.version_settings.alias
         moves = store.aliases.history(alias, 2)
         if len(moves) < 2:
@@ -263,13 +214,11 @@ class VersionChanges:
             deployment = self._ledger.deployment
         if deployment is None:
             return
-        if deployment.canary is not None and deployment.promotion is None:
-            self._judge(deployment.canary)
         if deployment.promotion is None and not deployment.retiring:
             return
         if deployment.promotion is not None and self._promoting.acquire(blocking=False):
             try:
-                store, deployment = self._store()
+                store, deployment = self.store()
                 if deployment.promotion is not None:
                     self._finish(store, deployment.promotion)
             except VersionError as error:
@@ -307,60 +256,16 @@ class VersionChanges:
             retiring = {name: r for name, r in deployment.retiring.items() if name != move.manifest}
             if before != move.manifest:
                 retiring[before] = Retiring(self._wall(), epoch)
+            if deployment.canary is not None and deployment.canary.trial.manifest != move.manifest:
+                retiring[deployment.canary.trial.manifest] = Retiring(self._wall(), epoch)
             deployment = replace(deployment, promotion=None, retiring=retiring, canary=None)
             self._ledger.save(deployment, replace(state, epoch=epoch))
         crash_here("table published")
         log.info("version serves", manifest=move.manifest[:12], before=before[:12], epoch=epoch)
         return epoch
 
-    def _judge(self, canary: Canary) -> None:
-        """Do with the version on trial what is to be done now."""
-        found = verdict(canary, self._wall())
-        if found.what == "advance":
-            log.info("canary advances", manifest=canary.trial.manifest[:12], reason=found.reason)
-            self._on_trial(advanced(canary, self._wall()))
-        elif found.what == "promote":
-            log.info("canary promoted", manifest=canary.trial.manifest[:12], reason=found.reason)
-            try:
-                self.promote(canary.trial.manifest, author="expertmesh", reason=found.reason)
-            except VersionError as error:
-                log.warning("canary not promoted", reason=error.message)
-            else:
-                self._note(f"{canary.trial.manifest[:12]} promoted: {found.reason}")
-        elif found.what == "rollback":
-            self._end_trial(found.reason)
-
-    def _on_trial(self, canary: Canary) -> None:
-        with self._ledger.change:
-            deployment, state = self._ledger.required(), self._ledger.repair
-            table = PlacementTable.from_json(deployment.table)
-            versions = with_candidate(table.versions, canary.trial.manifest, canary.share)
-            deployment = replace(with_table(deployment, replace(table, versions=versions)), canary=canary)
-            left = {name: r for name, r in deployment.retiring.items() if name != canary.trial.manifest}
-            self._ledger.save(replace(deployment, retiring=left), replace(state, epoch=state.epoch + 1))
-
-    def _end_trial(self, reason: str) -> Promoted:
-        """Give the candidate to nobody any more."""
-        started = time.monotonic()
-        with self._ledger.change:
-            deployment, state = self._ledger.required(), self._ledger.repair
-            table = PlacementTable.from_json(deployment.table)
-            versions, epoch = table.versions, state.epoch + 1
-            candidate = versions.candidate
-            table = replace(table, versions=with_candidate(versions, candidate, 0.0))
-            retiring = {**deployment.retiring, candidate: Retiring(self._wall(), epoch)}
-            told = f"{candidate[:12]} rolled back: {reason}"
-            deployment = replace(with_table(deployment, table), canary=None, retiring=retiring, verdict=told)
-            self._ledger.save(deployment, replace(state, epoch=epoch))
-        log.warning("canary rolled back", manifest=candidate[:12], reason=reason)
-        everywhere = self._wait_for_engines(epoch)
-        return Promoted(versions.serving, candidate, epoch, time.monotonic() - started, everywhere)
-
-    def _note(self, told: str) -> None:
-        with self._ledger.change:
-            self._ledger.save(replace(self._ledger.required(), verdict=told), self._ledger.repair)
-
-    def _wait_for_engines(self, epoch: int) -> bool:
+    def wait_for_engines(self, epoch: int) -> bool:
+        """Whether all engines say in time that they give requests what this table says."""
         with self._ledger.change:
             return self._ledger.change.wait_for(
                 lambda: self._in_use.acknowledged(epoch, self._ledger.now()), _ENGINES_S
@@ -393,7 +298,8 @@ class VersionChanges:
                 left = {name: r for name, r in deployment.retiring.items() if name != digest}
                 self._ledger.save(replace(deployment, retiring=left), self._ledger.repair)
 
-    def _store(self) -> tuple[Store, Deployment]:
+    def store(self) -> tuple[Store, Deployment]:
+        """The store of versions, and the deployment. VersionError if there is none."""
         with self._ledger.change:
             deployment = self._ledger.required()
         if deployment.store is None:
@@ -401,7 +307,8 @@ class VersionChanges:
         return self._open_store(deployment.store), deployment
 
 
-def _not_loaded(digest: str) -> VersionError:
+def not_loaded(digest: str) -> VersionError:
+    """A version is to serve that hosts don't have."""
     return VersionError(
         f"version {digest[:12]} is not loaded", f"`expertmesh versions stage {digest[:12]}` first"
     )

@@ -235,6 +235,7 @@ def router_spec_for(config: Config, checkpoint: Checkpoint, dtype: str, name: st
         ready_timeout_s=30.0,
         http_host=config.server.host,
         http_port=config.server.port,
+        holdout=str(Path(config.versions.holdout).expanduser().absolute()) if config.versions.holdout else "",
     )
 
 

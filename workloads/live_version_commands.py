@@ -6,11 +6,14 @@ import getpass
 import json
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
 
+from cluster.config_mistakes import BadValue
+from cluster.config_values import parse_duration
 from cluster.errors import HostError, VersionError
 from workloads.console import console
 from workloads.running import RunningController, running_controller
@@ -60,11 +63,26 @@ def promote(
         str | None,
         typer.Option(help="Whether running requests `finish` on their version or `continue` on this one."),
     ] = None,
+    canary: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARES",
+            help="Only to a share of requests, such as 5% or 1%,5%,25%,100% one after the other, until it is clear "
+            "whether it is good enough: then it is promoted, or rolled back, by itself.",
+        ),
+    ] = None,
+    every: Annotated[str, typer.Option(help="How long each share lasts at least.")] = "10m",
+    alpha: Annotated[
+        float, typer.Option(min=1e-9, max=0.5, help="How probable a wrong verdict may be.")
+    ] = 0.01,
     config: ConfigFile = None,
     url: Url = None,
     json_: Json = False,
 ) -> None:
-    """Give a version that was staged to all new requests."""
+    """Give a version that was staged to all new requests, or first to a share of them."""
+    if canary is not None:
+        _try_out(version, canary, every, alpha, config, url, json_)
+        return
     if running not in (None, "finish", "continue"):
         raise typer.BadParameter(f"{running!r} is neither finish nor continue", param_hint="--running")
     goes_on = None if running is None else running == "continue"
@@ -80,7 +98,7 @@ def rollback(
     url: Url = None,
     json_: Json = False,
 ) -> None:
-    """Give the version that served before to all new requests again."""
+    """Give the version that served before to all new requests again; or end the trial of another one."""
     with running_controller(configured(config), url) as controller:
         _tell_promoted(controller.ask("rollback", _who(author), reason), json_)
 
@@ -98,14 +116,20 @@ def live(config: ConfigFile = None, url: Url = None, json_: Json = False) -> Non
     """Versions that the running mesh has loaded, and the one that serves."""
     with running_controller(configured(config), url) as controller:
         status = controller.ask("versions")
+    if status.candidate:
+        trial = f"on trial with {status.share:.3g} of new requests: {status.verdict}"
     states = {
         **dict.fromkeys(status.live, "loaded"),
         **dict.fromkeys(status.retiring, "served before; let go when nobody needs it"),
         **dict.fromkeys(status.coming, "loading"),
         status.serving: "serves",
+        **({status.candidate: trial} if status.candidate else {}),
         **({status.promoting: "is being promoted"} if status.promoting else {}),
     }
-    _tell(asdict(status), "\n".join(f"{name[:12]}  {state}" for name, state in states.items()), json_)
+    lines = [f"{name[:12]}  {state}" for name, state in states.items()]
+    if status.verdict and not status.candidate:
+        lines.append(f"last trial: {status.verdict}")
+    _tell(asdict(status), "\n".join(lines), json_)
 
 
 def wait_until_live(controller: RunningController, manifest: str, timeout_s: float) -> None:
@@ -129,6 +153,28 @@ def wait_until_live(controller: RunningController, manifest: str, timeout_s: flo
                 "it goes on; see `expertmesh status`",
             )
         time.sleep(_POLL_S)
+
+
+def _try_out(
+    version: str, shares: str, every: str, alpha: float, config: Path | None, url: str | None, json_: bool
+) -> None:
+    from cluster.canary import Trial
+
+    try:
+        given = tuple(float(share.strip().removesuffix("%")) / 100 for share in shares.split(","))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{shares!r} is no list of shares such as 1%,5%", param_hint="--canary"
+        ) from None
+    try:
+        step_s = parse_duration(every)
+    except BadValue as error:
+        raise typer.BadParameter(str(error), param_hint="--every") from None
+    with running_controller(configured(config), url) as controller:
+        controller.ask("try_out", Trial(version, given, step_s, alpha))
+        status = controller.ask("versions")
+    text = f"{status.candidate}\n  gets {status.share:.3g} of new requests; see `expertmesh versions live`"
+    _tell(asdict(status), text, json_)
 
 
 def _when_free(controller: RunningController, version: str, timeout_s: float) -> Any:

@@ -182,6 +182,7 @@ def _bring_up(
             partial(ray_controller.next_table, namespace),
             partial(ray_controller.report_traffic, namespace),
             partial(ray_controller.experts_json, namespace),
+            partial(ray_controller.observe, namespace),
             replicas=config.engine.replicas,
             options=replica_options(config, print_.engine_node.node_id),
         )

@@ -65,9 +65,9 @@ def world(tmp_path: Path) -> World:
 def test_where_only_experts_differ_the_next_request_gets_the_other_version(world: World) -> None:
     async def run() -> None:
         await world.swap.to(EXPERTS)
-        first = await world.pins.enter({})
+        first = await world.pins.enter("")
         await world.swap.to(serving(EXPERTS, "experts"))
-        second = await world.pins.enter({})
+        second = await world.pins.enter("")
         assert (first, second) == ("base", "experts") and world.engine.told == []
         assert world.pins.running == {"base": 1, "experts": 1}
         world.pins.leave(first)
@@ -81,9 +81,9 @@ def test_the_engines_own_tensors_change_when_no_request_of_the_version_before_ru
 
     async def run() -> None:
         await world.swap.to(versions)
-        running = await world.pins.enter({})
+        running = await world.pins.enter("")
         await world.swap.to(serving(versions, "router"))
-        held = asyncio.create_task(world.pins.enter({}))
+        held = asyncio.create_task(world.pins.enter(""))
         await asyncio.sleep(0)
         assert not held.done() and world.engine.told == []
         world.pins.leave(running)
@@ -101,9 +101,9 @@ def test_going_back_before_the_change_lets_those_in_that_waited(world: World) ->
 
     async def run() -> None:
         await world.swap.to(versions)
-        await world.pins.enter({})
+        await world.pins.enter("")
         await world.swap.to(serving(versions, "router"))
-        held = asyncio.create_task(world.pins.enter({}))
+        held = asyncio.create_task(world.pins.enter(""))
         await asyncio.sleep(0)
         await world.swap.to(serving(versions, "base"))
         assert await asyncio.wait_for(held, 5) == "base" and world.engine.told == []
@@ -117,13 +117,13 @@ def test_running_requests_go_on_with_the_other_version_where_that_was_chosen(wor
 
     async def run() -> None:
         await world.swap.to(versions)
-        await world.pins.enter({})
+        await world.pins.enter("")
         await world.swap.to(serving(versions, "router", continue_running=True))
         names = [told[0] if isinstance(told, tuple) else told for told in world.engine.told]
         assert names == ["pause", "expertmesh_use_dense", "expertmesh_go_on_with", "resume"]
         assert world.engine.told[0] == ("pause", "keep", True)
         assert world.engine.told[2][1] == {"base": "router"}
-        assert await world.pins.enter({}) == "router"
+        assert await world.pins.enter("") == "router"
         assert world.pins.fingerprint("base") == b"expertmesh-router"
 
     asyncio.run(run())

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from cluster import version_changes
+from cluster.canary import Answered, Observed, Trial
 from cluster.controller import Controller
 from cluster.deployment import Deployment
 from cluster.errors import ExpertmeshError, VersionError
@@ -48,7 +49,7 @@ class VersionWorld(MemoryWorld):
 
     def controller(self) -> Controller:
         controller = super().controller()
-        controller.versions._wall = lambda: self.now
+        controller.versions._wall = controller.trials._wall = lambda: self.now
         return controller
 
     def deployment(self, name: str = "model") -> Deployment:
@@ -251,6 +252,30 @@ def test_a_controller_that_dies_in_a_promotion_leaves_one_that_finishes_it(
     assert after.versions.status().promoting == ""
 
 
+def test_a_version_on_trial_that_fails_goes_and_one_that_does_not_serves(
+    world: VersionWorld, controller: Controller
+) -> None:
+    version = staged(world, controller, {0: "x"})
+    good, bad = (Answered(False, 0.1),) * 50, (Answered(True, 0.1),) * 50
+    for seen, end in ((bad, "rolled back"), (good, "promoted")):
+        controller.trials.try_out(Trial(version[:8], (0.05,)))
+        alias = world.store.aliases.current("candidate")
+        assert alias is not None and alias.manifest == version
+        assert (live(controller).candidate, live(controller).share) == (version, 0.05)
+        with pytest.raises(VersionError, match="is on trial"):
+            controller.trials.try_out(Trial(version, (0.05,)))
+        with pytest.raises(VersionError, match="serves"):
+            controller.versions.unstage(version)
+        for _ in range(6):
+            controller.trials.observe(Observed(version, good, seen))
+        controller.look()
+        assert live(controller).candidate == "" and not controller.trials.under_way
+        assert f"{version[:12]} {end}: " in controller.versions.status().verdict
+    assert live(controller).serving == version
+    with pytest.raises(VersionError, match="no version is on trial"):
+        controller.trials.end("by hand")
+
+
 class Versions(RuleBasedStateMachine):
     """Any order of what operators do and what may happen: one version serves, and engines find what they ask for."""
 
@@ -301,6 +326,23 @@ class Versions(RuleBasedStateMachine):
     def rollback(self) -> None:
         self.attempt(self.controller.versions.rollback)
 
+    @rule(which=st.integers(0, 9), shares=st.sampled_from([(0.05,), (0.05, 0.5), (0.5, 0.1)]))
+    def try_out(self, which: int, shares: tuple[float, ...]) -> None:
+        trial = Trial(self.published[which % len(self.published)], shares, step_s=1.0, give_up_s=KEEP_S)
+        self.attempt(lambda: self.controller.trials.try_out(trial))
+
+    @rule(failed=st.booleans())
+    def candidate_answers(self, failed: bool) -> None:
+        assert self.world.table is not None
+        seen = (Answered(failed, 0.1),) * 40
+        self.controller.trials.observe(
+            Observed(self.world.table.versions.candidate, (Answered(False, 0.1),) * 40, seen)
+        )
+
+    @rule()
+    def end_trial(self) -> None:
+        self.attempt(lambda: self.controller.trials.end("by hand"))
+
     @rule(
         which=st.integers(0, 9),
         step=st.sampled_from(["promotion written down", "alias moved", "table published"]),
@@ -326,7 +368,8 @@ class Versions(RuleBasedStateMachine):
     @rule()
     def requests_come_and_the_engine_follows(self) -> None:
         assert self.world.table is not None
-        self.world.running.add(self.world.table.versions.serving)
+        versions = self.world.table.versions
+        self.world.running |= {versions.serving, versions.candidate or versions.serving}
         self.world.follow(self.controller)
 
     @rule()
@@ -350,6 +393,9 @@ class Versions(RuleBasedStateMachine):
     def one_version_serves(self) -> None:
         versions, status = live(self.controller), self.controller.versions.status()
         assert versions.serving in versions.live
+        assert not versions.candidate or versions.candidate in versions.live
+        assert (versions.candidate, versions.share) == (status.candidate, status.share)
+        assert bool(versions.candidate) == self.controller.trials.under_way
         current = self.world.store.aliases.current("production")
         assert current is not None
         if not status.promoting:

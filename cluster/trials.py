@@ -1,0 +1,139 @@
+"""Versions on trial: a share of requests, until it is clear whether they are good enough; then they serve, or go.
+
+What is seen and what follows is decided in `cluster.canary`; here it is done, a step with every look of the controller.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+import structlog
+
+from cluster.canary import Canary, Observed, Trial, advanced, begun, observed, verdict
+from cluster.deployment import with_table
+from cluster.errors import VersionError
+from cluster.ledger import Ledger
+from cluster.live_versions import with_candidate
+from cluster.promotion import Retiring
+from cluster.table import PlacementTable
+from cluster.version_changes import Promoted, VersionChanges, not_loaded
+from cluster.versions.aliases import Move
+
+log = structlog.get_logger()
+
+CANDIDATE: Final = "candidate"
+"""The alias of a version on trial."""
+
+
+class Trials:
+    """Of one controller; calls may come from several threads."""
+
+    def __init__(
+        self, ledger: Ledger, versions: VersionChanges, *, wall: Callable[[], float] = time.time
+    ) -> None:
+        self._ledger, self._versions, self._wall = ledger, versions, wall
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a version is on trial."""
+        deployment = self._ledger.deployment
+        return deployment is not None and deployment.canary is not None
+
+    def look(self) -> None:
+        """Do with the version on trial what is to be done now."""
+        deployment = self._ledger.deployment
+        if deployment is not None and deployment.canary is not None and deployment.promotion is None:
+            self._judge(deployment.canary)
+
+    def try_out(self, trial: Trial) -> None:
+        """Give a staged version to a share of new requests, and watch it; what becomes of it is decided by `look`.
+
+        The alias ``candidate`` points at it from then on. VersionError if it is not staged, serves, is another model's
+        router, or another one is on trial.
+        """
+        store, _ = self._versions.store()
+        digest = store.find(trial.manifest)
+        with self._ledger.change:
+            deployment = self._ledger.required()
+            versions = PlacementTable.from_json(deployment.table).versions
+            if digest not in versions.live:
+                raise not_loaded(digest)
+            if digest == versions.serving:
+                raise VersionError(f"version {digest[:12]} serves already", "nothing is to be done")
+            if deployment.canary is not None:
+                raise VersionError(
+                    f"version {versions.candidate[:12]} is on trial",
+                    "end that with promote or rollback first",
+                )
+            if versions.dense.get(digest, {}) != versions.dense.get(versions.serving, {}):
+                raise VersionError(
+                    f"version {digest[:12]} changes the engine's own weights, which one engine can't have twice",
+                    "promote it as a whole",
+                )
+            try:
+                canary = begun(replace(trial, manifest=digest), self._wall())
+            except ValueError as error:
+                raise VersionError(str(error), "such as 1%,5%,25%,100%") from None
+        now = store.aliases.current(CANDIDATE)
+        if now is None or now.manifest != digest:
+            store.aliases.move(CANDIDATE, Move((now.number if now else 0) + 1, digest, self._wall()))
+        self._on_trial(canary)
+
+    def observe(self, seen: Observed) -> None:
+        """What a router saw of the candidate and of the version that serves."""
+        with self._ledger.change:
+            deployment = self._ledger.deployment
+            if deployment is not None and deployment.canary is not None:
+                canary = observed(deployment.canary, seen)
+                self._ledger.save(replace(deployment, canary=canary), self._ledger.repair)
+
+    def _judge(self, canary: Canary) -> None:
+        found = verdict(canary, self._wall())
+        if found.what == "advance":
+            log.info("canary advances", manifest=canary.trial.manifest[:12], reason=found.reason)
+            self._on_trial(advanced(canary, self._wall()))
+        elif found.what == "promote":
+            log.info("canary promoted", manifest=canary.trial.manifest[:12], reason=found.reason)
+            try:
+                self._versions.promote(canary.trial.manifest, author="expertmesh", reason=found.reason)
+            except VersionError as error:
+                log.warning("canary not promoted", reason=error.message)
+            else:
+                self._note(f"{canary.trial.manifest[:12]} promoted: {found.reason}")
+        elif found.what == "rollback":
+            self.end(found.reason)
+
+    def _on_trial(self, canary: Canary) -> None:
+        with self._ledger.change:
+            deployment, state = self._ledger.required(), self._ledger.repair
+            table = PlacementTable.from_json(deployment.table)
+            versions = with_candidate(table.versions, canary.trial.manifest, canary.share)
+            deployment = replace(with_table(deployment, replace(table, versions=versions)), canary=canary)
+            left = {name: r for name, r in deployment.retiring.items() if name != canary.trial.manifest}
+            self._ledger.save(replace(deployment, retiring=left), replace(state, epoch=state.epoch + 1))
+
+    def end(self, reason: str) -> Promoted:
+        """Give the version on trial to nobody any more. VersionError if there is none."""
+        started = time.monotonic()
+        with self._ledger.change:
+            deployment, state = self._ledger.required(), self._ledger.repair
+            table = PlacementTable.from_json(deployment.table)
+            versions, epoch = table.versions, state.epoch + 1
+            candidate = versions.candidate
+            if not candidate:
+                raise VersionError("no version is on trial", "see `expertmesh versions live`")
+            table = replace(table, versions=with_candidate(versions, candidate, 0.0))
+            retiring = {**deployment.retiring, candidate: Retiring(self._wall(), epoch)}
+            told = f"{candidate[:12]} rolled back: {reason}"
+            deployment = replace(with_table(deployment, table), canary=None, retiring=retiring, verdict=told)
+            self._ledger.save(deployment, replace(state, epoch=epoch))
+        log.warning("canary rolled back", manifest=candidate[:12], reason=reason)
+        everywhere = self._versions.wait_for_engines(epoch)
+        return Promoted(versions.serving, candidate, epoch, time.monotonic() - started, everywhere)
+
+    def _note(self, told: str) -> None:
+        with self._ledger.change:
+            self._ledger.save(replace(self._ledger.required(), verdict=told), self._ledger.repair)
