@@ -29,7 +29,12 @@ LARGE_BYTES = 101 << 20
 @pytest.fixture(scope="module")
 def options() -> Iterator[dict[str, Any]]:
     with s3_server() as url:
-        yield {"endpoint_url": url, "key": "k", "secret": "s", "client_kwargs": {"region_name": "eu-central-1"}}
+        yield {
+            "endpoint_url": url,
+            "key": "k",
+            "secret": "s",
+            "client_kwargs": {"region_name": "eu-central-1"},
+        }
 
 
 @pytest.fixture
