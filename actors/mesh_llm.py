@@ -14,12 +14,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from actors.canary_watch import CanaryWatch
 from actors.outages import DEGRADED, UNAVAILABLE
+from actors.own_requests import PROBE, REPLAY
 from actors.pinning import PinnedInputs, Pins
-
-PROBE = "ready-"
-"""How the ids of requests begin that only ask whether a token flows."""
-REPLAY = "replay-"
-"""And of those that only ask how well a text is predicted."""
 
 
 class MeshLLM(AsyncLLM):

@@ -27,7 +27,7 @@ from cluster.moves import Proposal
 from cluster.rebalancer import Rebalancer
 from cluster.repair_state import HostStatus
 from cluster.traffic import Routing
-from cluster.version_changes import Promoted, Staged, VersionsStatus
+from cluster.version_changes import Promoted, Staged, VersionsStatus, crash_at
 
 NAME = "controller"
 # How often nodes and hosts are looked at: a round takes a few ms, and the engines don't wait for it to do without
@@ -161,6 +161,9 @@ class ControllerActor:
         if self._controller.trials.under_way:
             return self._controller.trials.end(reason or "by hand")
         return self._controller.versions.rollback(author=author, reason=reason)
+
+    def crash_at(self, step: str) -> None:
+        crash_at(step)
 
     def try_out(self, trial: Trial) -> None:
         self._controller.trials.try_out(trial)

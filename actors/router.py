@@ -36,6 +36,7 @@ from actors.degraded import Degraded, Unavailable
 from actors.dense_files import DenseFiles
 from actors.engine_words import engine_words
 from actors.http_server import HttpServer
+from actors.own_requests import PROBE
 from actors.pinning import Pinned, Pins
 from actors.replay import Replay
 from actors.router_metrics import MeshMetrics, RoutingMetrics
@@ -171,8 +172,6 @@ class Router:
 
         round_trips = (await self.engine.collective_rpc("expertmesh_reachable"))[0]
         sampling = SamplingParams(max_tokens=1, temperature=0.0, output_kind=RequestOutputKind.FINAL_ONLY)
-        from actors.mesh_llm import PROBE
-
         request_id = f"{PROBE}{os.urandom(8).hex()}"
         async for _ in self.engine.generate(
             {"prompt_token_ids": [self._probe_token()]}, sampling, request_id

@@ -38,7 +38,7 @@ class VariantReader:
         with self._change:
             variant = self._known.get((layer, number))
         if variant is None or self._address is None:
-            raise CheckpointError(f"layer {layer} has no expert of number {number}")
+            raise CheckpointError(f"layer {layer} has no expert {number}")
         name = f"expert {variant.expert} of layer {layer} (blob {variant.blob[:12]})"
         try:
             self._store = self._store or Store(self._address.url, self._address.options)

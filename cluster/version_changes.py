@@ -16,7 +16,7 @@ from cluster import staging
 from cluster.canary import verdict
 from cluster.changes import Changes
 from cluster.deployment import Deployment, with_table
-from cluster.errors import VersionError
+from cluster.errors import HostError, VersionError
 from cluster.in_use import TablesInUse
 from cluster.ledger import Ledger
 from cluster.live_versions import serving, with_version, without_version
@@ -32,8 +32,8 @@ log = structlog.get_logger()
 
 # How long `promote` waits for the engines' word that they use it; it goes on without.
 _ENGINES_S: Final = 5.0
-CRASH_VARIABLE: Final = "EXPERTMESH_CRASH_AT"
-"""Names a step at which the process kills itself, where failpoints are allowed: tests cut promotions short by it."""
+# Where this process is to end: tests cut promotions short by it.
+_crash_at = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +314,15 @@ def not_loaded(digest: str) -> VersionError:
     )
 
 
+def crash_at(step: str) -> None:
+    """Have this process end at once when it comes to this step. HostError where failpoints are not allowed."""
+    global _crash_at
+    if os.environ.get("EXPERTMESH_FAILPOINTS") != "1":
+        raise HostError("failpoints are not allowed here", "start the server with EXPERTMESH_FAILPOINTS=1")
+    _crash_at = step
+
+
 def crash_here(step: str) -> None:
-    """End this process at once if it is to crash at this step."""
-    if os.environ.get(CRASH_VARIABLE) == step and os.environ.get("EXPERTMESH_FAILPOINTS") == "1":
+    """End this process if it is to crash at this step."""
+    if step == _crash_at:
         os.kill(os.getpid(), signal.SIGKILL)

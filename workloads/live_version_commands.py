@@ -104,11 +104,12 @@ def rollback(
 
 
 @versions_app.command()
-def unstage(version: Version, config: ConfigFile = None, url: Url = None) -> None:
+def unstage(version: Version, config: ConfigFile = None, url: Url = None, json_: Json = False) -> None:
     """Let go of a version that does not serve, once no request runs on it."""
     with running_controller(configured(config), url) as controller:
         controller.ask("unstage", version)
-    out.print("it is let go once no request runs on it; see `expertmesh versions live`")
+        status = controller.ask("versions")
+    _tell(asdict(status), "it is let go once no request runs on it; see `expertmesh versions live`", json_)
 
 
 @versions_app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -17,8 +18,10 @@ from actors import router as module
 from actors.api_access import key_digest
 from actors.router import Router
 from actors.router_metrics import MeshMetrics, RoutingMetrics
+from cluster.live_versions import LiveVersions, Variant, serving
 from cluster.messages import EngineSettings, RouterSpec
 from cluster.routing_windows import LayerSummary
+from cluster.table import PlacementTable
 from cluster.traffic import Busiest, Routing
 
 SETTINGS = EngineSettings("", "ab" * 32, (0,), "", 8, 2, "float32", 16, 1.0, 1.0)
@@ -66,7 +69,7 @@ class Engine:
         answers: dict[str, Any] = {
             "expertmesh_reachable": {"local-0": 25e-6},
             "expertmesh_stats": STATS,
-            "expertmesh_set_table": 4 if args == ("table",) else -1,
+            "expertmesh_set_table": 4,
         }
         return [answers[method]]
 
@@ -226,7 +229,26 @@ def test_a_full_engine_refuses_requests_of_those_who_have_a_key(engine: Engine) 
 
 def test_a_new_table_reaches_the_engine_and_its_epoch_comes_back(engine: Engine) -> None:
     router, _ = made(engine)
-    assert asyncio.run(router.set_table("table")) == 4
+    assert asyncio.run(router.set_table(PlacementTable("m", 4, {}, {}).to_json())) == 4
+    assert engine.asked == ["expertmesh_set_table"]
+
+
+def test_requests_get_a_version_that_the_engine_knows_before_it_hears_of_it(engine: Engine) -> None:
+    router, _ = made(engine)
+    versions = LiveVersions("one", {"one": {}, "two": {0: {0: 4}}}, variants={0: (Variant(0, "a"),)})
+    table = PlacementTable("m", 4, {}, {}, versions=versions)
+
+    async def run() -> None:
+        await router.set_table(table.to_json())
+        assert router.pins.versions.serving == "one" and engine.asked == ["expertmesh_set_table"]
+        after = replace(table, epoch=5, versions=serving(versions, "two"))
+        assert await router.set_table(after.to_json()) == 5
+        assert router.pins.versions.serving == "two" and engine.asked == ["expertmesh_set_table"]
+        # With another placement the engine comes first.
+        await router.set_table(replace(table, epoch=6, manifest="other").to_json())
+        assert router.pins.versions.serving == "one" and engine.asked == ["expertmesh_set_table"] * 3
+
+    asyncio.run(run())
 
 
 def test_health_is_the_engine_s_and_good_while_it_starts(engine: Engine) -> None:

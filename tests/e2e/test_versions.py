@@ -1,0 +1,355 @@
+"""Versions of a mesh that serves: loaded, promoted under load, rolled back, tried out; whoever dies meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from cluster.checkpoint import Checkpoint
+from cluster.config import load_config
+from cluster.live_versions import HEADER
+from tests.changed_model import changed_model
+from tests.e2e.asking import PROMPTS, Asking, ask
+from tests.e2e.programs import ServerProgram, free_port, run, settings, wait_for
+from workloads.running import RunningController, running_controller
+
+pytestmark = pytest.mark.slow
+
+EXPERTS = ((0, 1), (1, 0), (1, 3))
+LONG = 480
+STEPS = ("promotion written down", "alias moved", "table published")
+
+
+class Mesh:
+    """A server with a store of versions, and the commands on it."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.model, self._folder, self._number = model, folder, 0
+        self.store = folder / "store"
+        versions = {"store": str(self.store), "keep_warm": "1h"}
+        config = settings(model, free_port(), versions=versions)
+        self.server = ServerProgram(folder / "server", config, {"EXPERTMESH_FAILPOINTS": "1"})
+        self.client = openai.OpenAI(
+            base_url=f"{self.server.url}/v1", api_key="none", max_retries=0, timeout=120
+        )
+
+    def command(self, *words: str, code: int = 0) -> Any:
+        """What it prints as JSON; the error with another code."""
+        self._number += 1
+        words = (*words, "--config", str(self.server.config), *(("--json",) if code == 0 else ()))
+        done = run(self._folder / f"command-{self._number}", "versions", *words)
+        assert done.process.returncode == code, done.err
+        return json.loads(done.out) if code == 0 else done.err
+
+    def live(self, *words: str, code: int = 0) -> Any:
+        """The same of the running server."""
+        return self.command(*words, "--url", self.server.url, code=code)
+
+    def published(self, file: Path, parent: str = "") -> str:
+        return str(self.command("publish", str(file), *(("--parent", parent) if parent else ()))["digest"])
+
+    def answer(self, **more: Any) -> tuple[str, httpx.Response]:
+        """The manifest that an answer names in its header, and the answer."""
+        body = {"model": "tiny", "prompt": PROMPTS[0], "max_tokens": 2, "temperature": 0, **more}
+        answer = httpx.post(f"{self.server.url}/v1/completions", json=body, timeout=120)
+        assert answer.status_code == 200, answer.text
+        return answer.headers[HEADER], answer
+
+    def answers(self) -> list[list[int]]:
+        return [ask(self.client, prompt) for prompt in PROMPTS]
+
+    def stream(self) -> tuple[str, list[int]]:
+        """A long answer: its manifest and tokens."""
+        # By chance with a seed: a random model's likeliest tokens soon repeat themselves, whatever its version.
+        body = {
+            "model": "tiny",
+            "prompt": PROMPTS[0],
+            "max_tokens": LONG,
+            "temperature": 1,
+            "seed": 7,
+            "ignore_eos": True,
+        }
+        tokens: list[int] = []
+        with httpx.stream(
+            "POST",
+            f"{self.server.url}/v1/completions",
+            json={**body, "stream": True, "return_token_ids": True},
+            timeout=120,
+        ) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    tokens += json.loads(line[6:])["choices"][0].get("token_ids") or []
+                    self.streamed = len(tokens)
+            return response.headers[HEADER], tokens
+
+    streamed = 0
+
+    def while_streaming(self, do: Callable[[], object]) -> tuple[str, list[int]]:
+        """A long answer in the middle of which something is done."""
+        found: list[tuple[str, list[int]]] = []
+        self.streamed = 0
+        thread = threading.Thread(target=lambda: found.append(self.stream()))
+        thread.start()
+        wait_for(lambda: self.streamed > 3, 60, "the first tokens")
+        do()
+        assert self.streamed < LONG, "the answer was over before"
+        thread.join(120)
+        return found[0]
+
+    def promote(self, version: str, *, goes_on: bool = False) -> None:
+        """As the command, which takes as long to start as a long answer does to end."""
+        assert self.controller is not None
+        assert self.controller.ask("promote", version, "me", "a test", goes_on).manifest == version
+
+    def rollback(self) -> None:
+        assert self.controller is not None
+        self.controller.ask("rollback", "me", "a test")
+
+    controller: RunningController | None = None
+
+    def ask_controller(self, method: str, *arguments: object) -> Any:
+        assert self.controller is not None
+        return self.controller.ask(method, *arguments)
+
+
+@pytest.fixture(scope="module")
+def mesh(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    mesh = Mesh(tiny_model, tmp_path_factory.mktemp("versions"))
+    try:
+        mesh.server.wait_ready()
+        with running_controller(
+            load_config(mesh.server.config, {}, {}, {}).config, mesh.server.url
+        ) as controller:
+            mesh.controller = controller
+            yield mesh
+        mesh.server.interrupt()
+        assert mesh.server.wait() == 0, mesh.server.err
+        mesh.server.assert_gone()
+    finally:
+        mesh.server.kill()
+
+
+@pytest.fixture(autouse=True)
+def at_base(mesh: Mesh, base: Any) -> None:
+    """Whatever a test before left."""
+    status = mesh.ask_controller("versions")
+    if status.candidate:
+        mesh.rollback()
+    if status.serving != base[0]:
+        mesh.promote(base[0])
+
+
+@pytest.fixture(scope="module")
+def changed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return changed_model(tiny_model, tmp_path_factory.mktemp("changed"), EXPERTS)
+
+
+@pytest.fixture(scope="module")
+def base(mesh: Mesh) -> tuple[str, list[list[int]], tuple[str, list[int]]]:
+    """The version that serves at first, its answers, and a long one."""
+    return mesh.answer()[0], mesh.answers(), mesh.stream()
+
+
+@pytest.fixture(scope="module")
+def version(mesh: Mesh, changed: tuple[Path, Path], base: Any) -> str:
+    """A staged version with three experts of its own."""
+    digest = mesh.published(changed[1])
+    staged = mesh.live("stage", digest[:12])
+    assert staged["manifest"] == digest and sum(staged["bytes_by_host"].values()) > 0
+    return digest
+
+
+def test_a_version_is_promoted_under_load_and_answers_as_its_checkpoint_would(
+    mesh: Mesh, changed: tuple[Path, Path], base: Any, version: str, tmp_path: Path
+) -> None:
+    digest, answers, long = base
+    with Asking(mesh.client, answers) as asking:
+        wait_for(lambda: asking.answers > 3, 60, "answers while the version is only loaded")
+    assert asking.wrong == []
+
+    found = mesh.while_streaming(lambda: mesh.promote(version))
+    assert found == long, "a running answer ends with the version that it began with"
+    named, answer = mesh.answer()
+    assert named == version and answer.json()["system_fingerprint"] == f"expertmesh-{version[:16]}"
+    others = mesh.answers()
+    assert all(one != other for one, other in zip(others, answers, strict=True))
+    listed = mesh.command("list")
+    assert listed["aliases"] == {"production": version}
+
+    back = mesh.live("rollback")
+    assert (back["manifest"], back["before"]) == (digest, version) and mesh.answers() == answers
+    assert mesh.live("promote", version, "--reason", "a test")["everywhere"]
+
+    # The same weights from a folder, without any version.
+    server = ServerProgram(tmp_path / "plain", settings(changed[0], free_port()))
+    try:
+        server.wait_ready()
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+        assert [ask(client, prompt) for prompt in PROMPTS] == others
+        server.interrupt()
+        assert server.wait() == 0, server.err
+    finally:
+        server.kill()
+    mesh.live("rollback")
+
+
+def test_running_requests_go_on_with_the_new_version_where_that_is_chosen(
+    mesh: Mesh, base: Any, version: str
+) -> None:
+    _, answers, long = base
+    named, tokens = mesh.while_streaming(lambda: mesh.promote(version, goes_on=True))
+    assert named == base[0] and len(tokens) == LONG and tokens != long[1]
+    same = next(n for n, (a, b) in enumerate(zip(tokens, long[1], strict=True)) if a != b)
+    assert same > 0, "it began with the version before"
+    mesh.live("rollback")
+    assert mesh.answers() == answers, "nothing that the other version computed is used"
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_controller_that_dies_in_a_promotion_leaves_one_version(
+    mesh: Mesh, base: Any, version: str, step: str
+) -> None:
+    digest, answers, _ = base
+    with Asking(mesh.client, answers) as asking:
+        mesh.ask_controller("crash_at", step)
+        # The command fails, or is answered by the controller that takes its place.
+        run(
+            mesh.server.config.parent / step,
+            "versions",
+            "promote",
+            version,
+            "--config",
+            str(mesh.server.config),
+        )
+        wait_for(lambda: mesh.live("live")["serving"] == version, 60, "the promotion to be finished")
+        wait_for(lambda: mesh.answer()[0] == version, 60, "requests to get it")
+    wrong = [said for said in asking.wrong if "[" not in said]
+    assert wrong == [], "no request failed; tokens are of either version"
+    assert mesh.command("list")["aliases"]["production"] == version
+    mesh.live("rollback")
+    wait_for(lambda: mesh.answer()[0] == digest, 60, "the version before")
+    assert mesh.answers() == answers
+
+
+def test_a_host_that_dies_comes_back_with_every_version(mesh: Mesh, base: Any, version: str) -> None:
+    _, answers, _ = base
+    mesh.live("promote", version)
+    others = mesh.answers()
+    reports = mesh.ask_controller("reports")
+    held = {host_id: report.experts_loaded for host_id, report in reports.items()}
+    os.kill(reports["local-0"].address.pid, signal.SIGKILL)
+
+    def back() -> bool:
+        found = mesh.ask_controller("reports").get("local-0")
+        return getattr(found, "experts_loaded", 0) == held["local-0"] and (
+            found.address.pid != reports["local-0"].address.pid
+        )
+
+    wait_for(back, 90, "the host to come back with as many experts")
+    wait_for(lambda: httpx.get(f"{mesh.server.url}/ready").status_code == 200, 60, "the mesh to be ready")
+    assert mesh.answers() == others
+    mesh.live("rollback")
+    assert mesh.answers() == answers
+
+
+def test_a_version_with_another_router_waits_for_running_requests_and_answers_as_its_checkpoint(
+    mesh: Mesh, base: Any, version: str, tmp_path: Path
+) -> None:
+    digest, answers, long = base
+    checkpoint = Checkpoint.open(mesh.model)
+    gates = [name for name in checkpoint.tensors if ".gate.weight" in name]
+    folder, file = changed_model(mesh.model, tmp_path / "router", EXPERTS[:1], gates, seed=1)
+    router = mesh.published(file, digest)
+    mesh.live("stage", router)
+    assert mesh.answers() == answers
+    found = mesh.while_streaming(lambda: mesh.promote(router))
+    assert found == long
+    others = mesh.answers()
+    assert mesh.answer()[0] == router and others != answers
+    named, tokens = mesh.while_streaming(mesh.rollback)
+    assert named == router and len(tokens) == LONG
+    assert mesh.answers() == answers and mesh.answer()[0] == digest
+    named, tokens = mesh.while_streaming(lambda: mesh.promote(router, goes_on=True))
+    assert named == digest and len(tokens) == LONG and mesh.answers() == others
+    assert "which one engine can't have twice" in mesh.live("promote", digest, "--canary", "5%", code=1)
+    mesh.live("rollback")
+
+    server = ServerProgram(tmp_path / "plain", settings(folder, free_port()))
+    try:
+        server.wait_ready()
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+        assert [ask(client, prompt) for prompt in PROMPTS] == others
+        server.interrupt()
+        assert server.wait() == 0, server.err
+    finally:
+        server.kill()
+
+
+def test_users_of_a_version_on_trial_stay_on_their_side(mesh: Mesh, base: Any, version: str) -> None:
+    digest, _, _ = base
+    assert mesh.live("promote", version, "--canary", "50%")["candidate"] == version
+    wait_for(lambda: {mesh.answer()[0] for _ in range(16)} == {digest, version}, 60, "both versions in use")
+    sides = {user: mesh.answer(user=user)[0] for user in map(str, range(12))}
+    assert set(sides.values()) == {digest, version}
+    assert {user: mesh.answer(user=user)[0] for user in sides} == sides
+    liked = mesh.answer(user="1")[1].json()["id"]
+    feedback = f"{mesh.server.url}/expertmesh/feedback"
+    assert httpx.post(feedback, json={"id": liked, "score": 1}).status_code == 204
+    assert httpx.post(feedback, json={"id": "cmpl-none", "score": 1}).status_code == 404
+    assert httpx.post(feedback, json={"id": liked, "score": 7}).status_code in (400, 422)
+    wait_for(lambda: sum(mesh.live("live")["seen"]) > 20, 60, "the controller to hear of answers")
+    assert "on trial" in mesh.live("promote", version, "--canary", "5%", code=1)
+    mesh.live("rollback")
+    status = mesh.live("live")
+    assert status["serving"] == digest and status["candidate"] == "" and "by hand" in status["verdict"]
+    assert {mesh.answer()[0] for _ in range(8)} == {digest}
+
+
+def test_what_makes_no_sense_is_refused_and_nothing_changes(
+    mesh: Mesh, base: Any, version: str, tmp_path: Path
+) -> None:
+    digest, answers, _ = base
+    assert "no version begins with" in mesh.live("stage", "beef", code=1)
+    assert "serves already" in mesh.live("promote", digest, code=1)
+    assert "neither finish nor continue" in mesh.live("promote", version, "--running", "now", code=2)
+    _, file = changed_model(mesh.model, tmp_path / "other", EXPERTS[:1], seed=2)
+    other = mesh.published(file, digest)
+    assert "is not loaded" in mesh.live("promote", other, code=1)
+    # A bit flips in one of its blobs on disk: hosts see it before they hold it.
+    (blob,) = set(mesh.command("show", other)["layers"]["0"].values())
+    path = mesh.store / "blobs" / blob[:2] / blob
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+    assert "is damaged" in mesh.live("stage", other, code=1)
+    assert other not in mesh.live("live")["live"] and mesh.answers() == answers
+
+
+def test_what_nobody_needs_is_let_go_and_collected(mesh: Mesh, base: Any, version: str) -> None:
+    digest, answers, _ = base
+    kept = mesh.command("gc", "--min-age", "0s", "--history", "1")
+    assert version not in kept["manifests"], "it is loaded"
+    held = sum(report.experts_loaded for report in mesh.ask_controller("reports").values())
+    for name in mesh.live("live")["live"]:
+        if name != digest:
+            mesh.live("unstage", name)
+    wait_for(lambda: mesh.live("live")["live"] == [digest], 120, "the others to be let go")
+    wait_for(
+        lambda: sum(report.experts_loaded for report in mesh.ask_controller("reports").values()) < held,
+        120,
+        "hosts to drop what they held of it",
+    )
+    collected = mesh.command("gc", "--min-age", "0s", "--history", "1")
+    assert version in collected["manifests"]
+    assert mesh.answers() == answers
+    assert [path for path in (mesh.store / "blobs").rglob("*") if path.is_file()] == []
