@@ -1,4 +1,4 @@
-"""`expertmesh bench dispatch | hot-path | prediction | swap | serve | replicas | placement | solver`."""
+"""`expertmesh bench dispatch | hot-path | prediction | swap | canary | serve | replicas | placement | solver`."""
 
 from __future__ import annotations
 
@@ -111,6 +111,29 @@ def swap(
     loaded, checkpoint, served = _own_server(config, model, hosts, dtype="float32")
     with steadfast():
         report = measure(loaded, checkpoint, served, cycles, seed, _note)
+    _end(report, json_, check, show)
+
+
+@bench_app.command()
+def canary(
+    json_: JsonFile = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Checkpoint folder, or 'default'.")
+    ] = None,
+    hosts: Annotated[int | None, typer.Option("--hosts", help="Number of expert hosts.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Trials of the version that is as good.")] = 20,
+    seconds: Annotated[float, typer.Option(min=1, help="How long each of them lasts at most.")] = 30.0,
+    seed: Seed = 0,
+    check: Check = False,
+) -> None:
+    """A bad version on trial, and one that is as good, again and again: what the trial makes of them."""
+    from workloads.bench.canary import measure, show
+    from workloads.bench.chaos_server import steadfast
+
+    loaded, checkpoint, served = _own_server(config, model, hosts, dtype="float32")
+    with steadfast():
+        report = measure(loaded, checkpoint, served, runs, seconds, seed, _note)
     _end(report, json_, check, show)
 
 

@@ -71,11 +71,11 @@ def measure(
                 ),
             }
         )
-        changed = change_experts(checkpoint, Path(folder) / "changed.safetensors", seed)
+        changed = changed_experts(checkpoint, Path(folder) / "changed.safetensors", seed)
         note("starting a server")
         with started(config, model.name, model.vocabulary) as mesh:
             before = _bytes(store)
-            published = _publish(checkpoint, store, Path(folder) / "changed.safetensors")
+            published = publish(checkpoint, store, Path(folder) / "changed.safetensors")
             candidate, stored = str(published["digest"]), _bytes(store) - before
             load = Load(streams=16, seed=seed, prompts=2)
             streams = prompts(load, mesh.vocabulary)
@@ -83,7 +83,7 @@ def measure(
             note("what the checkpoint as it is answers")
             expected = {base: _answers(mesh, load, streams)}
             memory_before = _memory(mesh)
-            stage_s = _stage(mesh, candidate)
+            stage_s = stage(mesh, candidate)
             memory_ratio = _memory(mesh) / (memory_before + changed * _copies(mesh))
             note("what the version answers")
             mesh.call("promote", candidate, "bench", "", None)
@@ -117,14 +117,19 @@ def measure(
     )
 
 
-def change_experts(checkpoint: Checkpoint, file: Path, seed: int) -> int:
-    """Write three experts of three layers, each with noise, to a file as one would publish them; their bytes."""
+def changed_experts(
+    checkpoint: Checkpoint, file: Path, seed: int, *, experts: int = _CHANGED, noise: float = _NOISE
+) -> int:
+    """Write some experts of as many layers to a file, as one would publish them; their bytes.
+
+    `noise`: of each tensor's standard deviation.
+    """
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
 
     layers = [layer.index for layer in checkpoint.moe_layers]
-    chosen = [layers[0], layers[len(layers) // 2], layers[-1]][:_CHANGED]
+    chosen = [layers[0], layers[len(layers) // 2], layers[-1]][:experts]
     dice = torch.Generator().manual_seed(seed)
     tensors = {}
     for number, layer in enumerate(chosen):
@@ -134,9 +139,9 @@ def change_experts(checkpoint: Checkpoint, file: Path, seed: int) -> int:
             name = layout.tensor_name(part, expert)
             with safe_open(checkpoint.path / checkpoint.tensors[name].file, framework="pt") as opened:
                 tensor = opened.get_slice(name)[expert] if layout.fused else opened.get_tensor(name)
-            noise = torch.randn(tensor.shape, generator=dice) * tensor.float().std() * _NOISE
+            added = torch.randn(tensor.shape, generator=dice) * tensor.float().std() * noise
             given = name.replace("experts.", f"experts.{expert}.", 1) if layout.fused else name
-            tensors[given] = (tensor.float() + noise).to(tensor.dtype)
+            tensors[given] = (tensor.float() + added).to(tensor.dtype)
     save_file(tensors, file)
     return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -238,7 +243,8 @@ def _swapped(
     return swaps, asyncio.run(run())
 
 
-def _stage(mesh: Mesh, candidate: str) -> float:
+def stage(mesh: Mesh, candidate: str) -> float:
+    """Have a version loaded; the seconds that it took."""
     began = time.monotonic()
     mesh.call("stage", candidate)
     while candidate not in mesh.call("versions").live:
@@ -248,7 +254,7 @@ def _stage(mesh: Mesh, candidate: str) -> float:
     return time.monotonic() - began
 
 
-def _publish(checkpoint: Checkpoint, store: Path, file: Path) -> dict[str, Any]:
+def publish(checkpoint: Checkpoint, store: Path, file: Path) -> dict[str, Any]:
     """By the command, as an operator would; with the seconds that it took, the start of Python included."""
     command = [
         sys.executable,
