@@ -13,37 +13,28 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import os
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import structlog
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field
+from fastapi import FastAPI
 
 from actors import openmp
-from actors.admission import Admission
-from actors.api_access import ApiKeys, KnownRoles, OpenAIErrors, error_response, keep_listed_routes
 from actors.canary_watch import CanaryWatch
-from actors.degraded import Degraded, Unavailable
+from actors.daemon_thread import in_daemon_thread
 from actors.dense_files import DenseFiles
-from actors.engine_words import engine_words
-from actors.http_server import HttpServer
 from actors.own_requests import PROBE
-from actors.pinning import Pinned, Pins
+from actors.pinning import Pins
 from actors.replay import Replay
 from actors.router_metrics import MeshMetrics, RoutingMetrics
 from actors.router_metrics import queue as engine_queue
-from actors.single_flight import SingleFlight
+from actors.router_routes import finish
 from actors.version_swap import VersionSwap
-from cluster import niceness
 from cluster.auth import data_plane_key
 from cluster.canary import Observed
 from cluster.live_versions import same_but_choice
@@ -56,22 +47,9 @@ log = structlog.get_logger()
 _STATS_PERIOD_S = 5.0
 # How long one call waits for the next table, and the pause after a call that failed.
 _TABLE_WAIT_S, _TABLE_RETRY_S = 30.0, 0.5
-# Anybody may ask /ready, and each answer costs a token: how long one serves all.
-_READY_KEPT_S = 1.0
 _DRAIN_POLL_S = 0.05
-# For answers that are on their way when the engine has ended.
-_CLOSE_S = 1.0
-_T = TypeVar("_T")
 
 NextTable = Callable[[int, float, list[str]], str]
-
-
-class Feedback(BaseModel):
-    """What a user says of an answer."""
-
-    id: str
-    """Of the answer, as it says itself."""
-    score: float = Field(ge=0, le=1)
 
 
 class Router:
@@ -88,18 +66,18 @@ class Router:
         observe: Callable[[Observed], None] | None = None,
     ) -> None:
         """`fetch_table` waits for the first table; `next_table` for one after an epoch, at most so many seconds, and
-        is told the manifests of running requests;
-        `report` is told of the traffic, every few seconds, and says how even it is; `experts` gives the JSON of all
-        that is known of the experts; `observe` is told what is seen of a version on trial.
+        is told the manifests of running requests; `report` is told of the traffic, every few seconds, and says how
+        even it is; `experts` gives the JSON of all that is known of the experts; `observe` is told what is seen of a
+        version on trial.
         """
         self.spec = spec
-        self._report, self._experts, self._observe = report, experts, observe
+        self._report, self.experts, self._observe = report, experts, observe
         self._fetch_table, self._next_table = fetch_table, next_table
         self._node_id = node_id
         self.engine: Any = None
         self.metrics, self.routing_metrics = MeshMetrics(), RoutingMetrics()
         self.pins = Pins()
-        self._watch = CanaryWatch(self.pins)
+        self.watch = CanaryWatch(self.pins)
         self._dense = DenseFiles(spec.settings.store)
         self._swap = VersionSwap(self.pins, self._dense, lambda: self.engine)
         self._epoch = -1
@@ -140,7 +118,7 @@ class Router:
                 disable_log_stats=False,
             ),
         )
-        self.engine.pin(self.pins, self._watch)
+        self.engine.pin(self.pins, self.watch)
         fingerprint = {"fingerprint_mode": "custom", "fingerprint_value": self.pins.placeholder}
         frontend = FrontendArgs(**{**fingerprint, **self.spec.frontend})
         args = argparse.Namespace(**(vars(frontend) | vars(engine_args)))
@@ -150,7 +128,7 @@ class Router:
         tasks = await self.engine.get_supported_tasks()
         app = build_app(args, tasks, self.engine.model_config)
         await init_app_state(self.engine, app.state, args, tasks)
-        self._finish(app)
+        finish(app, self)
         # An engine that loads but can't compute a token must fail here, not call itself running.
         await self.ready()
         self._background.append(asyncio.create_task(self._watch_stats()))
@@ -163,7 +141,7 @@ class Router:
 
     def _replay(self, path: Path) -> Replay:
         tokenizer = self.engine.get_tokenizer()
-        return Replay(self.pins, path, tokenizer.encode, self.engine.nats, self._watch.predicted)
+        return Replay(self.pins, path, tokenizer.encode, self.engine.nats, self.watch.predicted)
 
     async def ready(self) -> dict[str, Any]:
         """Ask every expert host and one token of the engine; raises what does not answer."""
@@ -185,20 +163,20 @@ class Router:
 
     async def set_table(self, table: str) -> int:
         """Route by another placement table from the next step on; returns its epoch."""
-        new = PlacementTable.from_json(table)
-        before, self._table = self._table, new
+        new, before = PlacementTable.from_json(table), self._table
         if self._behind is not None:
-            await self._behind
+            behind, self._behind = self._behind, None
+            await behind
         if before is not None and _only_choice(before, new) and self._swap.can_now(new.versions):
             # The engine knows these versions, and can be told between two steps.
             await self._swap.to(new.versions)
             self._behind = asyncio.create_task(self._tell_engine(table))
         else:
-            await _in_daemon_thread(partial(self._dense.fetch, new.versions))
+            await in_daemon_thread(partial(self._dense.fetch, new.versions))
             await self._tell_engine(table)
             # Only now: the engine must know a version before it is asked for it.
             await self._swap.to(new.versions)
-        self._epoch = new.epoch
+        self._epoch, self._table = new.epoch, new
         return new.epoch
 
     async def _tell_engine(self, table: str) -> None:
@@ -235,74 +213,12 @@ class Router:
         bos = getattr(tokens, "bos_token_id", None)
         return bos if isinstance(bos, int) else 0
 
-    def _finish(self, app: FastAPI) -> None:
-        """Our routes and middleware on vLLM's application."""
-        keep_listed_routes(app)
-        probe = SingleFlight(lambda: asyncio.wait_for(self.ready(), self.spec.ready_timeout_s), _READY_KEPT_S)
-
-        @app.get("/ready", tags=["expertmesh"])
-        async def ready() -> Response:
-            """200 once every expert host answers and a token flows; 503 with the reason until then."""
-            try:
-                return JSONResponse(await probe())
-            except Exception as error:
-                return JSONResponse({"ready": False, "reason": str(error) or type(error).__name__}, 503)
-
-        @app.get("/v1/models/{name:path}", tags=["expertmesh"])
-        async def model(name: str) -> Response:
-            """One of the models that `/v1/models` lists; vLLM has no route for it."""
-            listed = await app.state.openai_serving_models.show_available_models()
-            found = next((card for card in listed.data if card.id == name), None)
-            if found is None:
-                return error_response(
-                    404, f"the model {name!r} does not exist", "not_found_error", "model_not_found"
-                )
-            return JSONResponse(found.model_dump())
-
-        @app.get("/expertmesh/stats", tags=["expertmesh"])
-        async def stats(request: Request) -> Response:
-            """Counters of this replica's engine process."""
-            return JSONResponse(await self.stats())
-
-        @app.post("/expertmesh/feedback", tags=["expertmesh"])
-        async def feedback(said: Feedback) -> Response:
-            """How good an answer was, from 0 to 1: what a version on trial is judged by, among others."""
-            if self._watch.liked(said.id, said.score):
-                return Response(status_code=204)
-            text = f"no answer {said.id!r} is remembered: versions are not on trial, or it is long ago"
-            return error_response(404, text, "not_found_error", "answer_not_found")
-
-        @app.get("/expertmesh/experts", tags=["expertmesh"])
-        async def experts() -> Response:
-            """Where every expert is, and how often it is asked for: the full matrix."""
-            if self._experts is None:
-                return error_response(503, "there is no controller to ask", "server_error", "no_controller")
-            try:
-                text = await _in_daemon_thread(self._experts)
-            except Exception as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-                return error_response(
-                    503, f"the controller does not answer: {reason}", "server_error", "no_controller"
-                )
-            return Response(text, media_type="application/json")
-
-        app.middleware_stack = None
-        app.openapi_schema = None
-        app.add_middleware(KnownRoles)
-        app.add_middleware(Pinned, pins=self.pins)
-        app.add_middleware(Degraded, marks=self.engine.degraded)
-        app.add_middleware(Unavailable)
-        app.add_middleware(Admission, limit=self.spec.max_requests, timeout_s=self.spec.request_timeout_s)
-        app.add_middleware(OpenAIErrors)
-        if self.spec.api_key_digests:
-            app.add_middleware(ApiKeys, digests=self.spec.api_key_digests)
-
     async def _watch_table(self, next_table: NextTable) -> None:
         """Follow the controller's table. Without a controller the last one stays in use."""
         while True:
             try:
                 running = [name for name, number in self.pins.running.items() if number]
-                table = await _in_daemon_thread(partial(next_table, self._epoch, _TABLE_WAIT_S, running))
+                table = await in_daemon_thread(partial(next_table, self._epoch, _TABLE_WAIT_S, running))
                 # An older one may come from a controller that was restarted and has not caught up.
                 if table and PlacementTable.from_json(table).epoch > self._epoch:
                     epoch = await self.set_table(table)
@@ -330,9 +246,9 @@ class Router:
 
     async def _tell(self) -> None:
         """Tell the controller which experts were asked for; what it does not hear is lost, not counted twice."""
-        seen = self._watch.take()
+        seen = self.watch.take()
         if seen is not None and (observe := self._observe) is not None:
-            await _in_daemon_thread(partial(observe, seen))
+            await in_daemon_thread(partial(observe, seen))
         if self._report is None:
             return
         traffic = TRAFFIC.validate_json((await self.engine.collective_rpc("expertmesh_traffic"))[0])
@@ -343,7 +259,7 @@ class Router:
             waiting=queue.waiting if queue else None,
             running=queue.running if queue else None,
         )
-        routing = await _in_daemon_thread(lambda: report(told))
+        routing = await in_daemon_thread(lambda: report(told))
         if routing is not None:
             self.routing_metrics.update(routing)
 
@@ -352,29 +268,6 @@ def _only_choice(before: PlacementTable, after: PlacementTable) -> bool:
     """Whether the engine asks the same hosts for the same by either table."""
     same = replace(after, epoch=before.epoch, versions=before.versions) == before
     return same and same_but_choice(before.versions, after.versions)
-
-
-async def _in_daemon_thread(call: Callable[[], _T]) -> _T:
-    """The result of a call that may block for long. An executor's threads are waited for when the process ends,
-    which would keep a replica alive for as long as the call takes after everything else is gone."""
-    loop = asyncio.get_running_loop()
-    result: asyncio.Future[_T] = loop.create_future()
-
-    def settle(end: Callable[[], None]) -> None:
-        if not result.done():
-            end()
-
-    def run() -> None:
-        try:
-            end = partial(result.set_result, call())
-        except Exception as error:
-            end = partial(result.set_exception, error)
-        # The loop may have ended meanwhile.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(settle, end)
-
-    threading.Thread(target=run, name="expertmesh-call", daemon=True).start()
-    return await result
 
 
 def end_resource_tracker() -> None:
@@ -413,57 +306,3 @@ def engine_arguments(spec: RouterSpec) -> dict[str, Any]:
         "additional_config": {**ENABLED, **compiled},
         **spec.engine,
     }
-
-
-def serve_application(
-    spec: RouterSpec,
-    fetch_table: Callable[[], str],
-    next_table: NextTable,
-    report: Callable[[Traffic], Routing | None],
-    experts: Callable[[], str],
-    observe: Callable[[Observed], None],
-    *,
-    replicas: int,
-    options: dict[str, Any],
-) -> Any:
-    """The Ray Serve application of `replicas` routers; each gets its tables, and tells of its traffic, by
-    these calls (see `Router`)."""
-    import ray
-    from ray import serve
-
-    class RouterReplica:
-        """Serve's view of a Router. It takes its port first, so that a port in use is found before a model loads."""
-
-        async def __init__(self, spec: RouterSpec) -> None:  # type: ignore[misc]  # Serve awaits it
-            # The engine's process inherits it.
-            niceness.usual()
-            node_id = ray.get_runtime_context().get_node_id()
-            self._router = Router(spec, fetch_table, node_id, next_table, report, experts, observe)
-            self._http = HttpServer(spec.http_host, spec.http_port)
-            try:
-                app = await self._router.start()
-            except Exception as error:
-                # vLLM's own exception only says that its engine process said why.
-                raise RuntimeError(engine_words() or str(error)) from error
-            self._http.start(app)
-
-        async def check_health(self) -> None:
-            await self._router.check_health()
-            if not self._http.running:
-                raise RuntimeError("the HTTP server has ended")
-
-        async def set_table(self, table: str) -> int:
-            return await self._router.set_table(table)
-
-        async def stats(self) -> dict[str, Any]:
-            return await self._router.stats()
-
-        async def drain(self, grace_s: float) -> None:
-            await self._router.drain(grace_s)
-            await self._http.stop(_CLOSE_S)
-
-        def __del__(self) -> None:
-            self._router.shutdown()
-
-    deployment: Any = serve.deployment(RouterReplica, name="router", num_replicas=replicas, **options)
-    return deployment.bind(spec)

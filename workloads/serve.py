@@ -81,6 +81,8 @@ class Server:
     served_name: str
     blueprint: Blueprint
     breakdown: Breakdown
+    admin_url: str = ""
+    """Of the admin API; "" for none."""
 
 
 def open_model(config: Config, progress: Progress) -> tuple[Checkpoint, str, str]:
@@ -108,7 +110,7 @@ def serving(config: Config, progress: Progress) -> Iterator[Server]:
     Raises an ExpertmeshError that names what is wrong; then nothing is left running either.
     """
     breakdown = Breakdown()
-    check_port(config.server.host, config.server.port)
+    check_ports(config)
     with breakdown.stage("model"):
         checkpoint, dtype, name = open_model(config, progress)
         check_supported(checkpoint)
@@ -129,11 +131,20 @@ def serving(config: Config, progress: Progress) -> Iterator[Server]:
         wait_ready(url, breakdown, progress)
         breakdown.ended = time.monotonic()
         stack.enter_context(_announced(config, url, name, address))
-        yield Server(url, name, print_, breakdown)
+        yield Server(url, name, print_, breakdown, _admin_url(config))
 
 
-def check_port(host: str, port: int) -> None:
-    """ConfigError if somebody listens there already."""
+def check_ports(config: Config) -> None:
+    """ConfigError if somebody listens already where the server, or the admin API, is to listen."""
+    check_port(config.server.host, config.server.port)
+    if config.admin.port is not None:
+        check_port(config.admin.host, config.admin.port, "admin.port", "set another in admin.port")
+
+
+def check_port(
+    host: str, port: int, key: str = "server.port", another: str = "choose another with --port"
+) -> None:
+    """ConfigError if somebody listens there already; `key` is what the configuration calls it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -141,8 +152,8 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"server.port {port} on {host} can't be used: {error.strerror}",
-                "choose another with --port, or end what listens there (`expertmesh down` if it is expertmesh)",
+                f"{key} {port} on {host} can't be used: {error.strerror}",
+                f"{another}, or end what listens there (`expertmesh down` if it is expertmesh)",
             ) from error
 
 
@@ -170,7 +181,7 @@ def _bring_up(
     from ray.serve.config import ProxyLocation
 
     from actors import ray_controller
-    from actors.router import serve_application
+    from actors.router_deployment import serve_application
 
     namespace = config.ray.namespace
     with breakdown.stage("serve"):
@@ -291,6 +302,14 @@ def _get(reference: Any) -> Any:
         if isinstance(error.cause, ExpertmeshError):
             raise error.cause from None
         raise
+
+
+def _admin_url(config: Config) -> str:
+    """Where it is reached from here: the controller runs on this node."""
+    if config.admin.port is None:
+        return ""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.admin.host, config.admin.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{config.admin.port}"
 
 
 def _url_host(config: Config, print_: Blueprint) -> str:

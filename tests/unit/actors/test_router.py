@@ -18,6 +18,7 @@ from actors import router as module
 from actors.api_access import key_digest
 from actors.router import Router
 from actors.router_metrics import MeshMetrics, RoutingMetrics
+from actors.router_routes import finish
 from cluster.live_versions import LiveVersions, Variant, serving
 from cluster.messages import EngineSettings, RouterSpec
 from cluster.routing_windows import LayerSummary
@@ -116,7 +117,7 @@ def made(
     router.engine = engine
     app = FastAPI()
     app.add_api_route("/v1/completions", lambda: {}, methods=["POST"])
-    router._finish(app)
+    finish(app, router)
     return router, app
 
 
