@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+from collections.abc import Collection
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.config_values import is_loopback
 
 # Probes of load balancers and kubelets carry no key; they tell nothing but up or down.
 _OPEN_PATHS = frozenset({"/health", "/ready"})
@@ -51,19 +55,29 @@ def key_digest(key: str) -> str:
 
 
 class ApiKeys:
-    """401 in OpenAI's shape to every request without a known bearer key, probes excepted."""
+    """401 to every request without a known bearer key, but to open paths, which are those of probes by default.
 
-    def __init__(self, app: ASGIApp, digests: tuple[str, ...]) -> None:
+    `refusal` is what is answered; without it an error in OpenAI's shape.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        digests: tuple[str, ...],
+        open_paths: Collection[str] = _OPEN_PATHS,
+        refusal: ASGIApp | None = None,
+    ) -> None:
         self._app = app
-        self._digests = digests
+        self._digests, self._open_paths = digests, open_paths
+        self._refusal = refusal or error_response(
+            401, "invalid API key", "authentication_error", "invalid_api_key"
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in _OPEN_PATHS or self._known(Headers(scope=scope)):
+        if scope["type"] != "http" or scope["path"] in self._open_paths or self._known(Headers(scope=scope)):
             await self._app(scope, receive, send)
             return
-        await error_response(401, "invalid API key", "authentication_error", "invalid_api_key")(
-            scope, receive, send
-        )
+        await self._refusal(scope, receive, send)
 
     def _known(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -72,6 +86,32 @@ class ApiKeys:
         digest = key_digest(key.strip())
         # Every digest is compared, so that the time taken does not tell which one came close.
         return any([hmac.compare_digest(digest, known) for known in self._digests])
+
+
+class OwnPagesOnly:
+    """`refusal` to what a page of another site sends: for an API that asks for no key, and so listens on this machine
+    alone, but on which any browser here would call it in its user's name.
+
+    A site whose name was made to point at this machine is told by the host that is asked for.
+    """
+
+    def __init__(self, app: ASGIApp, refusal: ASGIApp) -> None:
+        self._app, self._refusal = app, refusal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        own = scope["type"] != "http" or _is_own(Headers(scope=scope))
+        await (self._app if own else self._refusal)(scope, receive, send)
+
+
+def _is_own(headers: Headers) -> bool:
+    """Whether it is asked by a name of this machine's, and not from a page under another."""
+    host, origin = headers.get("host", ""), headers.get("origin")
+    try:
+        return is_loopback(urlsplit(f"//{host}").hostname or "") and (
+            origin is None or urlsplit(origin).netloc == host
+        )
+    except ValueError:
+        return False
 
 
 class OpenAIErrors:

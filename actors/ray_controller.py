@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import structlog
@@ -28,6 +28,9 @@ from cluster.rebalancer import Rebalancer
 from cluster.repair_state import HostStatus
 from cluster.traffic import Routing
 from cluster.version_changes import Promoted, Staged, VersionsStatus, crash_at
+
+if TYPE_CHECKING:
+    from actors.admin_server import AdminServer
 
 NAME = "controller"
 # How often nodes and hosts are looked at: a round takes a few ms, and the engines don't wait for it to do without
@@ -86,10 +89,15 @@ class ControllerActor:
         self._controller.supervise(_PERIOD_S)
         self._rebalancer = Rebalancer(self._controller)
         self._autoscaler: tuple[str, Autoscaler] | None = None
+        self._admin: AdminServer | None = None
+        self._administering = threading.Lock()
+        # A predecessor's, if it was killed.
+        self._administer(patient=True)
         threading.Thread(target=self._rebalance, name="expertmesh-rebalance", daemon=True).start()
 
     def deploy(self, deployment: Deployment) -> None:
         self._controller.deploy(deployment)
+        self._administer()
 
     def progress(self) -> list[HostProgress]:
         return self._controller.progress()
@@ -158,9 +166,7 @@ class ControllerActor:
         )
 
     def rollback(self, author: str, reason: str) -> Promoted:
-        if self._controller.trials.under_way:
-            return self._controller.trials.end(reason or "by hand")
-        return self._controller.versions.rollback(author=author, reason=reason)
+        return self._controller.trials.rollback(author=author, reason=reason)
 
     def crash_at(self, step: str) -> None:
         crash_at(step)
@@ -170,6 +176,21 @@ class ControllerActor:
 
     def observe(self, seen: Observed) -> None:
         self._controller.trials.observe(seen)
+
+    def _administer(self, *, patient: bool = False) -> None:
+        """Serve the admin API of what is deployed, if it is to have one, and no other's."""
+        with self._administering:
+            deployment = self._controller.deployment()
+            wanted = deployment.admin if deployment is not None else None
+            if self._admin is not None and self._admin.settings != wanted:
+                self._admin.close()
+                self._admin = None
+            if wanted is not None and self._admin is None:
+                # Here, since routers, hosts and commands import this module too.
+                from actors.admin_api import admin_app
+                from actors.admin_server import AdminServer
+
+                self._admin = AdminServer(admin_app(self._controller, wanted), wanted, patient=patient)
 
     def autoscaled(self) -> tuple[AutoscaleStatus, ...]:
         return self._autoscaler[1].statuses() if self._autoscaler is not None else ()
@@ -211,6 +232,7 @@ class ControllerActor:
             # Here, since this process may end before its thread looks: Ray would keep nodes for nobody.
             self._autoscaler[1].close()
         self._controller.stop()
+        self._administer()
 
 
 def published_table(namespace: str, timeout_s: float) -> str:

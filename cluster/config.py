@@ -5,7 +5,6 @@ Read with :func:`load_config`; `docs/configuration.md` describes every key.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, SecretStr, ValidationError, ValidationInfo, field_validator
 
+from cluster.config_admin import AdminConfig
 from cluster.config_autoscale import AutoscaleConfig
 from cluster.config_mistakes import BadValue, raise_mistakes, schema_mistakes
 from cluster.config_placement import PlacementConfig
 from cluster.config_sources import KeyPath, Mistake, Origin, Sources, dotted, find_file
 from cluster.config_values import (
     SECTION,
+    ApiKeys,
     AutoCount,
     AutoSize,
     Count,
@@ -32,7 +33,6 @@ from cluster.config_values import (
     Size,
     is_loopback,
     parse_size,
-    resolve_key,
 )
 from cluster.config_versions import VersionsConfig
 
@@ -92,19 +92,9 @@ class ServerConfig(_Section):
 
     host: Name = "127.0.0.1"
     port: Port = 8000
-    api_keys: tuple[SecretStr, ...] = ()
+    api_keys: ApiKeys = ()
     max_queue: Count = 512
     request_timeout: Duration = 600.0
-
-    @field_validator("api_keys", mode="before")
-    @classmethod
-    def _read_keys(cls, value: object, info: ValidationInfo) -> object:
-        if isinstance(value, str):
-            value = [value]
-        if not isinstance(value, list | tuple):
-            return value
-        environ = (info.context or {}).get("environ", os.environ)
-        return tuple(key for item in value for key in resolve_key(item, environ))
 
     @field_validator("api_keys")
     @classmethod
@@ -147,6 +137,7 @@ class Config(_Section):
     data_plane: DataPlaneConfig = DataPlaneConfig()
     placement: PlacementConfig = PlacementConfig()
     versions: VersionsConfig = VersionsConfig()
+    admin: AdminConfig = AdminConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("hosts")
@@ -169,6 +160,18 @@ class Config(_Section):
                     path=("hosts", index, "count"),
                 )
         return groups
+
+    @field_validator("admin")
+    @classmethod
+    def _ports_apart(cls, admin: AdminConfig, info: ValidationInfo) -> AdminConfig:
+        server = info.data.get("server")
+        if server is not None and admin.port == server.port:
+            raise BadValue(
+                f"{admin.port} is server.port as well",
+                "give the admin API a port of its own",
+                path=("admin", "port"),
+            )
+        return admin
 
     @field_validator("placement")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
@@ -20,6 +21,7 @@ from pydantic import (
     SecretStr,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
 )
 
 from cluster.config_mistakes import BadValue
@@ -198,6 +200,15 @@ def resolve_key(item: object, environ: Mapping[str, str]) -> list[SecretStr]:
     return keys
 
 
+def _api_keys(value: object, info: ValidationInfo) -> object:
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        return value
+    environ = (info.context or {}).get("environ", os.environ)
+    return tuple(key for item in value for key in resolve_key(item, environ))
+
+
 Size = Annotated[ByteSize, PlainValidator(parse_size)]
 AutoSize = Annotated[ByteSize | Literal["auto"], PlainValidator(_auto_size)]
 AutoCount = Annotated[int | Literal["auto"], PlainValidator(_auto_count)]
@@ -213,5 +224,6 @@ Port = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=65535)]
 Duration = Annotated[float, PlainValidator(_positive_duration)]
 Name = Annotated[str, Field(min_length=1)]
 GroupName = Annotated[str, AfterValidator(_group_name)]
+ApiKeys = Annotated[tuple[SecretStr, ...], BeforeValidator(_api_keys)]
 RayAddress = Annotated[str, AfterValidator(_ray_address)]
 EngineOptions = Annotated[dict[str, Any], AfterValidator(_engine_options)]

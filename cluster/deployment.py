@@ -16,7 +16,7 @@ from cluster.config_placement import PlacementConfig
 from cluster.errors import PlacementError
 from cluster.holdings import Holders, by_host
 from cluster.live_versions import LiveVersions, variants_of
-from cluster.messages import HostSpec, MoeLayer, StoreAddress
+from cluster.messages import AdminSettings, HostSpec, MoeLayer, StoreAddress
 from cluster.promotion import Promotion, Retiring, VersionSettings
 from cluster.reconcile import Following, held_by_host
 from cluster.rehome import Limits
@@ -53,6 +53,7 @@ class Deployment:
     store: StoreAddress | None = None
     """Of the model's versions."""
     version_settings: VersionSettings = field(default_factory=VersionSettings)
+    admin: AdminSettings | None = None
     promotion: Promotion | None = None
     """The one that is being made: a controller that finds it finishes or undoes it."""
     retiring: Mapping[str, Retiring] = field(default_factory=dict)

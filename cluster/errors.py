@@ -32,6 +32,18 @@ class VersionError(ExpertmeshError):
     """A version, or something that it is made of, is missing, damaged, or was changed by somebody else meanwhile."""
 
 
+class UnknownVersionError(VersionError):
+    """There is no version of that name."""
+
+
+class VersionConflictError(VersionError):
+    """What is asked for does not go together with the version that serves, or with what is being done now."""
+
+
+class StoreError(VersionError):
+    """The store of versions is out of reach, or has no room."""
+
+
 class ProtocolError(ExpertmeshError):
     """A peer on the data plane speaks another version, model or dtype, or sent a malformed frame."""
 

@@ -122,6 +122,18 @@ class StoreAddress:
 
 
 @dataclass(frozen=True, slots=True)
+class AdminSettings:
+    """The admin API that a controller serves."""
+
+    host: str
+    port: int
+    model_path: str
+    """Folder of the base checkpoint, which versions are published against."""
+    key_digests: tuple[str, ...] = ()
+    """See `actors.api_access`; empty where no key is asked for."""
+
+
+@dataclass(frozen=True, slots=True)
 class Outline:
     """What a host must know of a checkpoint before it copies experts of it."""
 

@@ -46,5 +46,7 @@ class VersionSettings:
     """How long a version that served stays loaded."""
     continue_running: bool = False
     """Whether requests that run at a promotion go on with the new version; else they end with their own."""
+    history: int = 10
+    """Moves of each alias that can be made back."""
     public_key: str = ""
     """Path of the key that manifests must be signed with; empty where unsigned ones may serve."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from cluster.changes import Snapshot
 from cluster.deployment import Deployment
-from cluster.errors import VersionError
+from cluster.errors import VersionConflictError
 from cluster.inventory import weight_limits
 from cluster.live_versions import LiveVersions
 from cluster.reconcile import held_by_host
@@ -26,7 +26,7 @@ def bytes_by_host(deployment: Deployment, table: PlacementTable, coming: LiveVer
 
 
 def check_room(snapshot: Snapshot, held: Mapping[str, int], loads: Mapping[str, int]) -> None:
-    """VersionError, with the numbers, if a host that holds so many bytes has no room for what it is to load."""
+    """VersionConflictError, with the numbers, if a host that holds so many bytes has no room for what it is to load."""
     deployment = snapshot.deployment
     limits = weight_limits(
         [(deployment.group(s.group), snapshot.hosts[s.host_id].node_id) for s in deployment.hosts],
@@ -37,7 +37,7 @@ def check_room(snapshot: Snapshot, held: Mapping[str, int], loads: Mapping[str, 
     for spec, limit in zip(deployment.hosts, limits, strict=True):
         more, have = loads.get(spec.host_id, 0), held.get(spec.host_id, 0)
         if more and have + more > limit:
-            raise VersionError(
+            raise VersionConflictError(
                 f"host {spec.host_id} holds {have / 1e6:.1f} MB of weights and has room for {limit / 1e6:.1f} MB: "
                 f"the version's {more / 1e6:.1f} MB do not fit beside them",
                 "let go of a version (`expertmesh versions unstage`), or add hosts",

@@ -14,7 +14,7 @@ import structlog
 
 from cluster.canary import Canary, Observed, Trial, advanced, begun, observed, verdict
 from cluster.deployment import with_table
-from cluster.errors import VersionError
+from cluster.errors import VersionConflictError, VersionError
 from cluster.ledger import Ledger
 from cluster.live_versions import with_candidate
 from cluster.promotion import Retiring
@@ -62,14 +62,14 @@ class Trials:
             if digest not in versions.live:
                 raise not_loaded(digest)
             if digest == versions.serving:
-                raise VersionError(f"version {digest[:12]} serves already", "nothing is to be done")
+                raise VersionConflictError(f"version {digest[:12]} serves already", "nothing is to be done")
             if deployment.canary is not None:
-                raise VersionError(
+                raise VersionConflictError(
                     f"version {versions.candidate[:12]} is on trial",
                     "end that with promote or rollback first",
                 )
             if versions.dense.get(digest, {}) != versions.dense.get(versions.serving, {}):
-                raise VersionError(
+                raise VersionConflictError(
                     f"version {digest[:12]} changes the engine's own weights, which one engine can't have twice",
                     "promote it as a whole",
                 )
@@ -124,7 +124,7 @@ class Trials:
             versions, epoch = table.versions, state.epoch + 1
             candidate = versions.candidate
             if not candidate:
-                raise VersionError("no version is on trial", "see `expertmesh versions live`")
+                raise VersionConflictError("no version is on trial", "see `expertmesh versions live`")
             table = replace(table, versions=with_candidate(versions, candidate, 0.0))
             retiring = {**deployment.retiring, candidate: Retiring(self._wall(), epoch)}
             told = f"{candidate[:12]} rolled back: {reason}"
@@ -133,6 +133,15 @@ class Trials:
         log.warning("canary rolled back", manifest=candidate[:12], reason=reason)
         everywhere = self._versions.wait_for_engines(epoch)
         return Promoted(versions.serving, candidate, epoch, time.monotonic() - started, everywhere)
+
+    def rollback(self, *, author: str = "", reason: str = "") -> Promoted:
+        """End the trial that goes on; without one promote the version that served before.
+
+        VersionError if there was none before, or hosts don't have it any more.
+        """
+        if self.under_way:
+            return self.end(reason or "by hand")
+        return self._versions.rollback(author=author, reason=reason)
 
     def _note(self, told: str) -> None:
         with self._ledger.change:

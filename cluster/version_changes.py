@@ -16,7 +16,7 @@ from cluster import staging
 from cluster.canary import verdict
 from cluster.changes import Changes
 from cluster.deployment import Deployment, with_table
-from cluster.errors import HostError, VersionError
+from cluster.errors import HostError, VersionConflictError, VersionError
 from cluster.in_use import TablesInUse
 from cluster.ledger import Ledger
 from cluster.live_versions import serving, with_version, without_version
@@ -79,6 +79,11 @@ class VersionsStatus:
     verdict: str = ""
     """On the trial that goes on, or else on the last one."""
 
+    @property
+    def needed(self) -> frozenset[str]:
+        """All that must stay in the store."""
+        return frozenset((*self.live, *self.coming, self.promoting or self.serving))
+
 
 class VersionChanges:
     """Of one controller; calls may come from several threads."""
@@ -130,7 +135,7 @@ class VersionChanges:
         manifest = checked(store, digest, model, deployment.version_settings.public_key)
         snapshot = self._changes.snapshot()
         if snapshot is None:
-            raise VersionError(
+            raise VersionConflictError(
                 "the hosts are still starting", "try again when `expertmesh status` says ready"
             )
         table = PlacementTable.from_json(snapshot.deployment.table)
@@ -155,11 +160,13 @@ class VersionChanges:
             deployment, state = self._ledger.required(), self._ledger.repair
             versions = PlacementTable.from_json(deployment.table).versions
             if digest in (versions.serving, versions.candidate):
-                raise VersionError(
+                raise VersionConflictError(
                     f"version {digest[:12]} serves", "promote another one, or end its trial, first"
                 )
             if digest not in versions.live:
-                raise VersionError(f"version {digest[:12]} is not loaded", "see `expertmesh versions list`")
+                raise VersionConflictError(
+                    f"version {digest[:12]} is not loaded", "see `expertmesh versions list`"
+                )
             retiring = {**deployment.retiring, digest: Retiring(0.0, state.epoch)}
             self._ledger.save(replace(deployment, retiring=retiring), state)
 
@@ -172,7 +179,7 @@ class VersionChanges:
         """
         started = time.monotonic()
         if not self._promoting.acquire(blocking=False):
-            raise VersionError("another version is being promoted", "see `expertmesh versions list`")
+            raise VersionConflictError("another version is being promoted", "see `expertmesh versions list`")
         try:
             store, deployment = self.store()
             digest, alias = store.find(name), deployment.version_settings.alias
@@ -185,7 +192,9 @@ class VersionChanges:
                 if digest not in versions.live:
                     raise not_loaded(digest)
                 if digest == versions.serving and now is not None and now.manifest == digest:
-                    raise VersionError(f"version {digest[:12]} serves already", "nothing is to be done")
+                    raise VersionConflictError(
+                        f"version {digest[:12]} serves already", "nothing is to be done"
+                    )
                 before = versions.serving
                 move = Move((now.number if now else 0) + 1, digest, self._wall(), author, reason)
                 if continue_running is None:
@@ -205,7 +214,7 @@ class VersionChanges:
         alias = deployment.version_settings.alias
         moves = store.aliases.history(alias, 2)
         if len(moves) < 2:
-            raise VersionError(f"{alias} has been at one version only", "there is none to go back to")
+            raise VersionConflictError(f"{alias} has been at one version only", "there is none to go back to")
         return self.promote(moves[0].manifest, author=author, reason=reason or "rollback")
 
     def look(self) -> None:
@@ -238,7 +247,7 @@ class VersionChanges:
             if now is None or now.number < move.number:
                 store.aliases.move(promotion.alias, move)
             elif store.aliases.history(promotion.alias, 1 + now.number - move.number)[0] != move:
-                raise VersionError(
+                raise VersionConflictError(
                     f"alias {promotion.alias} was moved by somebody else meanwhile",
                     "see where it points now, and try again",
                 )
@@ -303,13 +312,15 @@ class VersionChanges:
         with self._ledger.change:
             deployment = self._ledger.required()
         if deployment.store is None:
-            raise VersionError("this mesh has no store of versions", "set versions.store and start it again")
+            raise VersionConflictError(
+                "this mesh has no store of versions", "set versions.store and start it again"
+            )
         return self._open_store(deployment.store), deployment
 
 
-def not_loaded(digest: str) -> VersionError:
+def not_loaded(digest: str) -> VersionConflictError:
     """A version is to serve that hosts don't have."""
-    return VersionError(
+    return VersionConflictError(
         f"version {digest[:12]} is not loaded", f"`expertmesh versions stage {digest[:12]}` first"
     )
 

@@ -93,6 +93,8 @@ def serve(
             f"experts on {len(server.blueprint.deployment.hosts)} host(s)",
             highlight=False,
         )
+        if server.admin_url:
+            out.print(f"  versions are administered at {server.admin_url}/docs", highlight=False)
         out.print(f"  expertmesh chat   or   curl {server.url}/v1/models   Ctrl-C ends it", highlight=False)
         while not stop.wait(1.0):
             pass

@@ -20,7 +20,7 @@ from cluster.errors import CheckpointError, PlacementError
 from cluster.frame import ITEM_BYTES
 from cluster.inventory import slots
 from cluster.live_versions import LiveVersions
-from cluster.messages import EngineSettings, HostSlot, HostSpec, NodeInfo, RouterSpec
+from cluster.messages import AdminSettings, EngineSettings, HostSlot, HostSpec, NodeInfo, RouterSpec
 from cluster.placement import Plan, plan
 from cluster.rehome import Limits
 from cluster.replication import read_counts
@@ -104,8 +104,20 @@ def blueprint(
         placement=config.placement,
         store=store_address(config, checkpoint) if versions is not None else None,
         version_settings=version_settings(config),
+        admin=admin_settings(config, checkpoint) if versions is not None else None,
     )
     return Blueprint(checkpoint, dtype, served_name, engine, chosen, placed, deployment)
+
+
+def admin_settings(config: Config, checkpoint: Checkpoint) -> AdminSettings | None:
+    """The admin API that the controller is to serve; None for none."""
+    from actors.api_access import key_digest
+
+    admin = config.admin
+    if admin.port is None:
+        return None
+    digests = tuple(key_digest(key.get_secret_value()) for key in admin.keys)
+    return AdminSettings(admin.host, admin.port, str(checkpoint.path), digests)
 
 
 def check_supported(checkpoint: Checkpoint) -> None:

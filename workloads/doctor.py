@@ -172,11 +172,11 @@ def _token(config: Config) -> Check:
 
 
 def _port(config: Config) -> Check:
-    from workloads.serve import check_port
+    from workloads.serve import check_ports
 
     where = f"{config.server.host}:{config.server.port}"
     try:
-        check_port(config.server.host, config.server.port)
+        check_ports(config)
     except ExpertmeshError as error:
         return Check("port", False, error.message, error.hint)
     return Check("port", True, f"{where} is free")

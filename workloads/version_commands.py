@@ -44,7 +44,8 @@ def list_(
     config: ConfigFile = None, model: Model = None, store: StoreUrl = None, json_: Json = False
 ) -> None:
     """All versions, the latest first, and where aliases point."""
-    from workloads.version_views import list_view, listing
+    from cluster.versions.views import listing
+    from workloads.version_views import list_view
 
     found = listing(_store(_config(config, model, store)))
     if json_:
@@ -62,7 +63,8 @@ def show(
     json_: Json = False,
 ) -> None:
     """One version: where it comes from, what it changes, whether all of it is there and signed."""
-    from workloads.version_views import about, about_view
+    from cluster.versions.views import about
+    from workloads.version_views import about_view
 
     settings = _config(config, model, store)
     kept = _store(settings)
@@ -86,7 +88,8 @@ def diff(
     json_: Json = False,
 ) -> None:
     """Which experts and tensors differ between two versions."""
-    from workloads.version_views import diff_view, difference
+    from cluster.versions.views import difference
+    from workloads.version_views import diff_view
 
     kept = _store(_config(config, model, store))
     found = difference(kept, kept.find(version), kept.find(other) if other else None)
@@ -219,8 +222,7 @@ def running_versions(config: Config) -> frozenset[str]:
         try:
             with running_controller(config, url) as controller:
                 if controller.ask("deployment") is not None:
-                    status = controller.ask("versions")
-                    found |= {*status.live, *status.coming, status.promoting or status.serving}
+                    found |= controller.ask("versions").needed
         except NotRunningError:
             continue
     return frozenset(found)

@@ -29,6 +29,7 @@ def version_settings(config: Config) -> VersionSettings:
         config.versions.alias,
         float(config.versions.keep_warm),
         config.versions.running == "continue",
+        config.versions.history,
         str(Path(key).expanduser().absolute()) if key else "",
     )
 

@@ -1,84 +1,15 @@
-"""Versions as JSON, and as tables for a terminal."""
+"""Versions as tables for a terminal."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 
-from cluster.errors import VersionError
-from cluster.versions.manifest import Manifest
-from cluster.versions.signing import is_signed, verify_manifest
-from cluster.versions.store import Store
-
-SHOWN: Final = 12
-"""Hexadecimal digits of a digest in tables."""
-
-
-def listing(store: Store) -> dict[str, Any]:
-    """All versions, the latest first, and all aliases with what they point to."""
-    moves = {name: store.aliases.current(name) for name in store.aliases.names()}
-    aliases = {name: move.manifest for name, move in moves.items() if move is not None}
-    named = defaultdict(list)
-    for alias, digest in aliases.items():
-        named[digest].append(alias)
-    versions = [
-        {"digest": digest, "aliases": named[digest], **_entry(store, digest)}
-        for digest in store.manifests.all()
-    ]
-    versions.sort(key=lambda version: (-version["created"], version["digest"]))
-    return {"store": store.url, "aliases": aliases, "versions": versions}
-
-
-def about(store: Store, digest: str, public_key: Path | None) -> dict[str, Any]:
-    """One version; `signature` is "none", "unchecked", "good", or what is wrong with it."""
-    manifest = store.manifests.get(digest)
-    signature = "unchecked" if is_signed(store, digest) else "none"
-    if public_key is not None and signature != "none":
-        try:
-            verify_manifest(store, digest, public_key)
-            signature = "good"
-        except VersionError as error:
-            signature = error.message
-    return {
-        "digest": digest,
-        "store": store.url,
-        "model": manifest.model,
-        **_head(manifest),
-        "layers": {
-            layer: dict(sorted(experts.items())) for layer, experts in sorted(manifest.experts.items())
-        },
-        "tensors": dict(sorted(manifest.dense.items())),
-        "missing": list(store.missing(manifest)),
-        "signature": signature,
-    }
-
-
-def difference(store: Store, digest: str, other: str | None) -> dict[str, Any]:
-    """Layer → experts, and tensors, that one version has otherwise than another, which is its parent if not given."""
-    mine = store.manifests.get(digest)
-    against = mine.parent if other is None else other
-    theirs = store.manifests.get(against) if against else Manifest(mine.model)
-    if mine.model != theirs.model:
-        raise VersionError(
-            f"{digest[:SHOWN]} and {against[:SHOWN]} are versions of two models", "compare two of one model"
-        )
-    names = {*mine.dense, *theirs.dense}
-    return {
-        "version": digest,
-        "against": against,
-        "layers": {layer: list(experts) for layer, experts in mine.changed(theirs).items()},
-        "tensors": sorted(name for name in names if mine.dense.get(name) != theirs.dense.get(name)),
-        "metrics": {
-            name: [theirs.metrics.get(name), mine.metrics.get(name)]
-            for name in sorted({*mine.metrics, *theirs.metrics})
-        },
-    }
+from cluster.versions.views import SHOWN
 
 
 def list_view(found: Mapping[str, Any]) -> Group:
@@ -128,26 +59,6 @@ def diff_view(found: Mapping[str, Any]) -> Group:
     against = found["against"] or "(the base checkpoint)"
     head = _grid({"version": found["version"], "against": against, **metrics})
     return Group(head, _changes(found["layers"], found["tensors"]))
-
-
-def _entry(store: Store, digest: str) -> dict[str, Any]:
-    try:
-        return {**_head(store.manifests.get(digest)), "error": ""}
-    except VersionError as error:
-        # The list is where an operator looks for another one.
-        return {**_head(Manifest("")), "error": error.message}
-
-
-def _head(manifest: Manifest) -> dict[str, Any]:
-    return {
-        "parent": manifest.parent,
-        "created": manifest.created,
-        "author": manifest.author,
-        "reason": manifest.reason,
-        "metrics": dict(manifest.metrics),
-        "experts": sum(map(len, manifest.experts.values())),
-        "dense": len(manifest.dense),
-    }
 
 
 def _changes(layers: Mapping[int, list[int]], tensors: Any) -> Table:

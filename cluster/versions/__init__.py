@@ -7,6 +7,7 @@ aliases.py      `production`, `candidate`: moved by compare-and-swap, with their
 store.py        all of these under one URL
 tensors.py, expert_blob.py          what a blob is, and whether one is what the base checkpoint has there
 source.py, spans.py, publish.py     from changed tensors to blobs and a manifest
+views.py        what is told of them
 collect.py      what may go, and taking it away
 signing.py      whose a version is
 failpoints.py   where tests may kill a publisher or a collector

@@ -14,7 +14,7 @@ from typing import Final
 
 from pydantic import TypeAdapter
 
-from cluster.errors import VersionError
+from cluster.errors import VersionConflictError, VersionError
 from cluster.versions.files import Files
 
 _FOLDER = "aliases"
@@ -76,8 +76,8 @@ class Aliases:
             raise _moved(alias)
 
 
-def _moved(alias: str) -> VersionError:
-    return VersionError(
+def _moved(alias: str) -> VersionConflictError:
+    return VersionConflictError(
         f"alias {alias} was moved by somebody else meanwhile", "see where it points now, and try again"
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from cluster.errors import VersionError
+from cluster.errors import StoreError, VersionError
 
 _TEMPORARY = ".writing-"
 
@@ -186,7 +186,7 @@ class Files:
             if self._local and not isinstance(error, OSError):
                 raise
             said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise VersionError(f"{what}: {said}", way_out) from error
+            raise StoreError(f"{what}: {said}", way_out) from error
 
     def _write_here(self, path: Path, data: bytes, place: Callable[[str, Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from cluster.errors import VersionError
+from cluster.errors import UnknownVersionError, VersionError
 from cluster.versions.files import Files
 
 _FOLDER = "manifests"
@@ -117,8 +117,10 @@ class Manifests:
         found = [digest for digest in self.all() if digest.startswith(text)]
         if len(found) == 1:
             return found[0]
-        what = "several versions begin" if found else "no version begins"
-        raise VersionError(f"{what} with {text!r}", "see `expertmesh versions list`")
+        see = "see `expertmesh versions list`"
+        if not found:
+            raise UnknownVersionError(f"no version begins with {text!r}", see)
+        raise VersionError(f"several versions begin with {text!r}", see)
 
     def all(self) -> list[str]:
         """Digests of all manifests."""

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 import ray
+from safetensors.torch import load_file, save_file
 
 from actors import ray_controller
 from actors.ray_controller import KvStore
@@ -23,7 +25,9 @@ from cluster.ray_cluster import nodes
 from cluster.table import PlacementTable
 from tests.controller_contract import TIMEOUT_S, ControllerContract
 from tests.tiny_models import make_tiny
+from tests.unit.actors.test_http_server import free_port
 from workloads.deploy import blueprint
+from workloads.version_store import first_version
 
 # Loads nothing, so a host takes as long as its imports; what hosts compute is tested elsewhere.
 CONFIG = Config.model_validate(
@@ -171,6 +175,65 @@ def test_the_controller_s_actor_repairs_and_a_killed_one_goes_on_repairing(world
         ray.get(actor.stop.remote(), timeout=TIMEOUT_S)
         ray.kill(actor, no_restart=True)
     assert world.living() == set()
+
+
+def test_the_controller_s_actor_serves_the_admin_api_until_it_is_stopped_also_after_it_was_killed(
+    world: RayWorld, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    config = Config.model_validate(
+        {
+            "hosts": [{"count": 2, "threads": 1, "kernel": "noop", "memory": "64MiB"}],
+            "data_plane": {"tcp": "never"},
+            "versions": {"store": str(tmp_path / "store")},
+            "admin": {"port": free_port(), "keys": ["hush"]},
+        }
+    )
+    versions = first_version(config, checkpoint)
+    deployment = blueprint(config, checkpoint, "float32", "model", nodes(), versions=versions).deployment
+    actor = ray_controller.get_or_start(world.namespace)
+    with httpx.Client(
+        base_url=f"http://127.0.0.1:{config.admin.port}",
+        headers={"Authorization": "Bearer hush"},
+        timeout=TIMEOUT_S,
+        transport=httpx.HTTPTransport(retries=3),
+    ) as client:
+        try:
+            ray.get(actor.deploy.remote(deployment), timeout=TIMEOUT_S)
+            assert client.get("/live").json()["serving"] == versions.serving
+            assert client.get("/live", headers={"Authorization": "Bearer other"}).status_code == 401
+            os.kill(ray.get(actor.pid.remote(), timeout=TIMEOUT_S), signal.SIGKILL)
+            ray.get(actor.publish.remote(TIMEOUT_S), timeout=2 * TIMEOUT_S)
+            file = changed(checkpoint, tmp_path / "changed.safetensors")
+            made = client.post("/versions", content=file.read_bytes()).json()
+            assert made["changed"] == {"0": [1]}
+            found = client.get("/versions").json()
+            assert {version["digest"] for version in found["versions"]} == {
+                versions.serving,
+                made["digest"],
+            }
+            answer = client.post(f"/versions/{made['digest'][:12]}/stage")
+            assert answer.status_code == 202 and answer.json()["manifest"] == made["digest"]
+            ray.get(actor.stop.remote(), timeout=TIMEOUT_S)
+            with pytest.raises(httpx.ConnectError):
+                client.get("/health")
+        finally:
+            ray.get(actor.stop.remote(), timeout=TIMEOUT_S)
+            ray.kill(actor, no_restart=True)
+    assert world.living() == set()
+
+
+def changed(checkpoint: Checkpoint, file: Path) -> Path:
+    """A file with one expert of the first layer, changed."""
+    weights = load_file(checkpoint.path / "model.safetensors")
+    save_file(
+        {
+            name: value + 1
+            for name, value in weights.items()
+            if ".layers.0." in name and ".experts.1." in name
+        },
+        file,
+    )
+    return file
 
 
 def test_stop_is_answered_while_many_engines_watch(world: RayWorld) -> None:

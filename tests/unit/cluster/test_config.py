@@ -120,7 +120,7 @@ def test_merge_keys_and_anchors() -> None:
     ("text", "expected"),
     [
         ("server:\n  prot: 1\n", "given.yaml:2: server.prot = 1: unknown key\n  did you mean server.port?"),
-        ("port: 1\n", "file given.yaml:1: port = 1: unknown key\n  did you mean server.port?"),
+        ("port: 1\n", "file given.yaml:1: port = 1: unknown key\n  did you mean server.port or admin.port?"),
         ("zebra: 1\n", "valid keys here: model, engine, hosts,"),
         ("engine: {device: gpu}\n", "'gpu': not one of the allowed values\n  allowed: auto, cpu, cuda"),
         ("log_level: inof\n", "did you mean info?"),
