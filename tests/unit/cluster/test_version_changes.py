@@ -22,6 +22,7 @@ from cluster.promotion import VersionSettings
 from cluster.reconcile import held_by_host
 from cluster.table import PlacementTable
 from cluster.versions.aliases import Move
+from cluster.versions.collect import collect
 from cluster.versions.manifest import Manifest
 from cluster.versions.store import Store
 from tests.controller_contract import looked_until, published
@@ -331,6 +332,13 @@ class Versions(RuleBasedStateMachine):
         trial = Trial(self.published[which % len(self.published)], shares, step_s=1.0, give_up_s=KEEP_S)
         self.attempt(lambda: self.controller.trials.try_out(trial))
 
+    @rule(history=st.integers(1, 3))
+    def collect(self, history: int) -> None:
+        status = self.controller.versions.status()
+        running = {*status.live, *status.coming, status.promoting or status.serving}
+        found = collect(self.world.store, running, history=history, min_age_s=0.0, now=1e12)
+        assert not running.intersection(found.manifests)
+
     @rule(failed=st.booleans())
     def candidate_answers(self, failed: bool) -> None:
         assert self.world.table is not None
@@ -400,6 +408,12 @@ class Versions(RuleBasedStateMachine):
         assert current is not None
         if not status.promoting:
             assert current.manifest == versions.serving
+
+    @invariant()
+    def the_store_has_what_is_live(self) -> None:
+        store = self.world.store
+        for version in live(self.controller).live:
+            assert store.missing(store.manifests.get(version)) == ()
 
     @invariant()
     def hosts_have_what_the_engine_may_ask_for(self) -> None:
