@@ -192,6 +192,18 @@ def test_a_version_of_another_model_or_with_experts_that_it_lacks_is_refused(
         controller.versions.stage(world.publish({6: "x"}))
 
 
+def test_where_signatures_are_wanted_an_unsigned_version_is_refused(world: VersionWorld) -> None:
+    controller = world.controller()
+    wanted = VersionSettings(keep_warm_s=KEEP_S, public_key="/etc/versions.pub")
+    controller.deploy(replace(world.deployment(), version_settings=wanted))
+    published(controller)
+    controller.look()
+    with pytest.raises(VersionError, match="is not signed"):
+        controller.versions.stage(world.publish({0: "x"}))
+    assert controller.versions.status().live == (BASE.digest,)
+    controller.close()
+
+
 def test_a_version_without_room_is_refused_with_the_numbers(
     world: VersionWorld, controller: Controller
 ) -> None:
@@ -215,6 +227,22 @@ def test_a_host_that_can_not_load_it_leaves_everything_as_it_was(
     controller.versions.stage(world.publish({0: "x"}))
     looked_until(world, controller, lambda: "could not load" in controller.changes.abandoned)
     assert controller.versions.status().live == (BASE.digest,) and controller.versions.status().coming == ()
+
+
+def test_what_is_promoted_while_another_version_loads_goes_on_serving(
+    world: VersionWorld, controller: Controller
+) -> None:
+    version, other = staged(world, controller, {0: "x"}), world.publish({0: "y"})
+    host = world.find("a-0")
+    assert host is not None
+    host.adopts = False
+    controller.versions.stage(other)
+    controller.versions.promote(version, continue_running=True)
+    controller.look()
+    host.adopts = True
+    controller.versions.stage(version)  # that it is asked again
+    looked_until(world, controller, lambda: other in live(controller).live)
+    assert live(controller).serving == version and live(controller).continued == {BASE.digest: version}
 
 
 def test_an_alias_that_somebody_else_moves_ends_the_promotion(
