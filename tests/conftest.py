@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -26,6 +27,10 @@ _GROUPS = {
 _SLOW = ("integration", "e2e")
 _HERE = Path(__file__).parent
 
+# Importing torch, transformers and all test modules makes a million objects that stay. Looking through them again
+# and again is a third of what collecting tests costs, and much of what any later collection of garbage does.
+gc.disable()
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ and getattr(config.option, "loadgroup", False):
@@ -34,6 +39,11 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.mkdtemp(prefix="expertmesh-test-run-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ["XDG_RUNTIME_DIR"] = folder
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 # Before xdist's own, which reads the groups.

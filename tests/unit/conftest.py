@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from hypothesis import settings
 
 from actors import known_maths
+
+# For torch's OpenMP, which looks when it is loaded. There are as many workers as cores, and threads of each: those
+# that wait would spin on the cores that others compute on, which made some tests five times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _refuse(*_args: object, **_kwargs: object) -> NoReturn:
     raise AssertionError(
         "unit tests run without Ray: test the plain class, or move the test to tests/integration"
     )
+
+
+# A deadline would measure what else runs on the machine.
+settings.register_profile("unit", deadline=None)
+settings.load_profile("unit")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def declared(*extras: str) -> set[str]:
     return {normal(re.split(r"[\[<>=!~ ;]", line, maxsplit=1)[0]) for line in lines}
 
 
+@cache
 def imported() -> dict[str, set[str]]:
     """Distribution → files that import it."""
     owners = packages_distributions()

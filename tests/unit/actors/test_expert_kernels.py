@@ -58,27 +58,26 @@ def experts_class(activation: str, **flags: Any) -> type[nn.Module]:
 
 
 def plain_reference(module: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The definition, one row and one expert at a time, in float64."""
+    """The definition, one expert at a time, in float64."""
     out = torch.zeros_like(x, dtype=torch.float64)
-    up_name = "gate_up_proj" if module.has_gate else "up_proj"
-    for row, slot in itertools.product(range(x.shape[0]), range(ids.shape[1])):
-        expert = int(ids[row, slot])
-        if expert < 0:
-            continue
 
-        def linear(name: str, value: torch.Tensor, expert: int = expert) -> torch.Tensor:
-            matrix = getattr(module, name)[expert].double()
-            result = (matrix.t() if module.is_transposed else matrix) @ value
-            return result + getattr(module, f"{name}_bias")[expert].double() if module.has_bias else result
+    def linear(name: str, expert: int, rows: torch.Tensor) -> torch.Tensor:
+        matrix = getattr(module, name)[expert].double()
+        result = rows @ (matrix if module.is_transposed else matrix.t())
+        return result + getattr(module, f"{name}_bias")[expert].double() if module.has_bias else result
 
-        inner = linear(up_name, x[row].double())
+    for expert in range(EXPERTS):
+        row, slot = (ids == expert).nonzero(as_tuple=True)
+        inner = linear("gate_up_proj" if module.has_gate else "up_proj", expert, x[row].double())
         if not module.has_gate:
             inner = module.act_fn(inner)
         elif module.is_concatenated:
-            inner = module.act_fn(inner[:INNER]) * inner[INNER:]
+            inner = module.act_fn(inner[:, :INNER]) * inner[:, INNER:]
         else:
-            inner = module.act_fn(inner[::2]) * inner[1::2]
-        out[row] += weights[row, slot].double() * linear("down_proj", inner)
+            inner = module.act_fn(inner[:, ::2]) * inner[:, 1::2]
+        share = weights[row, slot, None].double() * linear("down_proj", expert, inner)
+        # A row may name an expert twice.
+        out.index_add_(0, row, share)
     return out
 
 

@@ -230,6 +230,9 @@ def test_fused_tensors_are_found_in_either_orientation(transposed_on_disk: bool,
 @pytest.mark.parametrize("arch", ["mixtral", "gpt_oss"])
 def test_only_the_local_experts_stay_in_memory(arch: str, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 1024, "head_dim": 64}
+    changes["num_hidden_layers"] = 1
+    if arch == "gpt_oss":
+        changes["layer_types"] = ["full_attention"]
     checkpoint = Checkpoint.open(make_tiny(arch, tmp_path, **changes))
     one = checkpoint.expert_bytes(0, "float32")
     process = psutil.Process()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from random import Random
 
 from pydantic import TypeAdapter
@@ -38,6 +38,7 @@ from cluster.repair_state import (
     planned,
     rebased,
 )
+from tests.unit.cluster.repair_meshes import Process, random_mesh
 
 Step = Callable[[Wanted, Repair, Observation, float], tuple[Repair, tuple[Action, ...]]]
 
@@ -47,24 +48,12 @@ CALM_S = 30.0
 """How long they don't: messages of before are late by 8 s at most, pauses last 8 s, loading 3 s."""
 BACKOFF = Backoff(first_s=1.0, longest_s=8.0, quiet_s=10.0)
 _POLL_S = 1.0
+_TICK = Tick()
 _REPAIR = TypeAdapter(Repair)
 
 
 class Broken(AssertionError):
     """A history in which something does not hold."""
-
-
-@dataclass
-class Process:
-    """One launch of a host as it really is."""
-
-    host_id: str
-    generation: int
-    node_id: str
-    address: HostAddress
-    state: str = "loading"
-    was_ready: bool = False
-    frozen_until: float = 0.0
 
 
 class History:
@@ -112,39 +101,8 @@ class History:
     # The world.
 
     def _build(self) -> None:
-        random = self._random
-        hosts = random.randint(2, 5)
-        self.alike = random.random() < 0.6
-        copies = random.randint(1, min(2, hosts))
-        # One expert for each host's turn: host i holds the experts i to i + copies - 1.
-        experts = [tuple(sorted((i + k) % hosts for k in range(copies))) for i in range(hosts)]
-        self.weights = {f"h{i}": 80 * (1 if self.alike else random.randint(1, 3)) for i in range(hosts)}
-        number = random.randint(2, 4)
-        homes = {host_id: f"n{i % number}" for i, host_id in enumerate(self.weights)}
-        needed = {
-            n: sum(125 * w // 100 for h, w in self.weights.items() if homes[h] == n) for n in homes.values()
-        }
-        for i in range(number):
-            memory = needed.get(f"n{i}", 0) + 100 * random.choice((0, 1, 2, 3))
-            self._nodes[f"n{i}"] = NodeInfo(f"n{i}", f"10.0.0.{i}", f"n{i}", 4, 0, memory)
-        self.specs = {
-            host_id: HostSpec(
-                host_id,
-                homes[host_id],
-                "/m",
-                "m",
-                "m",
-                "float32",
-                "cpu",
-                "auto",
-                1,
-                {0: held},
-                host_id,
-                "",
-                0,
-            )
-            for host_id, held in zip(self.weights, experts, strict=True)
-        }
+        made = random_mesh(self._random)
+        self.alike, self.weights, self.specs, self._nodes = made.alike, made.weights, made.specs, made.nodes
         self._wanted = Wanted(self.specs, backoff=BACKOFF)
         self._state = planned(self.specs, 0)
         self._saved, self._saved_at = self._state, self._clock()
@@ -276,11 +234,14 @@ class History:
             self._send(NodesSeen(self._clock(), nodes))
         for host_id, host in self._state.hosts.items():
             if host.phase in RUNNING:
+                process = self._processes.get((host_id, host.generation))
+                known = host.phase is Phase.READY and process is not None and process.state == "ready"
+                if known and self._random.random() >= 0.1:
+                    continue
                 seen = self._look(host_id, host.generation)
-                known = host.phase is Phase.READY and isinstance(seen, HostReady)
-                if seen is not None and (not known or self._random.random() < 0.1):
+                if seen is not None:
                     self._send(seen)
-        self._feed(Tick())
+        self._feed(_TICK)
 
     def _look(self, host_id: str, generation: int) -> Observation | None:
         process = self._processes.get((host_id, generation))

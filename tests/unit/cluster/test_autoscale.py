@@ -170,7 +170,7 @@ def test_bounds_and_pauses_hold_whatever_is_seen(
     """Half way somebody scales the group to `scaled_to`."""
     now, changed_at, count, state = 0, 0, settings.max, None
     for number, (load, looks, pause, granted, more) in enumerate(seen_in_spells):
-        if scaled_to is not None and number == len(seen_in_spells) // 2:
+        if scaled_to not in (None, count) and number == len(seen_in_spells) // 2:
             count, changed_at = scaled_to, now
         for _ in range(looks):
             now += pause

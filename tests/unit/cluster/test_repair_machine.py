@@ -130,5 +130,5 @@ class RepairMachine(RuleBasedStateMachine):
                 assert host.crashes >= 2
 
 
-RepairMachine.TestCase.settings = settings(max_examples=500, stateful_step_count=25, deadline=None)
+RepairMachine.TestCase.settings = settings(max_examples=250, stateful_step_count=25, deadline=None)
 TestRepairMachine = RepairMachine.TestCase

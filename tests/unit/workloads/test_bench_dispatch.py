@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from cluster.errors import HostError
+from tests.unit.workloads.child_jobs import end_at_once, serve_nothing
 from workloads.bench.children import child
 from workloads.bench.dispatch import Settings, alternate, bars, measure, result, show
 from workloads.bench.dispatch_mesh import EXPERTS, HostJob, jobs_of_process
@@ -79,14 +80,6 @@ def test_experts_are_shared_out_evenly(hosts: int) -> None:
 def test_a_process_serves_every_mesh_that_has_its_position() -> None:
     jobs = jobs_of_process("run", 1, (1, 2, 4), (512, 2048))
     assert [(job.hosts, job.hidden) for job in jobs] == [(2, 512), (2, 2048), (4, 512), (4, 2048)]
-
-
-def serve_nothing(ready: Callable[[], None]) -> None:
-    ready()
-
-
-def end_at_once(_ready: Callable[[], None]) -> None:
-    os._exit(3)
 
 
 def test_a_child_ends_with_its_block_even_on_interruption() -> None:

@@ -1,0 +1,11 @@
+"""More random histories of the repair, which would make the unit tests slow."""
+
+from __future__ import annotations
+
+from tests.unit.cluster.repair_simulator import live
+from tests.unit.cluster.test_repair_simulated import HISTORIES
+
+
+def test_many_more_random_histories() -> None:
+    for seed in range(HISTORIES, HISTORIES + 15_000):
+        live(seed)
