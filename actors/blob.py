@@ -12,10 +12,11 @@ import json
 import mmap
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Final, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from actors import json_stream
@@ -32,7 +33,8 @@ _PARTS: Final = frozenset(
 )
 # Names, dtypes and shapes of at most eight tensors.
 _MOST_HEADER_BYTES: Final = 4096
-_LARGEST_ITEM: Final = max(DTYPE_BYTES.values())
+LARGEST_ITEM: Final = max(DTYPE_BYTES.values())
+"""Bytes of a parameter at most."""
 
 
 class Piece(NamedTuple):
@@ -108,6 +110,12 @@ def receive_hashed(sock: socket.socket, most: int, allocate: Callable[[int], mem
     return view
 
 
+def is_whole(parts: Mapping[str, torch.Tensor], parameters: int) -> bool:
+    """Whether these are the tensors of one expert with so many parameters."""
+    named = "down" in parts and ("gate_up" in parts or "up" in parts) and parts.keys() <= _PARTS
+    return named and sum(tensor.numel() for tensor in parts.values()) == parameters
+
+
 def receive_blob(sock: socket.socket, layer: MoeLayer, name: str) -> StoredExpert:
     """The expert that was asked for; `name` names it in errors.
 
@@ -120,7 +128,7 @@ def receive_blob(sock: socket.socket, layer: MoeLayer, name: str) -> StoredExper
             os.ftruncate(fd, size)
             return memoryview(mmap.mmap(fd, size))
 
-        most = layer.expert_parameters * _LARGEST_ITEM + _MOST_HEADER_BYTES
+        most = layer.expert_parameters * LARGEST_ITEM + _MOST_HEADER_BYTES
         receive_hashed(sock, most, allocate)
         with safe_open(f"/proc/self/fd/{fd}", framework="pt") as file:
             fused = (file.metadata() or {}).get("fused") == "True"
@@ -129,8 +137,7 @@ def receive_blob(sock: socket.socket, layer: MoeLayer, name: str) -> StoredExper
         raise ProtocolError(f"what came is no safetensors file: {error}") from error
     finally:
         os.close(fd)
-    whole = "down" in parts and ("gate_up" in parts or "up" in parts) and parts.keys() <= _PARTS
-    if not whole or sum(tensor.numel() for tensor in parts.values()) != layer.expert_parameters:
+    if not is_whole(parts, layer.expert_parameters):
         shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in parts.items())
         raise ProtocolError(f"what came is no expert of layer {layer.index}: {shapes}")
     return StoredExpert(parts, fused, lambda part: f"{name}, {part}")

@@ -8,24 +8,34 @@ them; what is given comes with its size before it and its sha256 behind it (`act
                                            <-  {bytes}, an Outline as JSON, sha256 | {error, hint}
     {ask: "blob", layer, expert}           ->
                                            <-  {bytes}, safetensors, sha256 | {error, hint}
+    {ask: "version", blob: digest}         ->
+                                           <-  {bytes}, a blob of the store of versions, sha256 | {error, hint}
+
+Blobs of versions are given as the store has them, so that the copier can prove them by the digest that it asked for.
 """
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, Protocol
 
 from pydantic import TypeAdapter
 
 from actors import json_stream
-from actors.blob import send_blob, send_hashed
+from actors.blob import CHUNK_BYTES, send_blob, send_hashed
 from actors.blob_source import Blob
-from cluster.errors import CheckpointError, HostError, ProtocolError
+from cluster.errors import CheckpointError, HostError, ProtocolError, VersionError
 from cluster.messages import Outline
 
 OUTLINE: Final = TypeAdapter(Outline)
 # A copier packs one expert between two questions, or waits for a disk; one that takes longer hangs.
 _STALL_S: Final = 120.0
+
+
+GiveVersion = Callable[[str], bytes]
+"""From a digest to a blob of the store of versions, see `actors.variant_reader.VariantReader.give`."""
 
 
 class Blobs(Protocol):
@@ -37,7 +47,7 @@ class Blobs(Protocol):
         """One expert; CheckpointError or HostError if it can't be given."""
 
 
-def serve_copies(sock: socket.socket, blobs: Blobs) -> None:
+def serve_copies(sock: socket.socket, blobs: Blobs, version: GiveVersion) -> None:
     """Answer until the copier closes (ConnectionError), asks what makes no sense, or a file can't be read."""
     sock.settimeout(_STALL_S)
     if sock.family == socket.AF_INET:
@@ -45,21 +55,27 @@ def serve_copies(sock: socket.socket, blobs: Blobs) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     while True:
         question = json_stream.receive(sock)[0]
-        if question.get("ask") == "outline":
-            text = OUTLINE.dump_json(blobs.outline)
-            send_hashed(sock, len(text), [memoryview(text)])
-            continue
-        layer, expert = _wanted(question)
         try:
-            pieces, fused = blobs.blob(layer, expert)
-        except (CheckpointError, HostError) as error:
+            answer = _answer(question, blobs, version)
+        except (CheckpointError, HostError, VersionError) as error:
             json_stream.send(sock, {"error": error.message, "hint": error.hint})
-            continue
-        send_blob(sock, pieces, fused=fused)
+        else:
+            answer(sock)
 
 
-def _wanted(question: dict[str, Any]) -> tuple[int, int]:
-    layer, expert = question.get("layer"), question.get("expert")
-    if question.get("ask") != "blob" or not isinstance(layer, int) or not isinstance(expert, int):
-        raise ProtocolError(f"a host that copies asks for {question}")
-    return layer, expert
+def _answer(question: dict[str, Any], blobs: Blobs, version: GiveVersion) -> Callable[[socket.socket], None]:
+    """What sends it; CheckpointError, HostError or VersionError if it can't be given."""
+    asked, layer, expert, digest = (question.get(name) for name in ("ask", "layer", "expert", "blob"))
+    if asked == "outline":
+        return partial(_send_bytes, OUTLINE.dump_json(blobs.outline))
+    if asked == "version" and isinstance(digest, str):
+        return partial(_send_bytes, version(digest))
+    if asked == "blob" and isinstance(layer, int) and isinstance(expert, int):
+        pieces, fused = blobs.blob(layer, expert)
+        return partial(send_blob, pieces=pieces, fused=fused)
+    raise ProtocolError(f"a host that copies asks for {question}")
+
+
+def _send_bytes(data: bytes, sock: socket.socket) -> None:
+    view, starts = memoryview(data), range(0, len(data), CHUNK_BYTES)
+    send_hashed(sock, len(data), (view[start : start + CHUNK_BYTES] for start in starts))

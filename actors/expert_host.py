@@ -62,7 +62,7 @@ class ExpertHost:
         self.spec = spec
         self._sources, self._patience = sources, patience
         self._blobs: Blobs | None = None
-        self._copied_from: tuple[str, ...] = ()
+        self._copied_from: list[str] = []
         self._loaded = loaded
         self._key = key
         self._server: HostServer | None = None
@@ -123,7 +123,7 @@ class ExpertHost:
             dispatches=server.dispatches_served,
             rows=server.rows_served,
             compute_seconds=server.compute_ns / 1e9,
-            copied_from=self._copied_from,
+            copied_from=tuple(self._copied_from),
             cost=self._cost,
         )
 
@@ -194,6 +194,15 @@ class ExpertHost:
     def _opened(self) -> Iterator[Checkpoint]:
         """The model in this node's folder, or as other hosts give it."""
         spec = self.spec
+        copy = None
+        if self._sources is not None:
+            copy = PeerCopy(spec, self._key, self._sources, self._patience, self._copied_from)
+        with self._variants.copying(copy), self._base(copy) as checkpoint:
+            yield checkpoint
+
+    @contextmanager
+    def _base(self, copy: PeerCopy | None) -> Iterator[Checkpoint]:
+        spec = self.spec
         try:
             checkpoint = Checkpoint.open(Path(spec.model_path))
             if checkpoint.digest != spec.model:
@@ -203,10 +212,9 @@ class ExpertHost:
                 )
             self._blobs = FolderBlobs(checkpoint)
         except CheckpointError as lack:
-            if self._sources is None:
+            if copy is None:
                 raise
             log.warning("experts are copied from other hosts", host=spec.host_id, reason=lack.message)
-            copy = PeerCopy(spec, self._key, self._sources, self._patience)
             try:
                 with copied_checkpoint(copy, spec) as (copied, outline):
                     self._blobs = HeldBlobs(outline, self._layers)
@@ -216,7 +224,6 @@ class ExpertHost:
                     f"host {spec.host_id} on {socket.gethostname()}: {lack.message}, and {error.message}",
                     "put the model's folder there, or start a host on a node that has it",
                 ) from error
-            self._copied_from = tuple(copy.copied_from)
         else:
             yield checkpoint
 
@@ -231,6 +238,7 @@ class ExpertHost:
             hidden=self._hidden,
             key=self._key,
             blobs=self._blobs,
+            version=self._variants.give,
         )
         server.listen_unix(spec.unix)
         tcp = server.listen_tcp(spec.tcp_ip, spec.tcp_port) if spec.tcp_ip else ""

@@ -21,8 +21,8 @@ from cluster.checkpoint import Checkpoint
 from cluster.errors import CheckpointError
 
 ReadExpert: TypeAlias = Callable[[int], ExpertMatrices]
-ReadVariant: TypeAlias = Callable[[int, int], StoredExpert]
-"""From layer and number to an expert that is not the base checkpoint's, see `actors.variant_reader`."""
+ReadVariant: TypeAlias = Callable[[Checkpoint, int, int], StoredExpert]
+"""From checkpoint, layer and number to an expert that is not the checkpoint's, see `actors.variant_reader`."""
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def open_layer(
 
         def read(expert: int) -> ExpertMatrices:
             if expert >= num_experts and variant is not None:
-                return as_matrices(variant(layer, expert), maths)
+                return as_matrices(variant(checkpoint, layer, expert), maths)
             if not 0 <= expert < num_experts:
                 raise CheckpointError(f"{checkpoint.path}: layer {layer} has no expert {expert}")
             return as_matrices(stored(expert), maths)

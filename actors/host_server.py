@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import structlog
 
-from actors.blob_server import Blobs, serve_copies
+from actors.blob_server import Blobs, GiveVersion, serve_copies
 from actors.buffers import Buffers, Views
 from actors.handshake import greet
 from actors.header_parts import DISPATCH_LEAD, MAX_KEPT, PARTS, REPLY_LEAD, rest
@@ -55,6 +55,10 @@ _GREETING_TIMEOUT_S = 10.0
 _KERNEL_LOCK = threading.Lock()
 
 
+def _no_version(blob: str) -> bytes:
+    raise HostError("has no store of versions")
+
+
 class HostServer:
     """Serves `layers` (layer index → HostedLayer) on a unix socket and, if asked, on TCP."""
 
@@ -69,9 +73,12 @@ class HostServer:
         hidden: int,
         key: bytes,
         blobs: Blobs | None = None,
+        version: GiveVersion = _no_version,
         kernel_lock: threading.Lock = _KERNEL_LOCK,
     ) -> None:
-        """`blobs`: where experts are taken from that other hosts ask for, if this one can give any."""
+        """`blobs`: where experts are taken from that other hosts ask for, if this one can give any; `version`: the
+        same for those of versions.
+        """
         self.host_id = host_id
         self.layers = layers
         self.rows_served = 0
@@ -80,7 +87,7 @@ class HostServer:
         self.manifest, self._model, self._dtype, self._hidden = manifest, model, dtype, hidden
         self.dtype_code = DTYPE_CODES[dtype]
         self._key = key
-        self._blobs = blobs
+        self._blobs, self._version = blobs, version
         self.kernel_lock = kernel_lock
         self._listeners: list[tuple[socket.socket, threading.Thread]] = []
         self._connections: set[socket.socket] = set()
@@ -141,7 +148,7 @@ class HostServer:
             if identity is None:
                 self._copiers.add(sock)
                 if self._blobs is not None:
-                    serve_copies(sock, self._blobs)
+                    serve_copies(sock, self._blobs, self._version)
                 return
             if fd >= 0:
                 try:

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -60,14 +61,19 @@ class PeerCopy:
     """Copies experts of one model for one host. Used by one thread."""
 
     def __init__(
-        self, spec: HostSpec, key: bytes, sources: Callable[[], Sources], patience: Patience | None = None
+        self,
+        spec: HostSpec,
+        key: bytes,
+        sources: Callable[[], Sources],
+        patience: Patience | None = None,
+        copied_from: list[str] | None = None,
     ) -> None:
+        """Hosts that gave an expert are added to `copied_from`, in order and once each."""
         self._spec, self._key, self._sources = spec, key, sources
         self._patience = patience or Patience()
         self._peer: tuple[HostAddress, socket.socket] | None = None
         self._lost: dict[HostAddress, str] = {}
-        self.copied_from: list[str] = []
-        """Hosts that gave an expert, in order."""
+        self._copied_from = copied_from if copied_from is not None else []
 
     def outline(self) -> Outline:
         """What the model is. NoSourceError if nobody says."""
@@ -89,9 +95,23 @@ class PeerCopy:
             json_stream.send(sock, {"ask": "blob", "layer": layer.index, "expert": expert})
             name = f"expert {expert} of layer {layer.index} from host {address.host_id}"
             stored = receive_blob(sock, layer, name)
-            if address.host_id not in self.copied_from:
-                self.copied_from.append(address.host_id)
+            self._gave(address)
             return stored
+
+        return self._from_any(ask)
+
+    def version(self, blob: str, most: int) -> bytes:
+        """A blob of the store of versions, of `most` so many bytes, proved by its digest. NoSourceError if nobody
+        gives it.
+        """
+
+        def ask(address: HostAddress, sock: socket.socket) -> bytes:
+            json_stream.send(sock, {"ask": "version", "blob": blob})
+            data = bytes(receive_hashed(sock, most, lambda size: memoryview(bytearray(size))))
+            if sha256(data).hexdigest() != blob:
+                raise ProtocolError(f"what came is not blob {blob[:12]}")
+            self._gave(address)
+            return data
 
         return self._from_any(ask)
 
@@ -100,6 +120,10 @@ class PeerCopy:
         if self._peer is not None:
             self._peer[1].close()
             self._peer = None
+
+    def _gave(self, address: HostAddress) -> None:
+        if address.host_id not in self._copied_from:
+            self._copied_from.append(address.host_id)
 
     def _from_any(self, ask: Callable[[HostAddress, socket.socket], T]) -> T:
         """The first good answer; NoSourceError if there is none."""

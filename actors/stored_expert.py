@@ -84,6 +84,13 @@ def as_matrices(stored: StoredExpert, maths: ExpertMaths) -> ExpertMatrices:
         gate = _oriented(stored, "gate", maths, inner, hidden) if maths.has_gate else None
         up = _oriented(stored, "up", maths, inner, hidden)
     down = _oriented(stored, "down", maths, hidden, inner)
+    for part, rows in (("gate_up", maths.up_rows), ("gate", inner), ("up", inner), ("down", hidden)):
+        found = bias[part]
+        if found is not None and tuple(found.shape) != (rows,):
+            raise CheckpointError(
+                f"{stored.name(f'{part}.bias')} is {list(found.shape)} per expert, config.json says [{rows}]",
+                _TWO_MODELS,
+            )
     return ExpertMatrices(gate, up, down, gate_bias, up_bias, bias["down"])
 
 

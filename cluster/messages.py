@@ -98,7 +98,7 @@ class HostReport:
     rows: int
     compute_seconds: float
     copied_from: tuple[str, ...] = ()
-    """Hosts that it copied its experts from; empty if it read them from the model's folder."""
+    """Hosts that it copied experts from; empty if it read them from the model's folder and the store of versions."""
     cost: HostCost | None = None
     """Measured at its start, or as it was at an earlier one on such a machine."""
 
