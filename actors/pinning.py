@@ -34,6 +34,8 @@ class Pins:
         """What requests get that are admitted now."""
         self.running: Counter[str] = Counter()
         """Requests inside, by manifest."""
+        self.admitted: Counter[str] = Counter()
+        """Requests since start, by manifest, of versions that are live."""
         # vLLM writes it into answers; each request's own takes its place, which is as long.
         self.placeholder: Final = f"expertmesh-{secrets.token_hex(_SHORT // 2)}"
         self._open, self._idle = asyncio.Event(), asyncio.Event()
@@ -43,6 +45,8 @@ class Pins:
     def use(self, versions: LiveVersions) -> None:
         """Requests that are admitted from now on get these; those that were held go on."""
         self.versions = versions
+        for gone in self.admitted.keys() - versions.live.keys():
+            del self.admitted[gone]
         self._open.set()
 
     def hold(self) -> None:
@@ -64,6 +68,7 @@ class Pins:
             await self._open.wait()
         manifest = chosen(self.versions, who)
         self.running[manifest] += 1
+        self.admitted[manifest] += 1
         self._idle.clear()
         return manifest
 

@@ -31,7 +31,7 @@ from actors.dense_files import DenseFiles
 from actors.own_requests import PROBE
 from actors.pinning import Pins
 from actors.replay import Replay
-from actors.router_metrics import MeshMetrics, RoutingMetrics
+from actors.router_metrics import MeshMetrics, RoutingMetrics, VersionMetrics
 from actors.router_metrics import queue as engine_queue
 from actors.router_routes import finish
 from actors.version_swap import VersionSwap
@@ -76,6 +76,7 @@ class Router:
         self._node_id = node_id
         self.engine: Any = None
         self.metrics, self.routing_metrics = MeshMetrics(), RoutingMetrics()
+        self.version_metrics = VersionMetrics()
         self.pins = Pins()
         self.watch = CanaryWatch(self.pins)
         self._dense = DenseFiles(spec.settings.store)
@@ -231,6 +232,7 @@ class Router:
         while True:
             try:
                 self.metrics.update(await self.stats())
+                self.version_metrics.update(self.pins.versions, self.pins.running, self.pins.admitted)
             except Exception as error:
                 log.warning("engine stats unavailable", reason=str(error))
             await asyncio.sleep(_STATS_PERIOD_S)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 
 from cluster.group_loads import Queue
+from cluster.live_versions import LiveVersions
 from cluster.traffic import Routing
 
 _SERIES = {
@@ -14,6 +15,7 @@ _SERIES = {
     "rows": "Activation rows dispatched since start",
     "seconds": "Seconds spent between dispatch and combine since start",
     "slowest_seconds": "The longest time between dispatch and combine since start",
+    "slowest_table_seconds": "The longest that taking up another placement table took since start",
     "lost": "Connections to expert hosts that ended since start",
     "late": "Answers of expert hosts that were late since start",
     "hedges": "Dispatches whose late rows were sent to another replica since start",
@@ -49,6 +51,30 @@ def queue(in_flight: int, registry: CollectorRegistry = REGISTRY) -> Queue | Non
         return None
     running = min(found[_RUNNING], in_flight)
     return Queue(min(found[_WAITING], in_flight - running), running)
+
+
+class VersionMetrics:
+    """`expertmesh_version_*` by manifest, of the versions that are live or have requests running."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        label = ["manifest"]
+        self._running = Gauge("expertmesh_version_running", "Requests inside now", label, registry=registry)
+        self._admitted = Gauge(
+            "expertmesh_version_requests", "Requests admitted since start", label, registry=registry
+        )
+        self._share = Gauge(
+            "expertmesh_version_share", "Of new requests that get it", label, registry=registry
+        )
+
+    def update(self, versions: LiveVersions, running: Mapping[str, int], admitted: Mapping[str, int]) -> None:
+        """Take what one replica of the router knows."""
+        for gauge in (self._running, self._admitted, self._share):
+            gauge.clear()
+        for name in {*versions.live, *running}:
+            share = versions.share if name == versions.candidate else 0.0
+            self._share.labels(name).set(1 - versions.share if name == versions.serving else share)
+            self._running.labels(name).set(running.get(name, 0))
+            self._admitted.labels(name).set(admitted.get(name, 0))
 
 
 class MeshMetrics:

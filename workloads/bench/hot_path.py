@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.routing_counts import RoutingCounts
+from actors.row_versions import RowVersions
 from actors.split import Split
+from cluster.live_versions import LiveVersions, with_version
 from cluster.messages import HostCost
 from workloads.bench.report import Bar, envelope, now, quantiles
 
@@ -51,6 +53,8 @@ def measure(seed: int) -> dict[str, Any]:
         for rows, chosen in ids.items():
             flat = chosen.reshape(-1)
             calls[f"split, {rows} rows, {hosts} hosts"] = lambda split=split, flat=flat: split.owners(flat)  # type: ignore[misc]
+    for rows, chosen in ids.items():
+        calls[f"two versions, {rows} rows"] = _two_versions(rows, torch.from_numpy(chosen))
     series: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(_ROUNDS):
         for name, call in calls.items():
@@ -65,6 +69,17 @@ def measure(seed: int) -> dict[str, Any]:
         Bar("split_us_64_rows_32_hosts", medians["split, 64 rows, 32 hosts"], _SPLIT_US, True),
     ]
     return envelope("bench hot-path", seed=seed, started_at=started_at, series=series, bars=bars)
+
+
+def _two_versions(rows: int, chosen: torch.Tensor) -> Callable[[], object]:
+    """Finding whose rows they are, and their numbers: of a layer in which one of two versions has three experts."""
+    base = LiveVersions("one", {"one": {}})
+    versions = with_version(base, "two", {0: {1: "a", 7: "b", 9: "c"}}, {0: _EXPERTS})
+    requests = max(1, rows // 4)
+    runs = [("one" if number % 2 else "two", rows // requests) for number in range(requests)]
+    numbers = RowVersions(lambda: runs, lambda unknown: None)
+    numbers.set_versions(versions, {0: _EXPERTS})
+    return lambda: numbers.numbers(0, chosen)
 
 
 def _ids(generator: np.random.Generator, share: np.ndarray, rows: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from actors import router as module
 from actors.api_access import key_digest
 from actors.router import Router
-from actors.router_metrics import MeshMetrics, RoutingMetrics
+from actors.router_metrics import MeshMetrics, RoutingMetrics, VersionMetrics
 from actors.router_routes import finish
 from cluster.live_versions import LiveVersions, Variant, serving
 from cluster.messages import EngineSettings, RouterSpec
@@ -31,6 +31,7 @@ STATS = {
     "rows": 9,
     "seconds": 0.5,
     "slowest_seconds": 0.1,
+    "slowest_table_seconds": 0.01,
     "lost": 1,
     "late": 0,
     "hedges": 0,
@@ -99,6 +100,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     # The process's own registry takes each series once, and every test makes a router.
     monkeypatch.setattr(module, "MeshMetrics", lambda: MeshMetrics(CollectorRegistry()))
     monkeypatch.setattr(module, "RoutingMetrics", lambda: RoutingMetrics(CollectorRegistry()))
+    monkeypatch.setattr(module, "VersionMetrics", lambda: VersionMetrics(CollectorRegistry()))
     return Engine()
 
 
@@ -216,6 +218,22 @@ def test_routing_is_exported_with_few_series() -> None:
     assert value("effective_experts", layer="4") == 8.0
     assert value("busiest_share", layer="3", expert="2") == 0.4
     assert value("busiest_share", layer="3", expert="7") is None, "it is not among the busiest any more"
+
+
+def test_versions_have_series_for_as_long_as_they_live() -> None:
+    registry = CollectorRegistry()
+    metrics = VersionMetrics(registry)
+
+    def value(name: str, manifest: str) -> float | None:
+        return registry.get_sample_value(f"expertmesh_version_{name}", {"manifest": manifest})
+
+    versions = LiveVersions("one", {"one": {}, "two": {}}, candidate="two", share=0.05)
+    metrics.update(versions, {"one": 3, "two": 1}, {"one": 30, "two": 2})
+    assert value("share", "one") == 0.95 and value("share", "two") == 0.05
+    assert value("running", "one") == 3 and value("requests", "two") == 2
+    metrics.update(LiveVersions("one", {"one": {}}), {}, {"one": 31})
+    assert value("share", "one") == 1.0 and value("running", "one") == 0
+    assert value("share", "two") is None and value("requests", "two") is None
 
 
 def test_a_full_engine_refuses_requests_of_those_who_have_a_key(engine: Engine) -> None:
