@@ -43,6 +43,9 @@ _LOOK_S = 1.0
 
 log = structlog.get_logger()
 
+# Of a router's process, by namespace.
+_found: dict[str, Any] = {}
+
 
 # Ray's types know neither max_concurrency nor groups. Threads, so that status answers while a publish waits;
 # some for publish and next_table alone, since each engine keeps one waiting, and `stop` must find one free.
@@ -244,10 +247,17 @@ def published_table(namespace: str, timeout_s: float) -> str:
 
 def next_table(namespace: str, after_epoch: int, timeout_s: float, running: list[str]) -> str:
     """JSON of the first table after an epoch, or nothing in time; called in the router's process."""
-    controller: Any = ray.get_actor(NAME, namespace=namespace)
-    answer: Any = controller.next_table.remote(after_epoch, timeout_s, _this_process(), running)
-    # The controller may be gone for good: a new one has the same name, and is found by the next call.
-    return str(ray.get(answer, timeout=timeout_s + 10))
+    # Looked up once: the cluster's control plane would be in every promotion's way.
+    controller: Any = _found.get(namespace) or ray.get_actor(NAME, namespace=namespace)
+    try:
+        answer: Any = controller.next_table.remote(after_epoch, timeout_s, _this_process(), running)
+        table = str(ray.get(answer, timeout=timeout_s + 10))
+    except Exception:
+        # The controller may be gone for good: a new one has the same name, and is found by the next call.
+        _found.pop(namespace, None)
+        raise
+    _found[namespace] = controller
+    return table
 
 
 def report_traffic(namespace: str, traffic: Traffic) -> Routing | None:
