@@ -133,22 +133,22 @@ class VersionChanges:
         digest = store.find(name)
         model = PlacementTable.from_json(deployment.table).manifest
         manifest = checked(store, digest, model, deployment.version_settings.public_key)
-        snapshot = self._changes.snapshot()
-        if snapshot is None:
-            raise VersionConflictError(
-                "the hosts are still starting", "try again when `expertmesh status` says ready"
-            )
-        table = PlacementTable.from_json(snapshot.deployment.table)
-        if digest in table.versions.live:
-            self._keep(digest)
-            return Staged(digest, {})
-        sizes = snapshot.deployment.sizes
-        coming = with_version(table.versions, digest, manifest.experts, sizes, manifest.dense)
         with self._ledger.change:
+            snapshot = self._changes.snapshot()
+            if snapshot is None:
+                raise VersionConflictError(
+                    "the hosts are still starting", "try again when `expertmesh status` says ready"
+                )
+            table = PlacementTable.from_json(snapshot.deployment.table)
+            if digest in table.versions.live:
+                self._keep(digest)
+                return Staged(digest, {})
+            sizes = snapshot.deployment.sizes
+            coming = with_version(table.versions, digest, manifest.experts, sizes, manifest.dense)
             held = {host_id: said.weight_bytes for host_id, said in self._ledger.said.items()}
-        loads = staging.bytes_by_host(snapshot.deployment, table, coming)
-        staging.check_room(snapshot, held, loads)
-        self._changes.follow(table.experts, f"stage {digest[:12]}", coming)
+            loads = staging.bytes_by_host(snapshot.deployment, table, coming)
+            staging.check_room(snapshot, held, loads)
+            self._changes.follow(table.experts, f"stage {digest[:12]}", coming)
         self._changes.reconcile()
         return Staged(digest, loads)
 
@@ -175,7 +175,8 @@ class VersionChanges:
     ) -> Promoted:
         """Give a staged version to all new requests, and move the alias there.
 
-        VersionError if it is not staged, or somebody else moves the alias meanwhile: nothing is changed then.
+        VersionError if it is not staged, or somebody else moves the alias meanwhile: nothing is changed then. If the
+        store can't be reached any more, the promotion is finished when it can.
         """
         started = time.monotonic()
         if not self._promoting.acquire(blocking=False):
@@ -239,7 +240,8 @@ class VersionChanges:
     def _finish(self, store: Store, promotion: Promotion) -> int:
         """From wherever a promotion is to its end; the epoch from which on it holds.
 
-        VersionError if the alias was moved by somebody else: the promotion is crossed out.
+        VersionConflictError if the alias was moved by somebody else: the promotion is crossed out. Any other
+        VersionError leaves it to be finished later, since nobody knows whether the alias was moved.
         """
         move = promotion.move
         now = store.aliases.current(promotion.alias)
@@ -251,7 +253,7 @@ class VersionChanges:
                     f"alias {promotion.alias} was moved by somebody else meanwhile",
                     "see where it points now, and try again",
                 )
-        except VersionError:
+        except VersionConflictError:
             with self._ledger.change:
                 self._ledger.save(replace(self._ledger.required(), promotion=None), self._ledger.repair)
             raise
@@ -285,6 +287,8 @@ class VersionChanges:
             deployment, state = self._ledger.deployment, self._ledger.repair
             if deployment is None or not deployment.retiring or deployment.following is not None:
                 return
+            if deployment.promotion is not None:
+                return  # it may be of a version that would go
             keep, now = deployment.version_settings.keep_warm_s, self._wall()
             for name, retiring in deployment.retiring.items():
                 if now - retiring.since < keep or not self._in_use.done_with(

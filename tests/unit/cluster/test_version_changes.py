@@ -15,7 +15,7 @@ from cluster import version_changes
 from cluster.canary import Answered, Observed, Trial
 from cluster.controller import Controller
 from cluster.deployment import Deployment
-from cluster.errors import ExpertmeshError, VersionError
+from cluster.errors import ExpertmeshError, StoreError, VersionError
 from cluster.live_versions import LiveVersions, numbers
 from cluster.messages import MoeLayer, StoreAddress
 from cluster.promotion import VersionSettings
@@ -23,6 +23,7 @@ from cluster.reconcile import held_by_host
 from cluster.table import PlacementTable
 from cluster.versions.aliases import Move
 from cluster.versions.collect import collect
+from cluster.versions.files import Files
 from cluster.versions.manifest import Manifest
 from cluster.versions.store import Store
 from tests.controller_contract import looked_until, published
@@ -190,6 +191,27 @@ def test_a_version_of_another_model_or_with_experts_that_it_lacks_is_refused(
         controller.versions.stage(other)
     with pytest.raises(VersionError, match="which the model does not have"):
         controller.versions.stage(world.publish({6: "x"}))
+
+
+def test_a_store_that_is_out_of_reach_leaves_a_promotion_that_is_finished_later(
+    world: VersionWorld, controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = staged(world, controller, {0: "x"})
+    create = Files.create
+
+    def answer_is_lost(files: Files, name: str, data: bytes) -> bool:
+        create(files, name, data)
+        raise StoreError("the store does not answer", "try again")
+
+    monkeypatch.setattr(Files, "create", answer_is_lost)
+    with pytest.raises(StoreError):
+        controller.versions.promote(version)
+    assert live(controller).serving == BASE.digest and controller.versions.status().promoting == version
+    monkeypatch.undo()
+    looked_until(world, controller, lambda: live(controller).serving == version)
+    assert controller.versions.status().promoting == ""
+    moves = world.store.aliases.history("production")
+    assert [move.manifest for move in moves] == [BASE.digest, version]
 
 
 def test_where_signatures_are_wanted_an_unsigned_version_is_refused(world: VersionWorld) -> None:
