@@ -6,9 +6,8 @@ Kept in memory only: a controller that was restarted learns it again within minu
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Final
 
 import numpy as np
@@ -17,13 +16,16 @@ from pydantic import TypeAdapter
 from cluster.cost_fit import Timing, corrected, fit_median, next_factor
 from cluster.messages import DispatchSample, HostCost, MoeLayer, Traffic
 from cluster.routing_windows import LayerSummary, RoutingWindows, summary
+from cluster.step_times import LayerTime, StepTimes
 
 TRAFFIC: Final = TypeAdapter(Traffic)
 """Reads and writes a Traffic as JSON: engine processes send nothing else."""
 
 _BUSIEST: Final = 10
-# Samples that the transfer's cost and the errors of the predictions are taken from.
+# Samples that the transfer's cost is taken from.
 _KEPT: Final = 512
+# Steps that tell how much longer a step takes than its hosts' costs say: half a minute of one stream.
+_STEPS: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,8 @@ class TrafficStatistics:
         self._seen: dict[str, deque[Timing]] = defaultdict(lambda: deque(maxlen=_KEPT))
         self._fitted: dict[str, HostCost] = {}
         self._samples: deque[DispatchSample] = deque(maxlen=_KEPT)
-        self._errors: deque[float] = deque(maxlen=_KEPT)
-        self._layer_errors: deque[float] = deque(maxlen=_KEPT)
+        self._steps = StepTimes()
+        self._last: deque[list[DispatchSample]] = deque(maxlen=_STEPS)
         self._overhead = HostCost(0.0, 0.0, 1e-12)
         self._pairs = self._dispatches = 0.0
 
@@ -87,8 +89,11 @@ class TrafficStatistics:
         return max(1.0, self._pairs / self._dispatches) if self._dispatches else 1.0
 
     def costs(self, measured: Mapping[str, HostCost]) -> dict[str, HostCost]:
-        """The hosts' costs as the engine meets them: measured, corrected by what was seen, transfer included."""
-        return {host_id: self._now(host_id, cost) for host_id, cost in measured.items()}
+        """The hosts' costs as a step meets them: measured, corrected by what was seen, transfer included."""
+        return {
+            host_id: corrected(self._now(host_id, cost), self._steps.factor)
+            for host_id, cost in measured.items()
+        }
 
     @property
     def prediction_error(self) -> float | None:
@@ -96,17 +101,17 @@ class TrafficStatistics:
 
         Each step was predicted before it was learnt from.
         """
-        return median(self._errors) if self._errors else None
+        return self._steps.error
 
     @property
     def layer_error(self) -> float | None:
         """The same of single layers, which the sum over a step levels out."""
-        return median(self._layer_errors) if self._layer_errors else None
+        return self._steps.layer_error
 
     @property
     def predictions(self) -> int:
         """Steps that this error is of, the last ones."""
-        return len(self._errors)
+        return self._steps.judged
 
     def summaries(self) -> dict[int, LayerSummary]:
         """Per layer three numbers, however many experts there are."""
@@ -150,13 +155,18 @@ class TrafficStatistics:
                 self._factors.pop(host_id, None)
                 self._fitted.pop(host_id, None)
                 self._seen.pop(host_id, None)
+                self._forget_steps_with(host_id)
         known = [
             sample
             for sample in samples
             if sample.parts and all(part.host_id in measured for part in sample.parts) and sample.seconds > 0
         ]
+        steps: dict[int, list[DispatchSample]] = defaultdict(list)
+        for sample in known:
+            steps[sample.step].append(sample)
         if self._samples:
-            self._judge(known, measured)
+            self._steps.judge(self._timed(steps.values(), measured))
+        self._last.extend(steps.values())
         by_host: dict[str, list[Timing]] = defaultdict(list)
         for sample in known:
             for part in sample.parts:
@@ -179,15 +189,19 @@ class TrafficStatistics:
         ]
         if len(rests) >= _HANDFUL:
             self._overhead = fit_median(rests)
+        there = [step for step in self._last if _hosts(step) <= measured.keys()]
+        self._steps.learn(self._timed(there, measured))
 
-    def _judge(self, samples: Sequence[DispatchSample], measured: Mapping[str, HostCost]) -> None:
-        steps: dict[int, list[tuple[float, float]]] = defaultdict(list)
-        for sample in samples:
-            steps[sample.step].append((self._predicted(sample, measured), sample.seconds))
-        for dispatches in steps.values():
-            self._layer_errors.extend(abs(predicted - seconds) / seconds for predicted, seconds in dispatches)
-            predicted, seconds = (sum(column) for column in zip(*dispatches, strict=True))
-            self._errors.append(abs(predicted - seconds) / seconds)
+    def _forget_steps_with(self, host_id: str) -> None:
+        kept = [step for step in self._last if host_id not in _hosts(step)]
+        self._last.clear()
+        self._last.extend(kept)
+
+    def _timed(
+        self, steps: Iterable[Sequence[DispatchSample]], measured: Mapping[str, HostCost]
+    ) -> list[list[LayerTime]]:
+        """The steps, predicted by what is known now."""
+        return [[LayerTime(self._predicted(s, measured), s.seconds) for s in step] for step in steps]
 
     def _predicted(self, sample: DispatchSample, measured: Mapping[str, HostCost]) -> float:
         computed = max(
@@ -200,3 +214,7 @@ class TrafficStatistics:
 _HANDFUL: Final = 16
 # Samples of a host from which its cost is taken anew.
 _ENOUGH: Final = 64
+
+
+def _hosts(step: Sequence[DispatchSample]) -> set[str]:
+    return {part.host_id for sample in step for part in sample.parts}
