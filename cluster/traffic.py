@@ -24,8 +24,9 @@ TRAFFIC: Final = TypeAdapter(Traffic)
 _BUSIEST: Final = 10
 # Samples that the transfer's cost is taken from.
 _KEPT: Final = 512
-# Steps that tell how much longer a step takes than its hosts' costs say: half a minute of one stream.
-_STEPS: Final = 32
+# Steps that tell how much longer a step takes than its hosts' costs say: some fifteen seconds of one stream. On
+# recorded traffic 8 were too few to tell, and 32 too slow to follow what else the machine did.
+_STEPS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
