@@ -42,7 +42,8 @@ def measure(config: Config, model: Model, seed: int, note: Callable[[str], None]
         for streams in _STREAMS:
             note(f"{streams} streams")
             load = Load(streams=streams, seed=seed, prompts=4 if streams > 1 else 12)
-            # The first pass corrects what the measurement at the start could not know; the second is judged.
+            # The first pass corrects what the measurement at the start could not know. The controller's account is of
+            # all steps since its start, the first pass and fewer streams included.
             for _ in range(2):
                 asyncio.run(once(mesh.url, mesh.name, load, prompts(load, mesh.vocabulary)))
                 time.sleep(_TOLD_S)
