@@ -66,7 +66,8 @@ class RowVersions:
             if (map_VE[position] == np.arange(-1, map_VE.shape[1] - 1)).all()
         }
         self._first = min(sizes, default=0)
-        self.plain = len(names) < 2 and len(self._same) == len(self._maps)
+        # A table that names no version is of the checkpoint as it is.
+        self.plain = not names or (len(names) == 1 and len(self._same) == len(self._maps))
 
     def numbers(self, layer: int, ids_TK: torch.Tensor) -> torch.Tensor:
         """The numbers for these choices, int32 [T, K]; valid until the next call with as many rows."""

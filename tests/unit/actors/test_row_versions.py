@@ -67,7 +67,7 @@ def test_requests_go_on_with_the_version_that_took_their_place() -> None:
     assert step.numbers(("base", 1), ("one", 3)) == step.numbers(("two", 4))
 
 
-@pytest.mark.parametrize("versions", [BASE, LiveVersions("one", {"one": {}})])
+@pytest.mark.parametrize("versions", [BASE, LiveVersions(), LiveVersions("one", {"one": {}})])
 def test_one_version_like_the_checkpoint_needs_no_look(versions: LiveVersions) -> None:
     assert Step(versions).rows.plain and not Step(TWO).rows.plain
     assert not Step(LiveVersions("one", {"one": TWO.live["one"]}, variants=TWO.variants)).rows.plain
