@@ -16,13 +16,12 @@ import openai
 import pytest
 
 from cluster.checkpoint import Checkpoint
-from cluster.config import load_config
 from cluster.live_versions import HEADER
 from cluster.version_changes import VersionsStatus
 from tests.changed_model import changed_model
 from tests.e2e.asking import PROMPTS, Asking, ask
+from tests.e2e.controller_client import ControllerClient
 from tests.e2e.programs import ServerProgram, free_port, run, settings, wait_for
-from workloads.running import RunningController, running_controller
 
 pytestmark = pytest.mark.slow
 
@@ -129,7 +128,7 @@ class Mesh:
         self.ask_controller("stage", version)
         wait_for(lambda: version in self.status().live, 60, "a version to be loaded")
 
-    controller: RunningController | None = None
+    controller: ControllerClient | None = None
 
     def ask_controller(self, method: str, *arguments: object) -> Any:
         assert self.controller is not None
@@ -141,9 +140,7 @@ def mesh(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     mesh = Mesh(tiny_model, tmp_path_factory.mktemp("versions"))
     try:
         mesh.server.wait_ready()
-        with running_controller(
-            load_config(mesh.server.config, {}, {}, {}).config, mesh.server.url
-        ) as controller:
+        with ControllerClient(mesh.server.config, mesh.server.url) as controller:
             mesh.controller = controller
             yield mesh
         mesh.server.interrupt()
