@@ -30,6 +30,13 @@ struct Layer {
   }
 };
 
+// A product as it would leave this host. Compilers multiply and add in one go, rounded once; then two experts of a row
+// would give other bits on one host than on two, and a host's death could change a token.
+inline Floats rounded(Floats product) {
+  asm("" : "+m"(product));
+  return product;
+}
+
 // What is asked of them: pairs of row and slot, sorted by expert.
 struct Dispatch {
   const float *x;        // [rows][hidden]
@@ -50,8 +57,8 @@ struct Dispatch {
   void add(int place, int column, int hidden, Floats first, Floats second) const {
     const int pair = pairs[place];
     float *const to = out + (size_t)(pair / top_k) * hidden + column;
-    *(FloatsAnywhere *)to += first * weights[pair];
-    *(FloatsAnywhere *)(to + kLanes) += second * weights[pair];
+    *(FloatsAnywhere *)to += rounded(first * weights[pair]);
+    *(FloatsAnywhere *)(to + kLanes) += rounded(second * weights[pair]);
   }
 };
 

@@ -94,6 +94,19 @@ def test_a_row_does_not_depend_on_its_company(vectors_only: bool) -> None:
 
 @needs_compiler
 @both_ways
+def test_two_experts_give_the_same_bits_on_one_host_or_on_two(vectors_only: bool) -> None:
+    """A host's death moves an expert to another one in the middle of an answer."""
+    layer = Weights().layer(list(range(EXPERTS)), vectors_only=vectors_only)
+    x, slots, weights = routing(70)
+    slots, weights = slots[:, :2].contiguous(), weights[:, :2].contiguous()
+    whole = run(layer, x, slots, weights)
+    here = slots < EXPERTS // 2
+    parts = [run(layer, x, torch.where(of, slots, -1), weights) for of in (here, ~here)]
+    assert torch.equal(parts[0] + parts[1], whole) and torch.equal(parts[1] + parts[0], whole)
+
+
+@needs_compiler
+@both_ways
 def test_gates_that_are_huge_or_not_a_number(vectors_only: bool) -> None:
     weights = Weights(scale=30.0)
     layer = weights.layer(list(range(EXPERTS)), vectors_only=vectors_only)
