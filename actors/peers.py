@@ -77,6 +77,8 @@ class Peers:
         self._factors: dict[str, float] = {}
         self._learnt = 0
         self._keep_off = keep_off
+        # From then on hosts of a new table are reached here, or by the prober.
+        self._connected = False
         self.keeps_off = False
         self.unsettled = False
         """Whether there may be something to catch up with."""
@@ -106,11 +108,11 @@ class Peers:
                     self.members.lost(name, "restarted")
                 self._links[name] = self._make_link(address)
                 self._latency[name] = Latency(self._min_deadline_s, self.deadline_s)
-                if known and self._answers(self._links[name]):
+                if self._connected and self._answers(self._links[name]):
                     self._prober.forget(name)
                     self.members.let_in(name, monotonic())
             self._links[name].set_epoch(manifest, route.epoch)
-            if known and self.members.state(name) is State.OUT:
+            if self._connected and self.members.state(name) is State.OUT:
                 self._watch(position, address)
         self._refresh()
 
@@ -131,6 +133,7 @@ class Peers:
                 if held is not None and self.route.replicated:
                     self._prober.learn(address.host_id, link, held)
                 self.members.let_in(address.host_id, monotonic())
+        self._connected = True
         self._refresh()
 
     def reachable(self) -> dict[str, float]:

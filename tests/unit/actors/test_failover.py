@@ -359,6 +359,27 @@ def test_tables_may_change_as_often_as_they_like(make_mesh, transport: str) -> N
     assert dispatcher.stats.unanswered_rows == 0
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_the_only_host_comes_back_though_nobody_asks(make_mesh, there: bool) -> None:
+    """A table without any host may lie between; whoever waits for readiness sends no rows."""
+    mesh = make_mesh([ALL])
+    dispatcher = mesh.dispatcher(route=mesh.route(1, [0]))
+    mesh.servers[0].close()
+    dispatcher.peers.set_route(mesh.route(2, []))
+    with pytest.raises(HostError, match="no living host"):
+        dispatcher.peers.reachable()
+    if there:
+        mesh.restart(0)
+    dispatcher.peers.set_route(mesh.route(3, [0]))
+    if not there:
+        mesh.restart(0)
+    deadline = time.monotonic() + 10
+    while dispatcher.peers.standing()["h0"]["state"] != "asked":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert set(dispatcher.peers.reachable()) == {"h0"}
+
+
 def test_a_host_in_a_new_table_that_is_not_there_yet_is_probed(make_mesh) -> None:
     mesh = make_mesh([ALL, ALL])
     dispatcher = mesh.dispatcher(route=mesh.route(1, [0]))
