@@ -13,15 +13,23 @@ from cluster.reconcile import held_by_host
 from cluster.table import PlacementTable
 
 
-def bytes_by_host(deployment: Deployment, table: PlacementTable, coming: LiveVersions) -> dict[str, int]:
-    """Host → bytes of what it must load to have all of `coming`; no host that has it."""
+def bytes_by_host(
+    deployment: Deployment, table: PlacementTable, coming: LiveVersions, held: Mapping[str, int]
+) -> dict[str, int]:
+    """Host → bytes of what it must load to have all of `coming`; no host that has it.
+
+    `held` are the bytes that hosts say they hold: kernels keep weights as they like, in half the bytes of a row's
+    dtype for one.
+    """
     size = {layer.index: layer.expert_parameters * deployment.item_bytes for layer in deployment.layers}
     now, then = held_by_host(table.experts, table.versions), held_by_host(table.experts, coming)
     loads = {}
-    for host_id, held in then.items():
-        more = {layer: set(numbers) - set(now[host_id].get(layer, ())) for layer, numbers in held.items()}
-        if total := sum(size[layer] * len(numbers) for layer, numbers in more.items()):
-            loads[host_id] = total
+    for host_id, numbers in then.items():
+        before = now.get(host_id, {})
+        more = {layer: set(of_layer) - set(before.get(layer, ())) for layer, of_layer in numbers.items()}
+        plain = sum(size[layer] * len(of_layer) for layer, of_layer in before.items())
+        if total := sum(size[layer] * len(of_layer) for layer, of_layer in more.items()):
+            loads[host_id] = total * held[host_id] // plain if held.get(host_id) and plain else total
     return loads
 
 

@@ -146,7 +146,7 @@ class VersionChanges:
             sizes = snapshot.deployment.sizes
             coming = with_version(table.versions, digest, manifest.experts, sizes, manifest.dense)
             held = {host_id: said.weight_bytes for host_id, said in self._ledger.said.items()}
-            loads = staging.bytes_by_host(snapshot.deployment, table, coming)
+            loads = staging.bytes_by_host(snapshot.deployment, table, coming, held)
             staging.check_room(snapshot, held, loads)
             self._changes.follow(table.experts, f"stage {digest[:12]}", coming)
         self._changes.reconcile()

@@ -30,7 +30,7 @@ from cluster.versions.aliases import Move
 from cluster.versions.publish import publish_base
 from tests.controller_contract import looked_until, published
 from tests.unit.actors.test_http_server import free_port
-from tests.unit.cluster.test_version_changes import BASE, VersionWorld, live
+from tests.unit.cluster.version_world import BASE, VersionWorld, live
 from tests.unit.cluster.versions import tiny
 
 SETTINGS = AdminSettings("127.0.0.1", 1, "/absent/model")
