@@ -81,7 +81,9 @@ def refused(answer: httpx.Response, status: int, words: str) -> None:
 def staged(world: VersionWorld, controller: Controller, client: TestClient, text: str = "x") -> str:
     version = world.publish({0: text})
     found = ok(client.post(f"/versions/{version[:10]}/stage"), 202)
-    assert found == {"manifest": version, "bytes_by_host": {"a-0": 256}}, "one, where it says that four take 1024"
+    assert found == {"manifest": version, "bytes_by_host": {"a-0": 256}}, (
+        "one, where it says that four take 1024"
+    )
     assert ok(client.get("/live"))["coming"] == [version]
     looked_until(world, controller, lambda: version in live(controller).live)
     return version
