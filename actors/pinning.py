@@ -11,9 +11,10 @@ import asyncio
 import json
 import secrets
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Final
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -23,7 +24,16 @@ from actors.outages import MANIFEST
 from cluster.live_versions import HEADER, LiveVersions, chosen
 
 _SHORT: Final = 16
-_of_request: ContextVar[str] = ContextVar("expertmesh_manifest", default="")
+
+
+@dataclass(eq=False, slots=True)
+class Pin:
+    """One request's version; another one from when it goes on with that."""
+
+    manifest: str
+
+
+_of_request: ContextVar[Pin | None] = ContextVar("expertmesh_pin", default=None)
 
 
 class Pins:
@@ -32,8 +42,7 @@ class Pins:
     def __init__(self) -> None:
         self.versions = LiveVersions()
         """What requests get that are admitted now."""
-        self.running: Counter[str] = Counter()
-        """Requests inside, by manifest."""
+        self._inside: set[Pin] = set()
         self.admitted: Counter[str] = Counter()
         """Requests since start, by manifest, of versions that are live."""
         # vLLM writes it into answers; each request's own takes its place, which is as long.
@@ -54,41 +63,46 @@ class Pins:
         self._open.clear()
 
     @property
+    def running(self) -> Counter[str]:
+        """Requests inside, by manifest."""
+        return Counter(pin.manifest for pin in self._inside)
+
+    @property
     def busy(self) -> bool:
         """Whether any request is inside."""
-        return not self._idle.is_set()
+        return bool(self._inside)
+
+    def go_on(self, continued: Mapping[str, str]) -> None:
+        """Requests inside go on with other versions: by manifest, the one that takes its place."""
+        for pin in self._inside:
+            pin.manifest = continued.get(pin.manifest, pin.manifest)
 
     async def idle(self) -> None:
         """Until no request is inside."""
         await self._idle.wait()
 
-    async def enter(self, who: str) -> str:
-        """Let a request of somebody in, at once or when requests are let in again; its manifest."""
+    async def enter(self, who: str) -> Pin:
+        """Let a request of somebody in, at once or when requests are let in again."""
         while not self._open.is_set():
             await self._open.wait()
-        manifest = chosen(self.versions, who)
-        self.running[manifest] += 1
-        self.admitted[manifest] += 1
+        pin = Pin(chosen(self.versions, who))
+        self._inside.add(pin)
+        self.admitted[pin.manifest] += 1
         self._idle.clear()
-        return manifest
+        return pin
 
-    def leave(self, manifest: str) -> None:
+    def leave(self, pin: Pin) -> None:
         """The request has ended."""
-        self.running[manifest] -= 1
-        if not self.running[manifest]:
-            del self.running[manifest]
-        if not self.running:
+        self._inside.remove(pin)
+        if not self._inside:
             self._idle.set()
 
     def current(self) -> str:
         """The manifest of the request that is being handled; of one that was not admitted, such as a probe, the
         one that serves.
         """
-        return _of_request.get() or self.versions.serving
-
-    def fingerprint(self, manifest: str) -> bytes:
-        """What the answer names, once running requests may go on with another version."""
-        return f"expertmesh-{self.versions.continued.get(manifest, manifest)[:_SHORT]}".encode()
+        pin = _of_request.get()
+        return pin.manifest if pin is not None else self.versions.serving
 
 
 class Pinned:
@@ -106,29 +120,29 @@ class Pinned:
         if pins.versions.candidate:
             body, receive = await _read(receive)
             who = whose(scope, body)
-        manifest = await pins.enter(who)
+        pin = await pins.enter(who)
         placeholder = pins.placeholder.encode()
 
         async def answer(message: Message) -> None:
-            if message["type"] == "http.response.start" and manifest:
-                MutableHeaders(raw=message["headers"])[HEADER] = manifest
+            if message["type"] == "http.response.start" and pin.manifest:
+                MutableHeaders(raw=message["headers"])[HEADER] = pin.manifest
             elif placeholder in message.get("body", b""):
-                body = message["body"].replace(placeholder, pins.fingerprint(manifest))
+                body = message["body"].replace(placeholder, fingerprint(pin.manifest))
                 message = {**message, "body": body}
             await send(message)
 
-        token = _of_request.set(manifest)
+        token = _of_request.set(pin)
         try:
             await self._app(scope, receive, answer)
         finally:
-            pins.leave(manifest)
+            pins.leave(pin)
             _of_request.reset(token)
 
 
 @contextmanager
 def pinned_to(manifest: str) -> Iterator[None]:
     """Requests of this block are of a version, whatever serves."""
-    token = _of_request.set(manifest)
+    token = _of_request.set(Pin(manifest))
     try:
         yield
     finally:
@@ -186,6 +200,11 @@ class PinnedInputs:
             if params is not None:
                 params.extra_args = {**(params.extra_args or {}), MANIFEST: manifest}
         return request
+
+
+def fingerprint(manifest: str) -> bytes:
+    """What an answer of this version has as its system fingerprint."""
+    return f"expertmesh-{manifest[:_SHORT]}".encode()
 
 
 def salt(manifest: str, of_client: str | None) -> str:

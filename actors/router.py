@@ -218,7 +218,7 @@ class Router:
         """Follow the controller's table. Without a controller the last one stays in use."""
         while True:
             try:
-                running = [name for name, number in self.pins.running.items() if number]
+                running = list(self.pins.running)
                 table = await in_daemon_thread(partial(next_table, self._epoch, _TABLE_WAIT_S, running))
                 # An older one may come from a controller that was restarted and has not caught up.
                 if table and PlacementTable.from_json(table).epoch > self._epoch:

@@ -60,6 +60,9 @@ class VersionSwap:
         # What running requests have computed is of another version: they compute it anew.
         await engine.pause_generation(mode="keep", clear_cache=True)
         try:
+            # First: what is handed to the engine from here on must name the new version, or it would come too late to
+            # be told, and keep what the new one computes under the old one's name.
+            self._pins.go_on(continued)
             await self._change(versions)
             await engine.collective_rpc("expertmesh_go_on_with", args=(dict(continued),))
         finally:

@@ -12,7 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from actors.dense_files import DenseFiles
 from actors.outages import MANIFEST
-from actors.pinning import Pinned, PinnedInputs, Pins, salted_anew
+from actors.pinning import Pinned, PinnedInputs, Pins, fingerprint, salted_anew
 from actors.version_swap import VersionSwap
 from cluster.errors import VersionError
 from cluster.live_versions import HEADER, LiveVersions, serving, with_version
@@ -66,7 +66,7 @@ def test_where_only_experts_differ_the_next_request_gets_the_other_version(world
         first = await world.pins.enter("")
         await world.swap.to(serving(EXPERTS, "experts"))
         second = await world.pins.enter("")
-        assert (first, second) == ("base", "experts") and world.engine.told == []
+        assert (first.manifest, second.manifest) == ("base", "experts") and world.engine.told == []
         assert world.pins.running == {"base": 1, "experts": 1}
         world.pins.leave(first)
         assert world.pins.running == {"experts": 1}
@@ -85,7 +85,7 @@ def test_the_engines_own_tensors_change_when_no_request_of_the_version_before_ru
         await asyncio.sleep(0)
         assert not held.done() and world.engine.told == []
         world.pins.leave(running)
-        assert await asyncio.wait_for(held, 5) == "router"
+        assert (await asyncio.wait_for(held, 5)).manifest == "router"
         ((method, files),) = world.engine.told
         assert method == "expertmesh_use_dense" and Path(files["gate"]).read_bytes() == b"router"
 
@@ -103,7 +103,7 @@ def test_going_back_before_the_change_lets_those_in_that_waited(world: World) ->
         held = asyncio.create_task(world.pins.enter(""))
         await asyncio.sleep(0)
         await world.swap.to(serving(versions, "base"))
-        assert await asyncio.wait_for(held, 5) == "base" and world.engine.told == []
+        assert (await asyncio.wait_for(held, 5)).manifest == "base" and world.engine.told == []
 
     asyncio.run(run())
     world.dense.close()
@@ -114,14 +114,15 @@ def test_running_requests_go_on_with_the_other_version_where_that_was_chosen(wor
 
     async def run() -> None:
         await world.swap.to(versions)
-        await world.pins.enter("")
+        running = await world.pins.enter("")
         await world.swap.to(serving(versions, "router", continue_running=True))
         names = [told[0] if isinstance(told, tuple) else told for told in world.engine.told]
         assert names == ["pause", "expertmesh_use_dense", "expertmesh_go_on_with", "resume"]
         assert world.engine.told[0] == ("pause", "keep", True)
         assert world.engine.told[2][1] == {"base": "router"}
-        assert await world.pins.enter("") == "router"
-        assert world.pins.fingerprint("base") == b"expertmesh-router"
+        assert (await world.pins.enter("")).manifest == running.manifest == "router"
+        # What goes back is of the version that computes it.
+        assert world.pins.running == {"router": 2} and fingerprint(running.manifest) == b"expertmesh-router"
 
     asyncio.run(run())
     world.dense.close()
@@ -141,6 +142,37 @@ def test_files_of_versions_that_are_gone_are_removed(world: World) -> None:
     world.dense.fetch(BASE)
     assert not Path(path).exists()
     world.dense.close()
+
+
+def test_a_request_on_its_way_to_the_engine_names_the_version_that_it_goes_on_with(world: World) -> None:
+    """It was admitted before, and would be handed over after the engine was told whose requests go on."""
+    given = Request(None, Params(None))
+    handed = asyncio.Event()
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        await handed.wait()
+        PinnedInputs(Inputs(given), world.pins).process_inputs()
+
+    async def nothing(*_: Any) -> Any:
+        return {"type": "http.request"}
+
+    async def told(method: str, args: tuple[Any, ...] = ()) -> list[float]:
+        handed.set()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        return [0.0]
+
+    async def run() -> None:
+        await world.swap.to(EXPERTS)
+        scope = {"type": "http", "method": "POST"}
+        request = asyncio.create_task(Pinned(application, world.pins)(scope, nothing, nothing))
+        await asyncio.sleep(0)
+        world.engine.collective_rpc = told  # type: ignore[method-assign]
+        await world.swap.to(serving(EXPERTS, "experts", continue_running=True))
+        await request
+
+    asyncio.run(run())
+    assert given.sampling_params.extra_args == {MANIFEST: "experts"} and given.cache_salt == "experts:"
 
 
 class Request:
@@ -200,4 +232,4 @@ def test_an_answer_names_its_version_and_the_engine_is_told() -> None:
 
 def test_a_fingerprint_is_as_long_as_what_it_takes_the_place_of() -> None:
     pins = Pins()
-    assert len(pins.fingerprint("ab" * 32)) == len(pins.placeholder)
+    assert len(fingerprint("ab" * 32)) == len(pins.placeholder)
