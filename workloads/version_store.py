@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cluster.checkpoint import Checkpoint
 from cluster.config import Config
+from cluster.errors import VersionConflictError
 from cluster.live_versions import LiveVersions, with_version
 from cluster.messages import StoreAddress
 from cluster.promotion import VersionSettings
@@ -47,7 +48,11 @@ def first_version(
     current = store.aliases.current(alias)
     if current is None:
         current = Move(1, base, now(), "expertmesh serve", "the checkpoint as it is")
-        store.aliases.move(alias, current)
+        try:
+            store.aliases.move(alias, current)
+        except VersionConflictError:
+            # Another server of the same model began at the same time.
+            current = store.aliases.current(alias) or current
     digest = current.manifest
     manifest = checked(store, digest, checkpoint.digest, version_settings(config).public_key)
     sizes = {layer.index: layer.num_experts for layer in checkpoint.moe_layers}
