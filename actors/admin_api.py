@@ -15,11 +15,12 @@ with keys of its own. What it answers is what the commands `expertmesh versions 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Annotated, Any, Final
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.security import HTTPBearer
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from starlette.concurrency import run_in_threadpool
@@ -36,12 +37,14 @@ from cluster.table import PlacementTable
 from cluster.version_changes import Promoted, Staged
 from cluster.versions import views
 from cluster.versions.collect import Collected, collect
+from cluster.versions.growth import ExpertId
 from cluster.versions.publish import Published, publish
 from cluster.versions.store import Store
 
 _METRICS: Final = TypeAdapter(dict[str, FiniteFloat])
 # They tell whether it is up, and what it could be asked, but nothing of the mesh.
 _OPEN: Final = frozenset({"/health", "/docs", "/openapi.json"})
+_Experts = Annotated[Sequence[str], Query()]
 _FILE: Final[dict[str, Any]] = {
     "requestBody": {
         "required": True,
@@ -106,12 +109,21 @@ def _add_reading(app: FastAPI, controller: Controller) -> None:
 def _add_store(app: FastAPI, controller: Controller, settings: AdminSettings) -> None:
     @app.post("/versions", status_code=201, openapi_extra=_FILE)
     async def publish_version(
-        request: Request, parent: str | None = None, author: str = "", reason: str = "", metrics: str = "{}"
+        request: Request,
+        parent: str | None = None,
+        author: str = "",
+        reason: str = "",
+        metrics: str = "{}",
+        clone: _Experts = (),
+        retire: _Experts = (),
     ) -> Published:
-        """Put a version into the store: the body is a *.safetensors file with what changed.
+        """Put a version into the store: the body is a *.safetensors file with what changed, which may be missing where
+        experts are cloned or retired.
 
-        `parent` is where the production alias points by default; `metrics` is JSON such as {"loss": 1.5}.
+        `parent` is where the production alias points by default; `metrics` is JSON such as {"loss": 1.5}; `clone` and
+        `retire` name experts as LAYER:EXPERT.
         """
+        clones, retired = ([ExpertId.parse(text) for text in given] for given in (clone, retire))
         try:
             measured = _METRICS.validate_json(metrics)
         except ValidationError as error:
@@ -120,7 +132,7 @@ def _add_store(app: FastAPI, controller: Controller, settings: AdminSettings) ->
             ) from error
         # It has no name, so that nothing of it is left however this process ends.
         with tempfile.TemporaryFile() as file:
-            await _receive(request, file)
+            size = await _receive(request, file)
             place = Path(f"/proc/self/fd/{file.fileno()}")
 
             def made() -> Published:
@@ -132,7 +144,15 @@ def _add_store(app: FastAPI, controller: Controller, settings: AdminSettings) ->
                     )
                 from_ = store.find(parent) if parent else _served(store, deployment.version_settings.alias)
                 return publish(
-                    store, checkpoint, place, parent=from_, author=author, reason=reason, metrics=measured
+                    store,
+                    checkpoint,
+                    place if size or not (clones or retired) else None,
+                    parent=from_,
+                    clones=clones,
+                    retired=retired,
+                    author=author,
+                    reason=reason,
+                    metrics=measured,
                 )
 
             try:
@@ -196,8 +216,8 @@ def _served(store: Store, alias: str) -> str:
     return move.manifest if move is not None else ""
 
 
-async def _receive(request: Request, file: IO[bytes]) -> None:
-    """Write the request's body. StoreError if there is no room for it."""
+async def _receive(request: Request, file: IO[bytes]) -> int:
+    """Write the request's body; its bytes. StoreError if there is no room for it."""
     piece = bytearray()
     try:
         async for chunk in request.stream():
@@ -207,6 +227,7 @@ async def _receive(request: Request, file: IO[bytes]) -> None:
                 piece.clear()
         await run_in_threadpool(file.write, bytes(piece))
         await run_in_threadpool(file.flush)
+        return file.tell()
     except OSError as error:
         raise StoreError(
             f"what was sent can't be kept in {tempfile.gettempdir()}: {error.strerror}",

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from cluster.checkpoint import Checkpoint
 from cluster.errors import CheckpointError
+from cluster.versions.growth import routers
 
 _LAYER: Final = re.compile(r"^.*?layers\.\d+\.")
 
@@ -35,10 +36,24 @@ def to_load(checkpoint: Checkpoint, before: Mapping[str, str], after: Mapping[st
     ]
 
 
+def more_rows(checkpoint: Checkpoint, files: Mapping[str, str]) -> dict[int, torch.Tensor]:
+    """Layer → the rows that its router has behind the checkpoint's, of those that have such."""
+    found = {}
+    for name, layer in routers(checkpoint).items():
+        if name in files:
+            with safe_open(Path(files[name]), framework="pt") as opened:
+                rows = opened.get_tensor(name)
+            if len(rows) > checkpoint.tensors[name].shape[0]:
+                found[layer] = rows[checkpoint.tensors[name].shape[0] :]
+    return found
+
+
 def tensors(
     checkpoint: Checkpoint, names: list[str], files: Mapping[str, str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor, from the file that the version has of it, else from the checkpoint."""
+    """Each tensor, from the file that the version has of it, else from the checkpoint; of a longer router the rows that
+    the checkpoint's has as well.
+    """
     by_file: dict[Path, list[str]] = {}
     for name in names:
         file = Path(files[name]) if name in files else checkpoint.path / checkpoint.tensors[name].file
@@ -46,4 +61,6 @@ def tensors(
     for file, of_file in by_file.items():
         with safe_open(file, framework="pt") as opened:
             for name in of_file:
-                yield name, opened.get_tensor(name)
+                shape = checkpoint.tensors[name].shape
+                tensor = opened.get_tensor(name)
+                yield name, tensor[: shape[0]] if shape else tensor

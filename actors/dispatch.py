@@ -30,6 +30,7 @@ from actors.row_versions import RowVersions
 from actors.share import Share, combine, shares
 from cluster.errors import HostError
 from cluster.frame import ITEM_BYTES
+from cluster.live_versions import all_added
 from cluster.messages import DispatchSample, HostWork, Traffic
 
 # One step in so many is timed, all its layers; so many dispatches are kept until somebody asks.
@@ -63,6 +64,7 @@ class Dispatcher:
         drop: bool = False,
         on_outage: Callable[[Outage], None] = _raise_outage,
         keep_off: KeepOff | None = None,
+        spare_experts: int = 0,
     ) -> None:
         self.layout = layout
         self._max_rows = layout.max_rows
@@ -79,7 +81,7 @@ class Dispatcher:
             keep_off=keep_off,
         )
         self.stats = self.peers.stats
-        self.routing = RoutingCounts(route.sizes)
+        self.routing = RoutingCounts(route.sizes, spare_experts)
         self.counts_routing = True
         """Whether rows come with the experts that the router chose; else whoever changed them counts what it chose."""
         self._samples: deque[DispatchSample] = deque(maxlen=_SAMPLES)
@@ -172,7 +174,7 @@ class Dispatcher:
         before, self._taken = self._taken, self.stats.dispatches
         samples = tuple(self._samples)
         self._samples.clear()
-        return Traffic(self._taken - before, self.routing.take(), samples)
+        return Traffic(self._taken - before, self.routing.take(all_added(self.peers.route.versions)), samples)
 
     def _sample(
         self, only: HostLink | None, done: list[Share] | None, ids_TK: torch.Tensor, rows: int, elapsed: int

@@ -38,10 +38,10 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from actors import openmp, scored_router
+from actors import growing_router, openmp, scored_router
 from actors.buffers import Layout
 from actors.capacity import CapacityLimit
-from actors.dense_weights import tensors, to_load
+from actors.dense_weights import more_rows, tensors, to_load
 from actors.dispatch import Dispatcher
 from actors.outages import Outages
 from actors.reroute import install, keep_off
@@ -76,6 +76,8 @@ go_on_with: Callable[[Mapping[str, str]], None] | None = None
 _row_versions: RowVersions | None = None
 # Tensors that are not the checkpoint's, with the files that they came from.
 _dense: dict[str, str] = {}
+# Of each layer's router, where versions may change how many experts there are.
+_rows: dict[int, growing_router.Rows] = {}
 _PR_SET_PDEATHSIG = 1
 _library = torch.library.Library("expertmesh", "FRAGMENT")
 
@@ -228,6 +230,8 @@ class MeshModelLoader(DefaultModelLoader):
         _check_coverage(model, settings)
         gates = scored_router.install(model) if settings.capacity.policy == "reroute" else {}
         masks = install(model) if settings.no_replica == "reroute" else {}
+        if settings.spare_experts:
+            _rows.update(growing_router.install(model, settings.spare_experts))
         if settings.table:
             _connect(settings, key, masks)
             _bound(settings, vllm_config.scheduler_config.max_num_batched_tokens, gates)
@@ -275,6 +279,7 @@ def _connect(settings: EngineSettings, key: bytes, masks: dict[int, torch.Tensor
         drop=settings.no_replica != "fail",
         on_outage=outages.note,
         keep_off=partial(keep_off, masks) if masks else None,
+        spare_experts=settings.spare_experts,
     )
     _dispatcher.peers.connect(settings.connect_timeout_s)
     _use_versions()
@@ -320,8 +325,9 @@ class WorkerExtension:
         stats.slowest_table_ns = max(stats.slowest_table_ns, perf_counter_ns() - began)
         return route.epoch
 
-    def expertmesh_use_dense(self, files: dict[str, str]) -> float:
-        """Have the tensors in these files, and the checkpoint's for all others, from the next step on; seconds.
+    def expertmesh_use_dense(self, files: dict[str, str], retired: dict[int, list[int]]) -> float:
+        """Have the tensors in these files, and the checkpoint's for all others, and routers that are kept off retired
+        experts (by layer), from the next step on; seconds.
 
         What was computed with others must not be used any more.
         """
@@ -332,6 +338,7 @@ class WorkerExtension:
         names = to_load(checkpoint, _dense, files)
         if names:
             runner.reload_weights(weights_iterator=tensors(checkpoint, names, files))
+        growing_router.use(_rows, more_rows(checkpoint, files) if _rows else {}, retired)
         _dense = files
         return (perf_counter_ns() - began) / 1e9
 

@@ -289,11 +289,13 @@ def engine_arguments(spec: RouterSpec) -> dict[str, Any]:
     from actors.engine_plugin import ENABLED, LOAD_FORMAT
 
     settings = spec.settings
-    # These policies are part of the compiled model, one as a mask on the router and one as further columns, so they
+    # These are part of the compiled model, as a mask on the router, as further columns and as further rows, so they
     # must be part of its key.
     compiled: dict[str, Any] = {"no_replica": settings.no_replica}
     if settings.capacity.policy == "reroute":
         compiled["capacity"] = "reroute"
+    if settings.spare_experts:
+        compiled["spare_experts"] = settings.spare_experts
     unbounded = settings.capacity.policy == "dropless"
     return {
         "model": spec.model_path,

@@ -36,6 +36,8 @@ class RowVersions:
         self._index: dict[str, int] = {}
         self._serving = 0
         self._maps: dict[int, np.ndarray] = {}
+        self._same: set[tuple[int, int]] = set()
+        """(Layer, version) whose numbers are the ids themselves."""
         self._first = 0
         self._uniform = 0
         self._rows_T1 = np.empty((0, 1), np.int32)
@@ -51,20 +53,22 @@ class RowVersions:
             self._index[name] = self._index[other]
         self._serving = self._index.get(versions.serving, 0)
         self._maps = {}
+        self._same = set()
         for layer, size in sizes.items():
-            # By id + 1, since -1 wants no expert; the last row is that of a version that is not live.
-            map_VE = np.tile(np.arange(-1, size, dtype=np.int32), (len(names) + 1, 1))
-            map_VE[_UNKNOWN] = -1
+            # By id + 1, since -1 wants no expert; the last row is that of a version that is not live. Ids behind the
+            # base checkpoint's are of experts that some versions have added: no other version's router chooses them.
+            added = [max(of_layer.get(layer, (-1,))) + 1 for of_layer in versions.added.values()]
+            map_VE = np.full((len(names) + 1, max(size, *added, 0) + 1), -1, np.int32)
+            own = np.arange(-1, size, dtype=np.int32)
+            map_VE[:_UNKNOWN, : size + 1] = own
             for position, name in enumerate(names):
                 for expert, number in versions.live[name].get(layer, {}).items():
                     map_VE[position, expert + 1] = number
+                if (map_VE[position, : size + 1] == own).all() and not versions.added.get(name, {}).get(
+                    layer
+                ):
+                    self._same.add((layer, position))
             self._maps[layer] = map_VE
-        self._same = {
-            (layer, position)
-            for layer, map_VE in self._maps.items()
-            for position in range(len(names))
-            if (map_VE[position] == np.arange(-1, map_VE.shape[1] - 1)).all()
-        }
         self._first = min(sizes, default=0)
         # A table that names no version is of the checkpoint as it is.
         self.plain = not names or (len(names) == 1 and len(self._same) == len(self._maps))

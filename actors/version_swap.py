@@ -1,9 +1,9 @@
 """From the version that serves to another one, in one replica of the router.
 
 Where only experts differ, the next request simply names the other version: rows of both travel together. Where the
-engine's own tensors differ too, one engine can't compute for both at once. Then requests that run end with their
-version first, while new ones wait, and the tensors are changed when none is left; or, by the operator's choice, those
-that run go on with the new version, which computes anew what they have said so far.
+engine's own tensors differ too, or the numbers of experts, one engine can't compute for both at once. Then requests
+that run end with their version first, while new ones wait, and the tensors are changed when none is left; or, by the
+operator's choice, those that run go on with the new version, which computes anew what they have said so far.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import structlog
 
 from actors.dense_files import DenseFiles
 from actors.pinning import Pins
-from cluster.live_versions import LiveVersions
+from cluster.live_versions import EngineSide, LiveVersions, engine_side
 
 log = structlog.get_logger()
 
@@ -26,12 +26,12 @@ class VersionSwap:
 
     def __init__(self, pins: Pins, dense: DenseFiles, engine: Callable[[], Any]) -> None:
         self._pins, self._files, self._engine = pins, dense, engine
-        self._loaded: Mapping[str, str] = {}
+        self._loaded = EngineSide()
         self._draining: asyncio.Task[None] | None = None
 
     def can_now(self, versions: LiveVersions) -> bool:
         """Whether new requests can get what `versions` says without a word to the engine."""
-        return self._continued(versions) == {} and versions.dense.get(versions.serving, {}) == self._loaded
+        return self._continued(versions) == {} and engine_side(versions, versions.serving) == self._loaded
 
     async def to(self, versions: LiveVersions) -> None:
         """New requests get what `versions` says, once the engine, which knows these versions, can compute it."""
@@ -39,7 +39,7 @@ class VersionSwap:
             self._draining.cancel()
             self._draining = None
         continued = self._continued(versions)
-        same = versions.dense.get(versions.serving, {}) == self._loaded
+        same = engine_side(versions, versions.serving) == self._loaded
         if continued:
             await self._go_on(versions, continued)
         elif same:
@@ -76,10 +76,11 @@ class VersionSwap:
         await self._change(versions)
 
     async def _change(self, versions: LiveVersions) -> None:
-        wanted = versions.dense.get(versions.serving, {})
+        wanted = engine_side(versions, versions.serving)
         if wanted != self._loaded:
             files = self._files.paths(versions, versions.serving)
-            seconds = (await self._engine().collective_rpc("expertmesh_use_dense", args=(files,)))[0]
+            retired = {layer: list(experts) for layer, experts in wanted.retired.items()}
+            told = await self._engine().collective_rpc("expertmesh_use_dense", args=(files, retired))
             self._loaded = wanted
-            log.info("the engine's own weights changed", tensors=len(wanted), seconds=round(seconds, 3))
+            log.info("the engine's own weights changed", tensors=len(wanted.dense), seconds=round(told[0], 3))
         self._pins.use(versions)

@@ -173,6 +173,24 @@ class Config(_Section):
             )
         return admin
 
+    @field_validator("versions")
+    @classmethod
+    def _routers_of_one_kind(cls, versions: VersionsConfig, info: ValidationInfo) -> VersionsConfig:
+        placement = info.data.get("placement")
+        if placement is None or not versions.spare_experts:
+            return versions
+        for key, value, way_out in (
+            ("placement.no_replica", placement.no_replica, "fail or drop"),
+            ("placement.capacity.policy", placement.capacity.policy, "dropless"),
+        ):
+            if value not in ("fail", "drop", "dropless") or (key.endswith("policy") and value == "drop"):
+                raise BadValue(
+                    f"routers that versions may enlarge don't go with {key}: {value}",
+                    f"set it to 0, or {key} to {way_out}",
+                    path=("versions", "spare_experts"),
+                )
+        return versions
+
     @field_validator("placement")
     @classmethod
     def _enough_hosts(cls, placement: PlacementConfig, info: ValidationInfo) -> PlacementConfig:

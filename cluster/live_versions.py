@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from typing import Final
+from typing import Final, TypeVar
 
 from cluster.errors import VersionError
 from cluster.holdings import Holdings
@@ -38,6 +38,26 @@ class Variant:
 Variants = Mapping[int, Mapping[int, Variant]]
 """Layer index → number → what it is."""
 
+Added = Mapping[int, Mapping[int, int]]
+"""Layer index → expert that the base checkpoint does not have → the one of the base beside which it lives."""
+
+Retired = Mapping[int, tuple[int, ...]]
+"""Layer index → experts that are not chosen any more."""
+
+Named = TypeVar("Named")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSide:
+    """What an engine itself has of a version."""
+
+    dense: Mapping[str, str] = field(default_factory=dict)
+    """Tensor → blob."""
+    added: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """Layer index → experts that its router chooses among besides the base checkpoint's."""
+    retired: Retired = field(default_factory=dict)
+    """Layer index → experts that its router does not choose."""
+
 
 @dataclass(frozen=True, slots=True)
 class LiveVersions:
@@ -57,11 +77,15 @@ class LiveVersions:
     """Manifest that some new requests get in its place; "" for none."""
     share: float = 0.0
     """Of new requests that get the candidate."""
+    added: Mapping[str, Added] = field(default_factory=dict)
+    """By manifest, of those that have more experts than the base checkpoint."""
+    retired: Mapping[str, Retired] = field(default_factory=dict)
+    """By manifest, of those that have fewer."""
 
     @property
     def plain(self) -> bool:
-        """Whether the base checkpoint's experts are all that is asked for."""
-        return not any(any(differs.values()) for differs in self.live.values())
+        """Whether the base checkpoint's experts, all of them, are what is asked for."""
+        return not (self.retired or any(any(differs.values()) for differs in self.live.values()))
 
 
 def with_version(
@@ -70,6 +94,8 @@ def with_version(
     experts: Mapping[int, Mapping[int, str]],
     sizes: Mapping[int, int],
     dense: Mapping[str, str] | None = None,
+    added: Added | None = None,
+    retired: Retired | None = None,
 ) -> LiveVersions:
     """With one more version; `experts` are the blobs of those that it has of its own, `sizes` the layers' experts,
     `dense` the blobs of the engine's tensors that it has of its own.
@@ -77,33 +103,53 @@ def with_version(
     VersionError for a layer or an expert that the model does not have.
     """
     variants = dict(versions.variants)
-    differs: dict[int, dict[int, int]] = {}
+    # One without a blob is as its neighbour is in the base checkpoint, and costs no memory.
+    differs = {
+        layer: {
+            expert: home for expert, home in of_layer.items() if expert not in (retired or {}).get(layer, ())
+        }
+        for layer, of_layer in (added or {}).items()
+    }
     for layer, named in experts.items():
         for expert, blob in named.items():
-            if not 0 <= expert < sizes.get(layer, 0):
+            home = (added or {}).get(layer, {}).get(expert, expert)
+            if not 0 <= home < sizes.get(layer, 0):
                 raise VersionError(
                     f"version {manifest[:12]} has an expert {expert} in layer {layer}, which the model does not have",
                     "publish it for this model",
                 )
-            known, variant = variants.get(layer, ()), Variant(expert, blob)
+            known, variant = variants.get(layer, ()), Variant(home, blob)
             if variant not in known:
                 known = variants[layer] = (*known, variant)
             differs.setdefault(layer, {})[expert] = sizes[layer] + known.index(variant)
     return replace(
         versions,
-        live={**versions.live, manifest: differs},
+        live={
+            **versions.live,
+            manifest: {layer: of_layer for layer, of_layer in differs.items() if of_layer},
+        },
         variants=variants,
         dense={**versions.dense, manifest: dense} if dense else versions.dense,
+        added={**versions.added, manifest: added} if added else versions.added,
+        retired={**versions.retired, manifest: retired} if retired else versions.retired,
     )
 
 
 def without_version(versions: LiveVersions, manifest: str) -> LiveVersions:
     """Without a version that new requests don't get."""
     assert manifest not in (versions.serving, versions.candidate)
-    live = {name: differs for name, differs in versions.live.items() if name != manifest}
-    dense = {name: named for name, named in versions.dense.items() if name != manifest}
-    continued = {name: other for name, other in versions.continued.items() if name != manifest}
-    return replace(versions, live=live, dense=dense, continued=continued)
+
+    def left(named: Mapping[str, Named]) -> dict[str, Named]:
+        return {name: value for name, value in named.items() if name != manifest}
+
+    return replace(
+        versions,
+        live=left(versions.live),
+        dense=left(versions.dense),
+        continued=left(versions.continued),
+        added=left(versions.added),
+        retired=left(versions.retired),
+    )
 
 
 def serving(versions: LiveVersions, manifest: str, *, continue_running: bool = False) -> LiveVersions:
@@ -136,11 +182,46 @@ def chosen(versions: LiveVersions, who: str) -> str:
     return versions.candidate if lot < versions.share else versions.serving
 
 
+def same_engine(versions: LiveVersions, one: str, other: str) -> bool:
+    """Whether one engine can compute for both versions at a time: its own tensors are the same, and its routers choose
+    among the same experts.
+    """
+    return engine_side(versions, one) == engine_side(versions, other)
+
+
+def engine_side(versions: LiveVersions, manifest: str) -> EngineSide:
+    """What an engine must have of a version; nothing for the base checkpoint's, and for one that is not live."""
+    retired, added = versions.retired.get(manifest, {}), versions.added.get(manifest, {})
+    return EngineSide(
+        versions.dense.get(manifest, {}),
+        {layer: tuple(sorted(experts)) for layer, experts in added.items()},
+        {layer: tuple(sorted(experts)) for layer, experts in retired.items()},
+    )
+
+
+def all_added(versions: LiveVersions) -> Added:
+    """What the live versions have added; of an expert that lives elsewhere in each, what the serving one says."""
+    found: dict[int, dict[int, int]] = {}
+    for added in (*versions.added.values(), versions.added.get(versions.serving, {})):
+        for layer, experts in added.items():
+            found.setdefault(layer, {}).update(experts)
+    return found
+
+
 def live_numbers(versions: LiveVersions, layer: int, expert: int) -> list[int]:
-    """All numbers of an expert that engines may ask for, ascending."""
+    """All numbers of an expert and of those that live beside it that engines may ask for, ascending."""
     if not versions.live:
         return [expert]
-    return sorted({differs.get(layer, {}).get(expert, expert) for differs in versions.live.values()})
+    found = set()
+    for name, differs in versions.live.items():
+        of_layer = differs.get(layer, {})
+        if expert not in versions.retired.get(name, {}).get(layer, ()):
+            found.add(of_layer.get(expert, expert))
+        beside = versions.added.get(name, {}).get(layer, {})
+        found.update(
+            of_layer[other] for other, home in beside.items() if home == expert and other in of_layer
+        )
+    return sorted(found)
 
 
 def numbers(versions: LiveVersions, held: Holdings) -> Holdings:

@@ -183,6 +183,8 @@ class EngineSettings:
     capacity: CapacitySettings = CapacitySettings()
     store: StoreAddress | None = None
     """Of the model's versions."""
+    spare_experts: int = 0
+    """Experts by which a version may enlarge a layer."""
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> EngineSettings:

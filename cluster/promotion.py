@@ -48,5 +48,7 @@ class VersionSettings:
     """Whether requests that run at a promotion go on with the new version; else they end with their own."""
     history: int = 10
     """Moves of each alias that can be made back."""
+    spare_experts: int = 0
+    """Experts by which a version may enlarge a layer."""
     public_key: str = ""
     """Path of the key that manifests must be signed with; empty where unsigned ones may serve."""

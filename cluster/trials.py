@@ -16,7 +16,7 @@ from cluster.canary import Canary, Observed, Trial, advanced, begun, observed, v
 from cluster.deployment import with_table
 from cluster.errors import VersionConflictError, VersionError
 from cluster.ledger import Ledger
-from cluster.live_versions import with_candidate
+from cluster.live_versions import same_engine, with_candidate
 from cluster.promotion import Retiring
 from cluster.table import PlacementTable
 from cluster.version_changes import Promoted, VersionChanges, not_loaded
@@ -68,7 +68,7 @@ class Trials:
                     f"version {versions.candidate[:12]} is on trial",
                     "end that with promote or rollback first",
                 )
-            if versions.dense.get(digest, {}) != versions.dense.get(versions.serving, {}):
+            if not same_engine(versions, digest, versions.serving):
                 raise VersionConflictError(
                     f"version {digest[:12]} changes the engine's own weights, which one engine can't have twice",
                     "promote it as a whole",

@@ -132,7 +132,7 @@ class VersionChanges:
         store, deployment = self.store()
         digest = store.find(name)
         model = PlacementTable.from_json(deployment.table).manifest
-        manifest = checked(store, digest, model, deployment.version_settings.public_key)
+        manifest = checked(store, digest, model, deployment.version_settings)
         with self._ledger.change:
             snapshot = self._changes.snapshot()
             if snapshot is None:
@@ -144,7 +144,15 @@ class VersionChanges:
                 self._keep(digest)
                 return Staged(digest, {})
             sizes = snapshot.deployment.sizes
-            coming = with_version(table.versions, digest, manifest.experts, sizes, manifest.dense)
+            coming = with_version(
+                table.versions,
+                digest,
+                manifest.experts,
+                sizes,
+                manifest.dense,
+                manifest.added,
+                manifest.retired,
+            )
             held = {host_id: said.weight_bytes for host_id, said in self._ledger.said.items()}
             loads = staging.bytes_by_host(snapshot.deployment, table, coming, held)
             staging.check_room(snapshot, held, loads)

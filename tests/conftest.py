@@ -70,5 +70,6 @@ class _Groups(LoadScopeScheduling):
         return _GROUPS.get(file, file) or nodeid
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _Groups | None:
     return _Groups(config, log) if config.getoption("dist") == "loadgroup" else None

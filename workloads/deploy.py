@@ -222,6 +222,7 @@ def router_spec_for(config: Config, checkpoint: Checkpoint, dtype: str, name: st
         capacity=config.placement.capacity.settings(),
         connect_timeout_s=config.data_plane.connect_timeout,
         store=store_address(config, checkpoint),
+        spare_experts=config.versions.spare_experts,
     )
     arguments = {
         "dtype": dtype,

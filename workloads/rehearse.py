@@ -92,6 +92,7 @@ def _key(spec: RouterSpec) -> str:
         spec.settings.model,
         spec.settings.no_replica,
         spec.settings.capacity.policy == "reroute",
+        spec.settings.spare_experts,
         sorted(spec.engine.items()),
     ]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:32]

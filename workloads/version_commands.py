@@ -115,25 +115,37 @@ def publish(
     metric: Annotated[
         list[str] | None, typer.Option(help="What was measured, as name=number; may be repeated.")
     ] = None,
+    clone: Annotated[
+        list[str] | None,
+        typer.Option(help="Expert that is to be there twice, as LAYER:EXPERT; may be repeated."),
+    ] = None,
+    retire: Annotated[
+        list[str] | None,
+        typer.Option(help="Expert that is not to be used any more, as LAYER:EXPERT; may be repeated."),
+    ] = None,
     config: ConfigFile = None,
     model: Model = None,
     store: StoreUrl = None,
     json_: Json = False,
 ) -> None:
     """Put a version into the store: the experts and tensors that changed, and a manifest. Nothing serves it yet."""
+    from cluster.versions.growth import ExpertId
     from cluster.versions.publish import Published, publish_base
     from cluster.versions.publish import publish as publish_
 
+    clones, retired = ([ExpertId.parse(text) for text in given or ()] for given in (clone, retire))
     settings = _config(config, model, store)
     checkpoint = _checkpoint(settings)
     kept = _store(settings, checkpoint)
-    if source is None:
+    if source is None and not clones and not retired:
         made = Published(publish_base(kept, checkpoint))
     else:
         made = publish_(
             kept,
             checkpoint,
-            source.expanduser(),
+            source.expanduser() if source is not None else None,
+            clones=clones,
+            retired=retired,
             parent=kept.find(parent) if parent else _served(kept, settings.versions.alias),
             author=getpass.getuser() if author is None else author,
             reason=reason,

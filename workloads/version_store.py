@@ -31,6 +31,7 @@ def version_settings(config: Config) -> VersionSettings:
         float(config.versions.keep_warm),
         config.versions.running == "continue",
         config.versions.history,
+        config.versions.spare_experts,
         str(Path(key).expanduser().absolute()) if key else "",
     )
 
@@ -54,6 +55,14 @@ def first_version(
             # Another server of the same model began at the same time.
             current = store.aliases.current(alias) or current
     digest = current.manifest
-    manifest = checked(store, digest, checkpoint.digest, version_settings(config).public_key)
+    manifest = checked(store, digest, checkpoint.digest, version_settings(config))
     sizes = {layer.index: layer.num_experts for layer in checkpoint.moe_layers}
-    return with_version(LiveVersions(serving=digest), digest, manifest.experts, sizes, manifest.dense)
+    return with_version(
+        LiveVersions(serving=digest),
+        digest,
+        manifest.experts,
+        sizes,
+        manifest.dense,
+        manifest.added,
+        manifest.retired,
+    )

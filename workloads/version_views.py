@@ -40,6 +40,7 @@ def about_view(found: Mapping[str, Any]) -> Group:
             "author": found["author"],
             "reason": found["reason"],
             "signature": found["signature"],
+            **_numbers_of_experts(found),
             "blobs missing": ", ".join(digest[:SHOWN] for digest in found["missing"]) or "none",
             **{f"metric {name}": f"{value:g}" for name, value in found["metrics"].items()},
         }
@@ -48,6 +49,18 @@ def about_view(found: Mapping[str, Any]) -> Group:
         head,
         _changes({layer: list(experts) for layer, experts in found["layers"].items()}, found["tensors"]),
     )
+
+
+def _numbers_of_experts(found: Mapping[str, Any]) -> dict[str, str]:
+    """What a version has more or fewer, of those that have."""
+    added = [
+        f"{layer}:{expert} beside {beside}"
+        for layer, experts in found["added"].items()
+        for expert, beside in experts.items()
+    ]
+    retired = [f"{layer}:{expert}" for layer, experts in found["retired"].items() for expert in experts]
+    rows = {"experts added": ", ".join(added), "experts retired": ", ".join(retired)}
+    return {title: text for title, text in rows.items() if text}
 
 
 def diff_view(found: Mapping[str, Any]) -> Group:

@@ -41,10 +41,18 @@ class Manifest:
     """Seconds since 1970."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What the gate measured."""
+    added: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
+    """Layer index → expert that the base checkpoint does not have → the one of the base beside which it lives, and
+    whose content it has where `experts` names none. Its rows of the router are in `dense`.
+    """
+    retired: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """Layer index → experts that the router does not choose any more."""
 
     def to_json(self) -> bytes:
         """The same bytes for the same version, on any machine."""
         tree = _MANIFEST.dump_python(self, mode="json")
+        # Versions without them have the names that they had before there were such.
+        tree = {key: value for key, value in tree.items() if value or key not in ("added", "retired")}
         return json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()
 
     @property
@@ -68,12 +76,20 @@ class Manifest:
 
     def changed(self, parent: Manifest) -> dict[int, tuple[int, ...]]:
         """Layer index → experts that are not the other's, one of the two may have the base's; no layer without one."""
-        found = {}
-        for layer in sorted({*self.experts, *parent.experts}):
-            mine, theirs = self.experts.get(layer, {}), parent.experts.get(layer, {})
-            if experts := sorted(e for e in {*mine, *theirs} if mine.get(e) != theirs.get(e)):
-                found[layer] = tuple(experts)
+        found: dict[int, tuple[int, ...]] = {}
+        mine, theirs = self._contents(), parent._contents()
+        for layer, expert in sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key)):
+            found[layer] = (*found.get(layer, ()), expert)
         return found
+
+    def _contents(self) -> dict[tuple[int, int], object]:
+        """(Layer, expert) → something that is equal for the same content, of all that are not the base's."""
+        found: dict[tuple[int, int], object] = {}
+        for layer, added in self.added.items():
+            found |= {(layer, expert): home for expert, home in added.items()}
+        for layer, experts in self.experts.items():
+            found |= {(layer, expert): digest for expert, digest in experts.items()}
+        return found | {(layer, expert): "retired" for layer, gone in self.retired.items() for expert in gone}
 
 
 _MANIFEST: Final = TypeAdapter(Manifest)

@@ -9,15 +9,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
 from cluster.checkpoint import Checkpoint
 from cluster.errors import VersionError
-from cluster.versions.expert_blob import dense_form, encode_dense, encode_expert, expert_form
+from cluster.versions.expert_blob import check_dense, dense_form, encode_dense, encode_expert, expert_form
 from cluster.versions.failpoints import reach
+from cluster.versions.growth import ExpertId, Growth, grown, router_form, routers, sizes_of
 from cluster.versions.manifest import Manifest
 from cluster.versions.source import Source, base_dense, base_expert, open_source
 from cluster.versions.spans import OpenFiles, Span
@@ -53,9 +54,11 @@ def publish_base(store: Store, checkpoint: Checkpoint) -> str:
 def publish(
     store: Store,
     checkpoint: Checkpoint,
-    source: Path,
+    source: Path | None,
     *,
     parent: str = "",
+    clones: Sequence[ExpertId] = (),
+    retired: Sequence[ExpertId] = (),
     author: str = "",
     reason: str = "",
     metrics: Mapping[str, float] | None = None,
@@ -63,7 +66,8 @@ def publish(
 ) -> Published:
     """Make a version of the base `checkpoint` from the `parent` (a digest; "": the base) and what `source` changes.
 
-    `source`: see `cluster.versions.source.open_source`; `created`: seconds since 1970, now if it is not given.
+    `source`: see `cluster.versions.source.open_source`, None for no tensors; `clones`: experts that are to be there
+    twice, the copies behind all others of their layer; `created`: seconds since 1970, now if it is not given.
 
     VersionError if the source can't be a change of the base, if it changes nothing of the parent, if the parent is of
     another model or lacks a blob, or if the store can't be written. The base checkpoint itself, without a parent, is
@@ -75,7 +79,12 @@ def publish(
             f"version {parent[:12]} is of another model than {checkpoint.path}",
             "publish with the checkpoint that it was made from",
         )
-    found = open_source(source, checkpoint)
+    sizes = sizes_of(checkpoint, before)
+    for layer, _ in clones:
+        sizes[layer] = sizes.get(layer, 0) + 1
+    found = open_source(source, checkpoint, sizes) if source is not None else Source({}, {}, sizes)
+    growth = grown(checkpoint, before, found.sizes, clones, retired)
+    _check_added(found, before, growth)
     if parent:
         # From here on neither it nor what it names is garbage, even if no alias points to it.
         store.manifests.renew(parent)
@@ -83,14 +92,20 @@ def publish(
     reach("before-blobs")
     writer = _Writer(store, before.blobs)
     with OpenFiles() as files:
-        experts = _experts(checkpoint, found, before, files, writer)
+        experts = _experts(checkpoint, found, before, growth, files, writer)
         dense = _dense(checkpoint, found, before, files, writer)
-    if experts == before.experts and dense == before.dense:
-        if not parent and (source / "config.json").exists():
+        dense |= _longer_routers(store, checkpoint, found, before, growth, files, writer)
+    if (experts, dense, growth.added, growth.retired) == (
+        before.experts,
+        before.dense,
+        before.added,
+        before.retired,
+    ):
+        if not parent and source is not None and (source / "config.json").exists():
             return Published(publish_base(store, checkpoint))
         whose = f"version {parent[:12]}" if parent else "the base checkpoint"
         raise VersionError(
-            f"nothing to publish: all that {source} holds is in {whose} already",
+            f"nothing to publish: all that {source or 'it'} holds is in {whose} already",
             "give what was changed, or another parent",
         )
     manifest = Manifest(
@@ -102,6 +117,8 @@ def publish(
         reason,
         time.time() if created is None else created,
         dict(metrics or {}),
+        growth.added,
+        growth.retired,
     )
     reach("before-manifest")
     digest = store.manifests.put(manifest)
@@ -146,28 +163,91 @@ class _Writer:
 
 
 def _experts(
-    checkpoint: Checkpoint, source: Source, before: Manifest, files: OpenFiles, writer: _Writer
+    checkpoint: Checkpoint,
+    source: Source,
+    before: Manifest,
+    growth: Growth,
+    files: OpenFiles,
+    writer: _Writer,
 ) -> dict[int, dict[int, str]]:
     forms = {layer: expert_form(checkpoint, layer) for layer in checkpoint.layouts}
     merged = {layer: dict(experts) for layer, experts in before.experts.items()}
     for (layer, expert), parts in sorted(source.experts.items()):
-        if _equal(files, parts, base_expert(checkpoint, layer, expert)):
+        # One that was added is compared with the one beside which it lives.
+        beside = growth.added.get(layer, {}).get(expert, expert)
+        if _equal(files, parts, base_expert(checkpoint, layer, beside)):
             merged.get(layer, {}).pop(expert, None)
             continue
         data = {part: files.read(span) for part, span in parts.items()}
         merged.setdefault(layer, {})[expert] = writer.keep(encode_expert(forms[layer], data))
+    for (layer, expert), origin in growth.copies.items():
+        if (layer, expert) not in source.experts and origin in merged.get(layer, {}):
+            merged[layer][expert] = merged[layer][origin]
+    for layer, gone in growth.retired.items():
+        for expert in gone:
+            merged.get(layer, {}).pop(expert, None)
     return {layer: experts for layer, experts in merged.items() if experts}
+
+
+def _check_added(source: Source, before: Manifest, growth: Growth) -> None:
+    """VersionError if nobody says what an added expert is."""
+    for layer, experts in growth.added.items():
+        for expert in experts.keys() - before.added.get(layer, {}).keys():
+            if ExpertId(layer, expert) not in growth.copies and (layer, expert) not in source.experts:
+                raise VersionError(
+                    f"the router of layer {layer} has a row for expert {expert}, which is not there",
+                    f"give its tensors as well, or make it a copy of another one: --clone {layer}:EXPERT",
+                )
+
+
+def _longer_routers(
+    store: Store,
+    checkpoint: Checkpoint,
+    source: Source,
+    before: Manifest,
+    growth: Growth,
+    files: OpenFiles,
+    writer: _Writer,
+) -> dict[str, str]:
+    """Blobs of routers of layers with new copies, where the source brings none: with copies of their rows."""
+    of_layers = {layer: name for name, layer in routers(checkpoint).items()}
+    found = {}
+    for layer in sorted({layer for layer, _ in growth.copies}):
+        name = of_layers.get(layer)
+        if name is None:
+            raise VersionError(
+                f"the router of layer {layer} is not known, so that it can't get more experts",
+                "this architecture is not supported",
+            )
+        if name in source.dense:
+            continue
+        form = router_form(checkpoint, name, sizes_of(checkpoint, before)[layer])
+        if name in before.dense:
+            blob = before.dense[name]
+            rows = bytes(check_dense(store.blobs.get(blob), name, form, f"blob {blob[:12]}"))
+        else:
+            rows = files.read(base_dense(checkpoint, name))
+        step = len(rows) // form.shape[0]
+        for origin in (origin for (of_layer, _), origin in growth.copies.items() if of_layer == layer):
+            rows += rows[origin * step : (origin + 1) * step]
+        found[name] = writer.keep(
+            encode_dense(name, router_form(checkpoint, name, source.sizes[layer]), rows)
+        )
+    return found
 
 
 def _dense(
     checkpoint: Checkpoint, source: Source, before: Manifest, files: OpenFiles, writer: _Writer
 ) -> dict[str, str]:
-    merged = dict(before.dense)
+    merged, of_routers = dict(before.dense), routers(checkpoint)
     for name, span in sorted(source.dense.items()):
         if files.same(span, base_dense(checkpoint, name)):
             merged.pop(name, None)
             continue
-        merged[name] = writer.keep(encode_dense(name, dense_form(checkpoint, name), files.read(span)))
+        form = dense_form(checkpoint, name)
+        if name in of_routers:
+            form = router_form(checkpoint, name, source.sizes[of_routers[name]])
+        merged[name] = writer.keep(encode_dense(name, form, files.read(span)))
     return merged
 
 

@@ -17,6 +17,7 @@ from cluster.errors import VersionError
 from cluster.expert_names import ExpertTensor, canonical_part, is_prediction_head, parse_expert_name
 from cluster.safetensors_headers import TensorEntry, read_header, read_headers
 from cluster.versions.expert_blob import ExpertForm, dense_form, expert_form
+from cluster.versions.growth import router_form, routers
 from cluster.versions.spans import Span
 from cluster.versions.tensors import TensorForm
 
@@ -31,6 +32,8 @@ class Source:
     """(Layer, expert) → canonical part → its bytes."""
     dense: Mapping[str, Span]
     """Name of a tensor of the engine's → its bytes."""
+    sizes: Mapping[int, int]
+    """Layer index → experts of the version: rows of its router."""
 
 
 def base_expert(checkpoint: Checkpoint, layer: int, expert: int) -> dict[str, Span]:
@@ -51,12 +54,12 @@ def base_dense(checkpoint: Checkpoint, name: str) -> Span:
     return _span(checkpoint.path / entry.file, entry)
 
 
-def open_source(path: Path, checkpoint: Checkpoint) -> Source:
-    """What `path` is to change of the base `checkpoint`.
+def open_source(path: Path, checkpoint: Checkpoint, sizes: Mapping[int, int]) -> Source:
+    """What `path` is to change of a version of the base `checkpoint` that has so many experts in its layers.
 
-    It is a checkpoint's folder, or a file or a folder of files with some tensors. Raises CheckpointError for files that
-    are torn, and VersionError, with the tensor's name, for one that the base checkpoint does not have in this way and
-    for an expert that is not whole.
+    It is a checkpoint's folder, or a file or a folder of files with some tensors; a router of it with more rows makes
+    its layer larger. Raises CheckpointError for files that are torn, and VersionError, with the tensor's name, for one
+    that the base checkpoint does not have in this way and for an expert that is not whole.
     """
     whole = (path / "config.json").exists()
     tensors = _checkpoint_tensors(path, checkpoint) if whole else _loose_tensors(path)
@@ -65,17 +68,21 @@ def open_source(path: Path, checkpoint: Checkpoint) -> Source:
     experts: dict[tuple[int, int], dict[str, Span]] = defaultdict(dict)
     dense: dict[str, Span] = {}
     forms = {layer: expert_form(checkpoint, layer) for layer in checkpoint.layouts}
+    of_routers = {name: layer for name, layer in routers(checkpoint).items() if name in tensors}
+    sizes = {**sizes, **{layer: _rows(tensors[name], sizes[layer]) for name, layer in of_routers.items()}}
     for name, found in tensors.items():
         if whole and is_prediction_head(name, checkpoint.num_layers):
             continue
         parsed = parse_expert_name(name, checkpoint.num_layers)
         if parsed is None:
             form = dense_form(checkpoint, name)
+            if name in of_routers:
+                form = router_form(checkpoint, name, sizes[of_routers[name]])
             found.check(name, form)
             dense[name] = found.span
             continue
-        part = _known_part(name, parsed, checkpoint, forms)
-        for expert, span in _of_experts(name, parsed, found, part, forms[parsed.layer], checkpoint):
+        part = _known_part(name, parsed, checkpoint, forms, sizes)
+        for expert, span in _of_experts(name, parsed, found, part, forms[parsed.layer], sizes[parsed.layer]):
             if part in experts[parsed.layer, expert]:
                 raise VersionError(
                     f"{path}: {part} of expert {expert} of layer {parsed.layer} is there twice, once as {name}",
@@ -90,14 +97,19 @@ def open_source(path: Path, checkpoint: Checkpoint) -> Source:
                 "all parts of an expert come together: add those that did not change as well",
             )
     if whole:
-        _check_complete(path, checkpoint, experts)
-    return Source(dict(experts), dense)
+        _check_complete(path, sizes, experts)
+    return Source(dict(experts), dense, sizes)
 
 
-def _check_complete(path: Path, checkpoint: Checkpoint, experts: Collection[tuple[int, int]]) -> None:
+def _rows(router: _Found, least: int) -> int:
+    """Of a router that is to have so many rows at least, which its form is checked for later."""
+    return max(least, router.entry.shape[0]) if router.entry.shape else least
+
+
+def _check_complete(path: Path, sizes: Mapping[int, int], experts: Collection[tuple[int, int]]) -> None:
     """VersionError if a checkpoint lacks an expert: what is not named would silently be the parent's."""
-    for layer, layout in checkpoint.layouts.items():
-        for expert in range(layout.num_experts):
+    for layer, size in sizes.items():
+        for expert in range(size):
             if (layer, expert) not in experts:
                 raise VersionError(
                     f"{path} is a checkpoint without expert {expert} of layer {layer}",
@@ -125,19 +137,24 @@ class _Found(NamedTuple):
 
 
 def _known_part(
-    name: str, parsed: ExpertTensor, checkpoint: Checkpoint, forms: Mapping[int, ExpertForm]
+    name: str,
+    parsed: ExpertTensor,
+    checkpoint: Checkpoint,
+    forms: Mapping[int, ExpertForm],
+    sizes: Mapping[int, int],
 ) -> str:
-    """The canonical part; VersionError if there is no such layer, expert or part in the base checkpoint."""
+    """The canonical part; VersionError if there is no such layer or part in the base checkpoint, or no such expert."""
     if parsed.layer not in forms:
         known = ", ".join(map(str, forms))
         raise VersionError(
             f"{name}: layer {parsed.layer} of the base checkpoint has no experts",
             f"layers that have: {known}",
         )
-    form, num = forms[parsed.layer], checkpoint.layouts[parsed.layer].num_experts
+    form, num = forms[parsed.layer], sizes[parsed.layer]
     if parsed.expert is not None and parsed.expert >= num:
         raise VersionError(
-            f"{name}: layer {parsed.layer} has no expert {parsed.expert}", f"its experts are 0 to {num - 1}"
+            f"{name}: layer {parsed.layer} has no expert {parsed.expert}",
+            f"its experts are 0 to {num - 1}; with more of them it takes a router with as many rows",
         )
     part = canonical_part(parsed.part)
     if part is None or part not in form.parts:
@@ -149,7 +166,7 @@ def _known_part(
 
 
 def _of_experts(
-    name: str, parsed: ExpertTensor, found: _Found, part: str, form: ExpertForm, checkpoint: Checkpoint
+    name: str, parsed: ExpertTensor, found: _Found, part: str, form: ExpertForm, num: int
 ) -> Iterator[tuple[int, Span]]:
     """The expert that the tensor belongs to with its bytes, or all experts if it holds all."""
     wanted = form.parts[part]
@@ -162,7 +179,6 @@ def _of_experts(
             f"{name} holds all experts of layer {parsed.layer}, the base checkpoint has a tensor for each",
             "name them one by one, as the base checkpoint does",
         )
-    num = checkpoint.layouts[parsed.layer].num_experts
     found.check(name, TensorForm(wanted.dtype, (num, *wanted.shape)))
     for expert in range(num):
         yield expert, _slice(found.file.parent, found.entry, expert, num)

@@ -49,6 +49,8 @@ def about(store: Store, digest: str, public_key: Path | None) -> dict[str, Any]:
             layer: dict(sorted(experts.items())) for layer, experts in sorted(manifest.experts.items())
         },
         "tensors": dict(sorted(manifest.dense.items())),
+        "added": {layer: dict(experts) for layer, experts in sorted(manifest.added.items())},
+        "retired": {layer: list(experts) for layer, experts in sorted(manifest.retired.items())},
         "missing": list(store.missing(manifest)),
         "signature": signature,
     }

@@ -15,13 +15,13 @@ import httpx
 import openai
 import pytest
 
-from cluster.checkpoint import Checkpoint
 from cluster.live_versions import HEADER
 from cluster.version_changes import VersionsStatus
 from tests.changed_model import changed_model
 from tests.e2e.asking import PROMPTS, Asking, ask
 from tests.e2e.controller_client import ControllerClient
 from tests.e2e.programs import ServerProgram, free_port, run, settings, wait_for
+from tests.grown_model import grown_model
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +36,7 @@ class Mesh:
     def __init__(self, model: Path, folder: Path) -> None:
         self.model, self._folder, self._number = model, folder, 0
         self.store = folder / "store"
-        versions = {"store": str(self.store), "keep_warm": "1h"}
+        versions = {"store": str(self.store), "keep_warm": "1h", "spare_experts": 2}
         admin = {"port": free_port(), "keys": ["hush"]}
         config = settings(model, free_port(), versions=versions, admin=admin)
         environment = {"EXPERTMESH_FAILPOINTS": "1"}
@@ -262,9 +262,8 @@ def test_a_version_with_another_router_waits_for_running_requests_and_answers_as
     mesh: Mesh, base: Any, version: str, tmp_path: Path
 ) -> None:
     digest, answers, long = base
-    checkpoint = Checkpoint.open(mesh.model)
-    gates = [name for name in checkpoint.tensors if ".gate.weight" in name]
-    folder, file = changed_model(mesh.model, tmp_path / "router", EXPERTS, gates, seed=1)
+    # One expert more in every layer, so that routers are longer.
+    folder, file = grown_model(mesh.model, tmp_path / "router", 1, seed=1)
     router = mesh.published(file, digest)
     mesh.stage(router)
     assert mesh.answers() == answers
@@ -290,6 +289,26 @@ def test_a_version_with_another_router_waits_for_running_requests_and_answers_as
         assert server.wait() == 0, server.err
     finally:
         server.kill()
+
+
+def test_a_version_without_an_expert_answers_as_one_whose_copy_took_its_place(mesh: Mesh, base: Any) -> None:
+    digest, answers, _ = base
+    moved = mesh.command("publish", "--clone", "0:1", "--retire", "0:1", "--parent", digest)["digest"]
+    held = sum(report.experts_loaded for report in mesh.ask_controller("reports").values())
+    assert mesh.live("stage", moved)["bytes_by_host"] == {}, "a copy is the same bytes"
+    wait_for(lambda: moved in mesh.status().live, 60, "a version to be loaded")
+    mesh.promote(moved)
+    assert mesh.answer()[0] == moved and mesh.answers() == answers
+    assert sum(report.experts_loaded for report in mesh.ask_controller("reports").values()) == held
+    less = mesh.command("publish", "--retire", "0:0", "--retire", "1:2")["digest"]
+    assert mesh.command("show", less)["retired"] == {"0": [0, 1], "1": [2]}
+    mesh.stage(less)
+    mesh.promote(less)
+    assert mesh.answer()[0] == less and mesh.answers() != answers
+    mesh.promote(digest)
+    assert mesh.answers() == answers
+    more = mesh.command("publish", *["--clone", "0:1"] * 3, "--parent", digest)["digest"]
+    assert "start it with versions.spare_experts: 3" in mesh.live("stage", more, code=1)
 
 
 def test_users_of_a_version_on_trial_stay_on_their_side(mesh: Mesh, base: Any, version: str) -> None:

@@ -296,6 +296,9 @@ def test_a_file_is_published_as_it_arrives(
         client.post("/versions", content=other.read_bytes(), params={"parent": made["digest"][:9]}), 201
     )
     assert ok(client.get(f"/versions/{child['digest']}"))["parent"] == made["digest"]
+    moved = ok(client.post("/versions", params={"clone": ["1:2", "1:3"], "retire": "1:2"}), 201)
+    found = ok(client.get(f"/versions/{moved['digest']}"))
+    assert (found["added"], found["retired"]) == ({"1": {"4": 2, "5": 3}}, {"1": [2]})
 
 
 @pytest.mark.parametrize(
@@ -309,6 +312,8 @@ def test_a_file_is_published_as_it_arrives(
         ("good", {"metrics": "{"}, 422, "metrics { are no JSON object of numbers"),
         ("good", {"metrics": '{"loss": NaN}'}, 422, "no JSON object of numbers"),
         ("base", {}, 422, "nothing to publish: all that the file holds"),
+        (b"", {"clone": "1"}, 422, "'1' names no expert"),
+        ("good", {"retire": "0:9"}, 422, "layer 0 has no expert 9"),
     ],
 )
 def test_a_file_that_is_no_version_leaves_nothing(

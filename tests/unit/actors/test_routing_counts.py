@@ -26,3 +26,11 @@ def test_every_choice_is_counted_once(rows: list[int], top_k: int, seed: int) ->
     assert taken[5] == tuple(expected)
     assert taken[1] == (0,) * EXPERTS
     assert counts.take()[5] == (0,) * EXPERTS
+
+
+def test_experts_that_a_version_added_count_for_those_beside_which_they_live() -> None:
+    counts = RoutingCounts({1: 3, 2: 3}, 2)
+    counts.note(1, torch.tensor([[0, 3], [4, 2], [4, -1]], dtype=torch.int32))
+    assert counts.take({1: {3: 1, 4: 2}}) == {1: (1, 1, 3), 2: (0, 0, 0)}
+    counts.note(1, torch.tensor([[0, 2]], dtype=torch.int32))
+    assert counts.take() == {1: (1, 0, 1), 2: (0, 0, 0)}

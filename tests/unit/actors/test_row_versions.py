@@ -79,3 +79,15 @@ def test_buffers_are_kept_from_step_to_step() -> None:
     first = step.rows.numbers(1, IDS)
     assert step.rows.numbers(1, IDS).data_ptr() == first.data_ptr()
     assert np.shares_memory(first.numpy(), step.rows.numbers(1, IDS).numpy())
+
+
+def test_a_version_may_have_more_experts_and_fewer() -> None:
+    # Expert 4 is a copy of 1, expert 5 has a content of its own, and 0 is not chosen any more.
+    grown = with_version(TWO, "grown", {1: {5: "e"}}, SIZES, {"gate": "g"}, {1: {4: 1, 5: 2}}, {1: (0,)})
+    step = Step(serving(grown, "grown"))
+    step.runs = [("grown", 2)]
+    ids = torch.tensor([[4, 5], [3, -1]], dtype=torch.int32)
+    assert step.rows.numbers(1, ids).tolist() == [[1, 7], [3, -1]]
+    assert step.rows.numbers(3, ids[1:]).tolist() == [[3, -1]]
+    assert step.numbers(("base", 4)) == (IDS.tolist(), IDS.tolist())
+    assert step.numbers(("one", 2), ("base", 2))[0] == [[4, 1], [5, 3], [0, -1], [3, 2]]

@@ -86,11 +86,30 @@ def test_the_engines_own_tensors_change_when_no_request_of_the_version_before_ru
         assert not held.done() and world.engine.told == []
         world.pins.leave(running)
         assert (await asyncio.wait_for(held, 5)).manifest == "router"
-        ((method, files),) = world.engine.told
+        ((method, files, _),) = world.engine.told
         assert method == "expertmesh_use_dense" and Path(files["gate"]).read_bytes() == b"router"
 
     asyncio.run(run())
     world.dense.close()
+
+
+def test_a_version_with_other_numbers_of_experts_waits_as_well(world: World) -> None:
+    versions = with_version(BASE, "less", {}, {0: 4}, retired={0: (1,)})
+
+    async def run() -> None:
+        await world.swap.to(versions)
+        running = await world.pins.enter("")
+        assert not world.swap.can_now(serving(versions, "less"))
+        await world.swap.to(serving(versions, "less"))
+        held = asyncio.create_task(world.pins.enter(""))
+        await asyncio.sleep(0)
+        assert not held.done() and world.engine.told == []
+        world.pins.leave(running)
+        assert (await asyncio.wait_for(held, 5)).manifest == "less"
+        assert world.engine.told == [("expertmesh_use_dense", {}, {0: [1]})]
+        assert world.swap.can_now(serving(versions, "less"))
+
+    asyncio.run(run())
 
 
 def test_going_back_before_the_change_lets_those_in_that_waited(world: World) -> None:

@@ -57,6 +57,7 @@ def test_what_the_file_and_the_environment_say(tmp_path: Path, monkeypatch: pyte
         ("keep_warm: soon", "keep_warm = 'soon'", "should be a duration"),
         ("alias: Production", "alias = 'Production'", "lower-case letters, digits"),
         ("history: 0", "history = 0", "greater than or equal to 1"),
+        ("spare_experts: -1", "spare_experts = -1", "greater than or equal to 0"),
         ("public_key: ''", "public_key = ''", "at least 1 character"),
         ("option: {}", "option", "did you mean versions.options?"),
     ],
@@ -65,6 +66,23 @@ def test_mistakes_say_which_key_and_what_is_wrong(tmp_path: Path, text: str, key
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, text)
     assert f"given.yaml:1: versions.{key}" in str(caught.value) and problem in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("no_replica: reroute", "placement.no_replica: reroute"),
+        ("capacity: {policy: drop}", "placement.capacity.policy: drop"),
+        ("capacity: {policy: reroute}", "placement.capacity.policy: reroute"),
+    ],
+)
+def test_routers_that_grow_go_with_no_other_change_of_them(tmp_path: Path, text: str, key: str) -> None:
+    file = tmp_path / "given.yaml"
+    file.write_text(f"placement: {{{text}}}\nversions: {{spare_experts: 2}}\n")
+    with pytest.raises(ConfigError, match=f"given.yaml:2: versions.spare_experts.*don't go with {key}"):
+        load_config(file, {}, {})
+    file.write_text("placement: {no_replica: drop}\nversions: {spare_experts: 2}\n")
+    assert load_config(file, {}, {}).config.versions.spare_experts == 2
 
 
 def test_options_are_not_shown_in_mistakes(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +17,7 @@ from cluster.live_versions import (
     live_numbers,
     new_numbers,
     numbers,
+    same_engine,
     serving,
     variants_of,
     with_version,
@@ -72,25 +76,51 @@ def test_an_expert_that_the_model_lacks_is_refused(experts: dict[int, dict[int, 
         with_version(BASE, "one", experts, SIZES)
 
 
+def test_a_version_may_add_experts_beside_others_and_retire_some() -> None:
+    # Expert 4 is a copy of 1, expert 5 lives beside 2 and has a content of its own.
+    grown = with_version(BASE, "grown", {0: {5: "a"}}, SIZES, {"gate": "g"}, {0: {4: 1, 5: 2}}, {0: (0, 1)})
+    assert grown.live["grown"] == {0: {4: 1, 5: 4}}
+    assert [live_numbers(grown, 0, expert) for expert in range(4)] == [[0], [1], [2, 4], [3]]
+    assert new_numbers(BASE, grown, SIZES) == {0: (4,)}, "a copy takes no memory"
+    assert numbers(grown, {0: (0, 1, 2), 2: (0,)}) == {0: (0, 1, 2, 4), 2: (0,)}
+    assert not same_engine(grown, "base", "grown") and same_engine(grown, "grown", "grown")
+    alone = without_version(serving(grown, "grown"), "base")
+    assert numbers(alone, {0: (0, 1, 2, 3)}) == {0: (1, 2, 3, 4)} and dead_numbers(alone, 0, 4) == {0}
+    assert not alone.plain and without_version(grown, "grown") == replace(BASE, variants=grown.variants)
+
+
 blobs = st.dictionaries(st.integers(0, 2), st.sampled_from("abc"), max_size=3)
+added = st.sampled_from([{}, {4: 0}, {4: 2, 5: 2}])
+retired = st.sampled_from([(), (0,), (3,)])
+change = st.tuples(blobs, added, st.dictionaries(st.integers(4, 5), st.sampled_from("abc")), retired)
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 5), blobs), max_size=12))
-def test_a_number_is_one_content_for_ever(steps: list[tuple[bool, int, dict[int, str]]]) -> None:
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 5), change), max_size=12))
+def test_a_number_is_one_content_for_ever(steps: list[tuple[bool, int, Any]]) -> None:
     versions, seen = BASE, {}
-    contents: dict[str, dict[int, str]] = {"base": {}}
-    for add, which, experts in steps:
+    contents: dict[str, Any] = {"base": ({}, {}, ())}
+    for add, which, (own, more, of_more, gone) in steps:
         name = f"v{which}"
         if add and name not in versions.live:
-            versions, contents[name] = with_version(versions, name, {0: experts}, SIZES), experts
+            experts = {**own, **{expert: blob for expert, blob in of_more.items() if expert in more}}
+            versions = with_version(
+                versions,
+                name,
+                {0: experts},
+                SIZES,
+                added={0: more} if more else None,
+                retired={0: gone} if gone else None,
+            )
+            contents[name] = experts, more, gone
         elif not add and name in versions.live:
             versions = without_version(versions, name)
         for live, differs in versions.live.items():
-            for expert in range(4):
+            experts, more, gone = contents[live]
+            for expert in {*range(4), *more} - {*gone}:
                 number = differs.get(0, {}).get(expert, expert)
-                content = expert, contents[live].get(expert, "base")
-                assert seen.setdefault(number, content) == content
-                assert number in live_numbers(versions, 0, expert)
+                home = more.get(expert, expert)
+                assert seen.setdefault(number, (home, experts.get(expert))) == (home, experts.get(expert))
+                assert number in live_numbers(versions, 0, home)
         held = numbers(versions, {0: (0, 1, 2, 3)})[0]
         assert not dead_numbers(versions, 0, 4).intersection(held)
     table = PlacementTable("m", 3, {}, {}, versions=versions)

@@ -16,7 +16,7 @@ from cluster.versions.aliases import Move
 from cluster.versions.files import Files
 from cluster.versions.manifest import Manifest
 from tests.controller_contract import looked_until, published
-from tests.unit.cluster.test_controller import SILENCE_S
+from tests.unit.cluster.test_controller import MODEL, SILENCE_S
 from tests.unit.cluster.version_world import BASE, KEEP_S, Crash, VersionWorld, live
 
 
@@ -161,6 +161,21 @@ def test_where_signatures_are_wanted_an_unsigned_version_is_refused(world: Versi
         controller.versions.stage(world.publish({0: "x"}))
     assert controller.versions.status().live == (BASE.digest,)
     controller.close()
+
+
+@pytest.mark.parametrize(
+    ("manifest", "words"),
+    [
+        (Manifest(MODEL, added={2: {6: 0, 7: 1}}), "has 2 experts more .*with versions.spare_experts: 2"),
+        (Manifest(MODEL, retired={2: (0,)}), "retires experts.*with versions.spare_experts: 1"),
+    ],
+)
+def test_other_numbers_of_experts_than_engines_have_room_for_are_refused(
+    world: VersionWorld, controller: Controller, manifest: Manifest, words: str
+) -> None:
+    digest = world.store.manifests.put(manifest)
+    with pytest.raises(VersionError, match=f"(?s){words}"):
+        controller.versions.stage(digest)
 
 
 def test_a_version_without_room_is_refused_with_the_numbers(

@@ -179,6 +179,8 @@ def test_a_version_is_signed_and_its_signature_looked_at(
         (["publish", "absent"], "no such file or folder"),
         (["publish", "base", "--parent", "ab"], "no version begins with 'ab'"),
         (["publish", "base", "--metric", "loss"], "--metric loss says no number"),
+        (["publish", "--clone", "1-2"], "'1-2' names no expert"),
+        (["publish", "--retire", "1:4"], "layer 1 has no expert 4"),
         (["list", "--store", "nowhere://x"], "nowhere://x can't be opened"),
         (["publish", "--model", "absent"], "absent"),
     ],
@@ -186,6 +188,16 @@ def test_a_version_is_signed_and_its_signature_looked_at(
 def test_a_mistake_is_one_message(checkpoint: Checkpoint, run: Run, arguments: list[str], words: str) -> None:
     said = run(*arguments, code=1)
     assert words in said and said.count("error:") == 1
+
+
+def test_experts_are_cloned_and_retired(checkpoint: Checkpoint, run: Run) -> None:
+    assert "2 experts and 1 tensors changed; 1 blobs new" in run(
+        "publish", "--clone", "1:2", "--retire", "1:0"
+    )
+    digest = json.loads(run("list", "--json"))["versions"][0]["digest"]
+    shown = run("show", digest)
+    assert "1:4 beside 2" in shown and "experts retired" in shown and "1:0" in shown
+    assert json.loads(run("show", digest, "--json"))["added"] == {"1": {"4": 2}}
 
 
 def test_an_age_that_is_none_is_a_wrong_option(checkpoint: Checkpoint, run: Run) -> None:

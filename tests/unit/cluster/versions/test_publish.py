@@ -191,7 +191,9 @@ W1 = tiny.name(0, 1, "w1.weight")
         ),
         (lambda t: t | {W1: half(8, 6)}, r"w1.weight is F16 \[8, 6\], expected is F16 \[6, 8\]"),
         (lambda t: t | {W1: np.ones((6, 8), np.float32)}, r"w1.weight is F32 \[6, 8\], expected is F16"),
-        (lambda t: t | {tiny.GATE: half(5, 8)}, r"gate.weight is F16 \[5, 8\], expected is F16 \[4, 8\]"),
+        (lambda t: t | {tiny.GATE: half(3, 8)}, r"gate.weight is F16 \[3, 8\], expected is F16 \[4, 8\]"),
+        (lambda t: t | {tiny.GATE: half(5, 7)}, r"gate.weight is F16 \[5, 7\], expected is F16 \[5, 8\]"),
+        (lambda t: t | {tiny.GATE: half(5, 8)}, "layer 1 has a row for expert 4, which is not there"),
         (
             lambda t: {n: v for n, v in t.items() if n != W1},
             r"gate of expert 1 of layer 0 is missing \(there: down, up\)",
