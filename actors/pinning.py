@@ -8,6 +8,7 @@ one version computed from being used for another.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
 from collections import Counter
@@ -21,9 +22,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.outages import MANIFEST
-from cluster.live_versions import HEADER, LiveVersions, chosen
+from actors.neighbours import PINNED, Neighbours
+from cluster.live_versions import HEADER, LiveVersions, chosen, computed_by, others_for, same_engine
 
 _SHORT: Final = 16
+# How long a replica may be behind another one with the controller's table.
+_HEARD_S: Final = 5.0
 
 
 @dataclass(eq=False, slots=True)
@@ -33,33 +37,46 @@ class Pin:
     manifest: str
 
 
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """A request's version, which only other replicas compute, and their names."""
+
+    manifest: str
+    engines: tuple[str, ...]
+
+
 _of_request: ContextVar[Pin | None] = ContextVar("expertmesh_pin", default=None)
 
 
 class Pins:
     """The versions that requests get, of one replica of the router."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: str = "") -> None:
+        """`engine`: the replica's name among others'."""
+        self.engine = engine
         self.versions = LiveVersions()
         """What requests get that are admitted now."""
+        self._coming: LiveVersions | None = None
         self._inside: set[Pin] = set()
         self.admitted: Counter[str] = Counter()
         """Requests since start, by manifest, of versions that are live."""
         # vLLM writes it into answers; each request's own takes its place, which is as long.
         self.placeholder: Final = f"expertmesh-{secrets.token_hex(_SHORT // 2)}"
-        self._open, self._idle = asyncio.Event(), asyncio.Event()
+        self._open, self._idle, self._changed = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._open.set()
         self._idle.set()
 
     def use(self, versions: LiveVersions) -> None:
         """Requests that are admitted from now on get these; those that were held go on."""
-        self.versions = versions
+        self.versions, self._coming = versions, None
         for gone in self.admitted.keys() - versions.live.keys():
             del self.admitted[gone]
         self._open.set()
+        self._changed.set()
 
-    def hold(self) -> None:
-        """Let no request in until `use`."""
+    def hold(self, coming: LiveVersions) -> None:
+        """Let no request in until `use` with these versions."""
+        self._coming = coming
         self._open.clear()
 
     @property
@@ -81,15 +98,56 @@ class Pins:
         """Until no request is inside."""
         await self._idle.wait()
 
-    async def enter(self, who: str) -> Pin:
-        """Let a request of somebody in, at once or when requests are let in again."""
+    async def enter(self, who: str) -> Pin | Elsewhere:
+        """Let a request of somebody in, at once or when requests are let in again; or say who must have it."""
+        while True:
+            versions = self._coming or self.versions
+            manifest = chosen(versions, who)
+            if others := others_for(versions, self.engine, manifest):
+                return Elsewhere(manifest, others)
+            if self._open.is_set():
+                return self._let_in(manifest)
+            await self._open.wait()
+
+    async def enter_as(self, manifest: str) -> Pin:
+        """Let a request in that another replica could not take, with the version that it has, or if this one has not
+        heard of that in time, with its own.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_HEARD_S):
+                while not self.computes(manifest):
+                    self._changed.clear()
+                    await self._changed.wait()
         while not self._open.is_set():
             await self._open.wait()
-        pin = Pin(chosen(self.versions, who))
+        return self._let_in(manifest if self.computes(manifest) else self.here)
+
+    async def enter_here(self) -> Pin:
+        """Let a request in with the version that this replica computes, whatever it is."""
+        while not self._open.is_set():
+            await self._open.wait()
+        return self._let_in(self.here)
+
+    def _let_in(self, manifest: str) -> Pin:
+        pin = Pin(manifest)
         self._inside.add(pin)
-        self.admitted[pin.manifest] += 1
+        self.admitted[manifest] += 1
         self._idle.clear()
         return pin
+
+    def computes(self, manifest: str) -> bool:
+        """Whether what the engine has of its own is this version's as well."""
+        return manifest in self.versions.live and same_engine(self.versions, manifest, self.here)
+
+    @property
+    def choosing(self) -> bool:
+        """Whether it matters whose a request is."""
+        return bool((self._coming or self.versions).candidate)
+
+    @property
+    def here(self) -> str:
+        """The manifest that this replica computes for whoever asks for none."""
+        return computed_by(self.versions, self.engine)
 
     def leave(self, pin: Pin) -> None:
         """The request has ended."""
@@ -102,25 +160,43 @@ class Pins:
         one that serves.
         """
         pin = _of_request.get()
-        return pin.manifest if pin is not None else self.versions.serving
+        return pin.manifest if pin is not None else self.here
 
 
 class Pinned:
     """Chooses each request's manifest, and names it in the answer."""
 
-    def __init__(self, app: ASGIApp, pins: Pins) -> None:
-        self._app, self._pins = app, pins
+    def __init__(self, app: ASGIApp, pins: Pins, neighbours: Neighbours | None = None) -> None:
+        self._app, self._pins, self._neighbours = app, pins, neighbours
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pins = self._pins
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        who = ""
-        if pins.versions.candidate:
-            body, receive = await _read(receive)
-            who = whose(scope, body)
-        pin = await pins.enter(who)
+        if PINNED in scope:
+            pin = await pins.enter_as(scope[PINNED])
+        else:
+            body, who = b"", ""
+            if pins.choosing:
+                body, receive = await _read(receive)
+                who = whose(scope, body)
+            entered = await pins.enter(who)
+            if isinstance(entered, Elsewhere):
+                if not who:
+                    # A trial began while it was held.
+                    body, receive = await _read(receive)
+                if self._neighbours is not None and await self._neighbours.forward(
+                    entered, scope, body, receive, send
+                ):
+                    return
+                # Nobody has it any more: better the version that is here than none.
+                entered = await pins.enter_here()
+            pin = entered
+        await self._answer(pin, scope, receive, send)
+
+    async def _answer(self, pin: Pin, scope: Scope, receive: Receive, send: Send) -> None:
+        pins = self._pins
         placeholder = pins.placeholder.encode()
 
         async def answer(message: Message) -> None:

@@ -27,6 +27,11 @@ class TablesInUse:
         """An engine asks for what comes after the table that it uses; requests of these manifests run in it."""
         self._engines[engine] = _Engine(epoch, now, frozenset(running))
 
+    def names(self, now: float) -> list[str]:
+        """The engines that there are, as far as they were heard of."""
+        self._forget(now)
+        return sorted(self._engines)
+
     def everywhere(self, epoch: int, now: float) -> bool:
         """Whether every engine uses this table or a later one."""
         return now - self.since > self.silence_s and self.acknowledged(epoch, now)

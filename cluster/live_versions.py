@@ -81,6 +81,10 @@ class LiveVersions:
     """By manifest, of those that have more experts than the base checkpoint."""
     retired: Mapping[str, Retired] = field(default_factory=dict)
     """By manifest, of those that have fewer."""
+    engines: tuple[str, ...] = ()
+    """While a version is on trial: names of the engines that there are."""
+    pinned: str = ""
+    """The one of them that computes the candidate, and nothing else; "" where all of them compute both versions."""
 
     @property
     def plain(self) -> bool:
@@ -158,19 +162,55 @@ def serving(versions: LiveVersions, manifest: str, *, continue_running: bool = F
     continued = {name: other for name, other in versions.continued.items() if name != manifest}
     if continue_running:
         continued = {name: manifest for name in versions.live if name != manifest}
-    return replace(versions, serving=manifest, continued=continued, candidate="", share=0.0)
+    return replace(
+        versions, serving=manifest, continued=continued, candidate="", share=0.0, engines=(), pinned=""
+    )
 
 
-def with_candidate(versions: LiveVersions, manifest: str, share: float) -> LiveVersions:
-    """A share of new requests gets another of the live versions; with none of them, none does."""
+def with_candidate(
+    versions: LiveVersions, manifest: str, share: float, engines: Collection[str] = ()
+) -> LiveVersions:
+    """A share of new requests gets another of the live versions; with none of them, none does.
+
+    Where it differs in what is the engine's own, one of the `engines` computes it: the one that did so far, if it is
+    still there. There must be two then.
+    """
     assert manifest in versions.live
-    return replace(versions, candidate=manifest if share else "", share=share)
+    if not share:
+        return replace(versions, candidate="", share=share, engines=(), pinned="")
+    pinned = ""
+    if not same_engine(versions, manifest, versions.serving):
+        assert len(engines) > 1
+        pinned = versions.pinned if versions.pinned in engines else max(engines)
+    return replace(
+        versions, candidate=manifest, share=share, engines=tuple(sorted(engines)), pinned=pinned
+    )
+
+
+def computed_by(versions: LiveVersions, engine: str) -> str:
+    """What an engine computes for whoever asks for no version."""
+    return versions.candidate if versions.pinned and versions.pinned == engine else versions.serving
+
+
+def others_for(versions: LiveVersions, engine: str, manifest: str) -> tuple[str, ...]:
+    """The engines of which one must compute a request's version, since this one can't; none if it can."""
+    if not versions.pinned or (manifest == versions.candidate) == (versions.pinned == engine):
+        return ()
+    if manifest == versions.candidate:
+        return (versions.pinned,)
+    return tuple(name for name in versions.engines if name != versions.pinned)
 
 
 def same_but_choice(one: LiveVersions, other: LiveVersions) -> bool:
     """Whether they differ at most in what new requests get."""
     return one == replace(
-        other, serving=one.serving, candidate=one.candidate, share=one.share, continued=one.continued
+        other,
+        serving=one.serving,
+        candidate=one.candidate,
+        share=one.share,
+        continued=one.continued,
+        engines=one.engines,
+        pinned=one.pinned,
     )
 
 

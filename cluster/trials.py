@@ -45,8 +45,18 @@ class Trials:
     def look(self) -> None:
         """Do with the version on trial what is to be done now."""
         deployment = self._ledger.deployment
-        if deployment is not None and deployment.canary is not None and deployment.promotion is None:
-            self._judge(deployment.canary)
+        if deployment is None or deployment.canary is None or deployment.promotion is not None:
+            return
+        versions = PlacementTable.from_json(deployment.table).versions
+        engines = self._versions.engines()
+        if versions.pinned and versions.pinned not in engines:
+            # After this controller was started it has heard of nobody for a while.
+            if self._versions.has_heard_all():
+                self.end("the engine that computed it is gone")
+            return
+        if set(engines) - set(versions.engines):
+            self._on_trial(deployment.canary)
+        self._judge(deployment.canary)
 
     def try_out(self, trial: Trial) -> None:
         """Give a staged version to a share of new requests, and watch it; what becomes of it is decided by `look`.
@@ -68,10 +78,10 @@ class Trials:
                     f"version {versions.candidate[:12]} is on trial",
                     "end that with promote or rollback first",
                 )
-            if not same_engine(versions, digest, versions.serving):
+            if not same_engine(versions, digest, versions.serving) and len(self._versions.engines()) < 2:
                 raise VersionConflictError(
                     f"version {digest[:12]} changes the engine's own weights, which one engine can't have twice",
-                    "promote it as a whole",
+                    "promote it as a whole, or start with engine.replicas: 2",
                 )
             try:
                 canary = begun(replace(trial, manifest=digest), self._wall())
@@ -110,7 +120,8 @@ class Trials:
         with self._ledger.change:
             deployment, state = self._ledger.required(), self._ledger.repair
             table = PlacementTable.from_json(deployment.table)
-            versions = with_candidate(table.versions, canary.trial.manifest, canary.share)
+            engines = {*self._versions.engines(), *table.versions.engines}
+            versions = with_candidate(table.versions, canary.trial.manifest, canary.share, engines)
             deployment = replace(with_table(deployment, replace(table, versions=versions)), canary=canary)
             left = {name: r for name, r in deployment.retiring.items() if name != canary.trial.manifest}
             self._ledger.save(replace(deployment, retiring=left), replace(state, epoch=state.epoch + 1))

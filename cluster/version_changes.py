@@ -290,6 +290,16 @@ class VersionChanges:
                 lambda: self._in_use.acknowledged(epoch, self._ledger.now()), _ENGINES_S
             )
 
+    def engines(self) -> list[str]:
+        """Names of the engines that there are."""
+        with self._ledger.change:
+            return self._in_use.names(self._ledger.now())
+
+    def has_heard_all(self) -> bool:
+        """Whether an engine that lives has asked for its table since this controller began."""
+        with self._ledger.change:
+            return self._ledger.now() - self._in_use.since > self._in_use.silence_s
+
     def _let_go(self) -> None:
         with self._ledger.change:
             deployment, state = self._ledger.deployment, self._ledger.repair
