@@ -36,6 +36,8 @@ class HttpServer:
             raise ConfigError(
                 f"server.port {port} on {host} can't be used: {error.strerror}", "choose another with --port"
             ) from error
+        self.port: int = self._socket.getsockname()[1]
+        """Of the socket: one that is free where 0 was asked for."""
         self._server: uvicorn.Server | None = None
         self._task: asyncio.Task[None] | None = None
 

@@ -21,8 +21,8 @@ from typing import Any, Final
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from actors.outages import MANIFEST
 from actors.neighbours import PINNED, Neighbours
+from actors.outages import MANIFEST
 from cluster.live_versions import HEADER, LiveVersions, chosen, computed_by, others_for, same_engine
 
 _SHORT: Final = 16
@@ -177,7 +177,7 @@ class Pinned:
         if PINNED in scope:
             pin = await pins.enter_as(scope[PINNED])
         else:
-            body, who = b"", ""
+            body, who, connection = b"", "", receive
             if pins.choosing:
                 body, receive = await _read(receive)
                 who = whose(scope, body)
@@ -187,7 +187,7 @@ class Pinned:
                     # A trial began while it was held.
                     body, receive = await _read(receive)
                 if self._neighbours is not None and await self._neighbours.forward(
-                    entered, scope, body, receive, send
+                    entered, scope, body, connection, send
                 ):
                     return
                 # Nobody has it any more: better the version that is here than none.

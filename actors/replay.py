@@ -14,7 +14,7 @@ from typing import Final
 
 import structlog
 
-from actors.pinning import Pins, pinned_to
+from actors.pinning import Pins
 from cluster.errors import VersionError
 
 log = structlog.get_logger()
@@ -47,12 +47,12 @@ class Replay:
         pins: Pins,
         path: Path,
         encode: Callable[[str], list[int]],
-        nats: Callable[[list[int]], Awaitable[float]],
+        nats: Callable[[list[int], str], Awaitable[float]],
         predicted: Callable[[float], None],
         *,
         pause_s: float = 0.5,
     ) -> None:
-        """`nats` says how little the engine expects a text, per token, and `predicted` is told by how much less the
+        """`nats` says how little a version expects a text, per token, and `predicted` is told by how much less the
         candidate does.
         """
         self._pins, self._path, self._encode = pins, path, encode
@@ -62,8 +62,10 @@ class Replay:
         """Watch for trials, and replay in each."""
         done = ""
         while True:
-            candidate = self._pins.versions.candidate
-            if candidate and candidate != done:
+            versions = self._pins.versions
+            candidate = versions.candidate
+            # By one replica alone where one alone computes it.
+            if candidate and candidate != done and versions.pinned in ("", self._pins.engine):
                 done = candidate
                 try:
                     await self._trial(candidate)
@@ -82,10 +84,8 @@ class Replay:
                 return
             tokens = self._encode(text)[:_MOST_TOKENS]
             if len(tokens) >= _LEAST_TOKENS:
-                with pinned_to(versions.serving):
-                    serving = await self._nats(tokens)
-                with pinned_to(candidate):
-                    self._predicted(await self._nats(tokens) - serving)
+                serving = await self._nats(tokens, versions.serving)
+                self._predicted(await self._nats(tokens, candidate) - serving)
                 await asyncio.sleep(self._pause_s)
 
 

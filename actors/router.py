@@ -28,8 +28,9 @@ from actors import openmp
 from actors.canary_watch import CanaryWatch
 from actors.daemon_thread import in_daemon_thread
 from actors.dense_files import DenseFiles
+from actors.neighbours import NATS, HandedOn, Neighbours, engine_name, others
 from actors.own_requests import PROBE
-from actors.pinning import Pins
+from actors.pinning import Pins, pinned_to
 from actors.replay import Replay
 from actors.router_metrics import MeshMetrics, RoutingMetrics, VersionMetrics
 from actors.router_metrics import queue as engine_queue
@@ -37,7 +38,7 @@ from actors.router_routes import finish
 from actors.version_swap import VersionSwap
 from cluster.auth import data_plane_key
 from cluster.canary import Observed
-from cluster.live_versions import same_but_choice
+from cluster.live_versions import others_for, same_but_choice
 from cluster.messages import RouterSpec, Traffic
 from cluster.table import PlacementTable
 from cluster.traffic import TRAFFIC, Routing
@@ -64,11 +65,12 @@ class Router:
         report: Callable[[Traffic], Routing | None] | None = None,
         experts: Callable[[], str] | None = None,
         observe: Callable[[Observed], None] | None = None,
+        inner_port: int = 0,
     ) -> None:
         """`fetch_table` waits for the first table; `next_table` for one after an epoch, at most so many seconds, and
         is told the manifests of running requests; `report` is told of the traffic, every few seconds, and says how
         even it is; `experts` gives the JSON of all that is known of the experts; `observe` is told what is seen of a
-        version on trial.
+        version on trial; on `inner_port` other replicas reach this one.
         """
         self.spec = spec
         self._report, self.experts, self._observe = report, experts, observe
@@ -77,7 +79,8 @@ class Router:
         self.engine: Any = None
         self.metrics, self.routing_metrics = MeshMetrics(), RoutingMetrics()
         self.version_metrics = VersionMetrics()
-        self.pins = Pins()
+        self._name = engine_name(os.urandom(8).hex(), inner_port)
+        self.pins, self.neighbours = Pins(self._name), Neighbours(data_plane_key)
         self.watch = CanaryWatch(self.pins)
         self._dense = DenseFiles(spec.settings.store)
         self._swap = VersionSwap(self.pins, self._dense, lambda: self.engine)
@@ -85,7 +88,6 @@ class Router:
         self._table: PlacementTable | None = None
         # The engine is being told of a table that requests are chosen by already.
         self._behind: asyncio.Task[None] | None = None
-        self._name = os.urandom(8).hex()
         self._background: list[asyncio.Task[None]] = []
 
     async def start(self) -> FastAPI:
@@ -142,7 +144,19 @@ class Router:
 
     def _replay(self, path: Path) -> Replay:
         tokenizer = self.engine.get_tokenizer()
-        return Replay(self.pins, path, tokenizer.encode, self.engine.nats, self.watch.predicted)
+        return Replay(self.pins, path, tokenizer.encode, self._nats, self.watch.predicted)
+
+    def handed_on(self, app: FastAPI) -> HandedOn:
+        """What other replicas may ask of this one."""
+        return HandedOn(app, data_plane_key(), self._nats)
+
+    async def _nats(self, tokens: list[int], manifest: str) -> float:
+        """How little a version expects a text, per token; asked of another replica if this engine can't compute it."""
+        for engine in others_for(self.pins.versions, self._name, manifest):
+            answer = await self.neighbours.post(engine, NATS, manifest, {"tokens": tokens})
+            return float(answer.raise_for_status().json()["nats"])
+        with pinned_to(manifest):
+            return float(await self.engine.nats(tokens))
 
     async def ready(self) -> dict[str, Any]:
         """Ask every expert host and one token of the engine; raises what does not answer."""
@@ -157,6 +171,11 @@ class Router:
         ):
             pass
         return {"ready": True, "host_round_trip_us": {k: round(v * 1e6, 1) for k, v in round_trips.items()}}
+
+    @property
+    def others(self) -> list[str]:
+        """Names of the other replicas, as far as they matter now: while a version is on trial."""
+        return others(self.pins.versions.engines, self._name)
 
     async def stats(self) -> dict[str, Any]:
         """The engine process's counters, and how its hosts stand."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -40,13 +41,18 @@ def serve_application(
             # The engine's process inherits it.
             niceness.usual()
             node_id = ray.get_runtime_context().get_node_id()
-            self._router = Router(spec, fetch_table, node_id, next_table, report, experts, observe)
+            # Where other replicas of this node hand requests on.
+            self._inner = HttpServer("127.0.0.1", 0)
+            self._router = Router(
+                spec, fetch_table, node_id, next_table, report, experts, observe, self._inner.port
+            )
             self._http = HttpServer(spec.http_host, spec.http_port)
             try:
                 app = await self._router.start()
             except Exception as error:
                 # vLLM's own exception only says that its engine process said why.
                 raise RuntimeError(engine_words() or str(error)) from error
+            self._inner.start(self._router.handed_on(app))
             self._http.start(app)
 
         async def check_health(self) -> None:
@@ -62,7 +68,7 @@ def serve_application(
 
         async def drain(self, grace_s: float) -> None:
             await self._router.drain(grace_s)
-            await self._http.stop(_CLOSE_S)
+            await asyncio.gather(self._http.stop(_CLOSE_S), self._inner.stop(_CLOSE_S))
 
         def __del__(self) -> None:
             self._router.shutdown()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
+import httpx
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
@@ -13,6 +15,7 @@ from actors.admission import Admission
 from actors.api_access import ApiKeys, KnownRoles, OpenAIErrors, error_response, keep_listed_routes
 from actors.daemon_thread import in_daemon_thread
 from actors.degraded import Degraded, Unavailable
+from actors.neighbours import PINNED
 from actors.pinning import Pinned
 from actors.single_flight import SingleFlight
 
@@ -61,10 +64,20 @@ def finish(app: FastAPI, router: Router) -> None:
         return JSONResponse(await router.stats())
 
     @app.post("/expertmesh/feedback", tags=["expertmesh"])
-    async def feedback(said: Feedback) -> Response:
+    async def feedback(said: Feedback, request: Request) -> Response:
         """How good an answer was, from 0 to 1: what a version on trial is judged by, among others."""
         if router.watch.liked(said.id, said.score):
             return Response(status_code=204)
+        if PINNED not in request.scope:
+            # The answer may be another replica's.
+            for engine in router.others:
+                with suppress(httpx.HTTPError):
+                    path, shown = request.url.path, request.headers.get("authorization", "")
+                    answer = await router.neighbours.post(
+                        engine, path, router.pins.here, said.model_dump(), shown
+                    )
+                    if answer.is_success:
+                        return Response(status_code=204)
         text = f"no answer {said.id!r} is remembered: versions are not on trial, or it is long ago"
         return error_response(404, text, "not_found_error", "answer_not_found")
 
@@ -85,7 +98,7 @@ def finish(app: FastAPI, router: Router) -> None:
     app.middleware_stack = None
     app.openapi_schema = None
     app.add_middleware(KnownRoles)
-    app.add_middleware(Pinned, pins=router.pins)
+    app.add_middleware(Pinned, pins=router.pins, neighbours=router.neighbours)
     app.add_middleware(Degraded, marks=router.engine.degraded)
     app.add_middleware(Unavailable)
     app.add_middleware(Admission, limit=router.spec.max_requests, timeout_s=router.spec.request_timeout_s)

@@ -16,7 +16,7 @@ import structlog
 
 from actors.dense_files import DenseFiles
 from actors.pinning import Pins
-from cluster.live_versions import EngineSide, LiveVersions, engine_side
+from cluster.live_versions import EngineSide, LiveVersions, computed_by, engine_side
 
 log = structlog.get_logger()
 
@@ -31,7 +31,7 @@ class VersionSwap:
 
     def can_now(self, versions: LiveVersions) -> bool:
         """Whether new requests can get what `versions` says without a word to the engine."""
-        return self._continued(versions) == {} and engine_side(versions, versions.serving) == self._loaded
+        return self._continued(versions) == {} and self._wanted(versions) == self._loaded
 
     async def to(self, versions: LiveVersions) -> None:
         """New requests get what `versions` says, once the engine, which knows these versions, can compute it."""
@@ -39,16 +39,19 @@ class VersionSwap:
             self._draining.cancel()
             self._draining = None
         continued = self._continued(versions)
-        same = engine_side(versions, versions.serving) == self._loaded
+        same = self._wanted(versions) == self._loaded
         if continued:
             await self._go_on(versions, continued)
         elif same:
             self._pins.use(versions)
         elif self._pins.busy:
-            self._pins.hold()
+            self._pins.hold(versions)
             self._draining = asyncio.create_task(self._when_idle(versions))
         else:
             await self._change(versions)
+
+    def _wanted(self, versions: LiveVersions) -> EngineSide:
+        return engine_side(versions, computed_by(versions, self._pins.engine))
 
     def _continued(self, versions: LiveVersions) -> dict[str, str]:
         """Manifests whose running requests are to go on with another one, and did not before."""
@@ -76,9 +79,9 @@ class VersionSwap:
         await self._change(versions)
 
     async def _change(self, versions: LiveVersions) -> None:
-        wanted = engine_side(versions, versions.serving)
+        wanted = self._wanted(versions)
         if wanted != self._loaded:
-            files = self._files.paths(versions, versions.serving)
+            files = self._files.paths(versions, computed_by(versions, self._pins.engine))
             retired = {layer: list(experts) for layer, experts in wanted.retired.items()}
             told = await self._engine().collective_rpc("expertmesh_use_dense", args=(files, retired))
             self._loaded = wanted

@@ -182,9 +182,7 @@ def with_candidate(
     if not same_engine(versions, manifest, versions.serving):
         assert len(engines) > 1
         pinned = versions.pinned if versions.pinned in engines else max(engines)
-    return replace(
-        versions, candidate=manifest, share=share, engines=tuple(sorted(engines)), pinned=pinned
-    )
+    return replace(versions, candidate=manifest, share=share, engines=tuple(sorted(engines)), pinned=pinned)
 
 
 def computed_by(versions: LiveVersions, engine: str) -> str:

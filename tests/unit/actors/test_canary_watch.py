@@ -114,8 +114,7 @@ def test_both_versions_predict_the_same_texts_while_one_is_on_trial(tmp_path: Pa
     (tmp_path / "a.txt").write_text("a text of some length\n\nanother text as long\n\nshort")
     pins, told, asked_of = on_trial(), [], []
 
-    async def nats(tokens: list[int]) -> float:
-        manifest = pins.current()
+    async def nats(tokens: list[int], manifest: str) -> float:
         asked_of.append((manifest, tuple(tokens)))
         return 2.0 if manifest == "new" else 1.5
 

@@ -12,6 +12,7 @@ from cluster.canary import Answered, Observed, Trial
 from cluster.controller import Controller
 from cluster.errors import StoreError, VersionError
 from cluster.promotion import VersionSettings
+from cluster.table import PlacementTable
 from cluster.versions.aliases import Move
 from cluster.versions.files import Files
 from cluster.versions.manifest import Manifest
@@ -277,3 +278,45 @@ def test_a_version_on_trial_that_fails_goes_and_one_that_does_not_serves(
     assert live(controller).serving == version
     with pytest.raises(VersionError, match="no version is on trial"):
         controller.trials.end("by hand")
+
+
+def test_a_version_with_a_router_of_its_own_is_tried_out_by_an_engine_of_its_own(
+    world: VersionWorld, controller: Controller
+) -> None:
+    blob, _ = world.store.blobs.put(b"router")
+    version = world.store.manifests.put(Manifest(MODEL, dense={"gate": blob}))
+    controller.versions.stage(version)
+    looked_until(world, controller, lambda: version in live(controller).live)
+
+    def ask(*engines: str) -> None:
+        for engine in engines:
+            controller.next_table(PlacementTable.from_json(controller.table()).epoch, 0, engine)
+
+    ask("one")
+    with pytest.raises(VersionError, match=r"(?s)can't have twice.*engine.replicas: 2"):
+        controller.trials.try_out(Trial(version, (0.05, 0.5), step_s=SILENCE_S / 2))
+    assert world.store.aliases.current("candidate") is None
+    ask("two")
+    controller.trials.try_out(Trial(version, (0.05, 0.5), step_s=SILENCE_S / 2))
+    assert (live(controller).engines, live(controller).pinned) == (("one", "two"), "two")
+    ask("one", "two", "zero")
+    controller.look()
+    assert (live(controller).engines, live(controller).pinned) == (("one", "two", "zero"), "two")
+    world.let_pass(SILENCE_S * 0.6)
+    ask("one", "two", "zero")
+    controller.trials.observe(Observed(version, *[(Answered(False, 0.1),)] * 2))
+    controller.look()
+    assert (live(controller).share, live(controller).pinned) == (0.5, "two"), "the same at the next share"
+
+    # A controller that has just begun does not know yet who is there.
+    after = world.controller()
+    after.look()
+    assert after.trials.under_way
+    while after.trials.under_way:
+        world.let_pass(SILENCE_S * 0.4)
+        after.next_table(PlacementTable.from_json(after.table()).epoch, 0, "one")
+        after.look()
+        assert world.now < 100
+    assert (live(after).candidate, live(after).pinned, live(after).engines) == ("", "", ())
+    assert "the engine that computed it is gone" in after.versions.status().verdict
+    after.close()
