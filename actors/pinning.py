@@ -26,6 +26,8 @@ from actors.outages import MANIFEST
 from cluster.live_versions import HEADER, LiveVersions, chosen, computed_by, others_for, same_engine
 
 _SHORT: Final = 16
+# Paths of requests that no model answers.
+_OWN: Final = "/expertmesh/"
 # How long a replica may be behind another one with the controller's table.
 _HEARD_S: Final = 5.0
 
@@ -171,7 +173,7 @@ class Pinned:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pins = self._pins
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"].startswith(_OWN):
             await self._app(scope, receive, send)
             return
         if PINNED in scope:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -245,12 +244,14 @@ def published_table(namespace: str, timeout_s: float) -> str:
     return str(ray.get(answer, timeout=timeout_s + 30))
 
 
-def next_table(namespace: str, after_epoch: int, timeout_s: float, running: list[str]) -> str:
-    """JSON of the first table after an epoch, or nothing in time; called in the router's process."""
+def next_table(namespace: str, after_epoch: int, timeout_s: float, engine: str, running: list[str]) -> str:
+    """JSON of the first table after an epoch, or nothing in time; called in the router's process. `engine` is the
+    replica's name.
+    """
     # Looked up once: the cluster's control plane would be in every promotion's way.
     controller: Any = _found.get(namespace) or ray.get_actor(NAME, namespace=namespace)
     try:
-        answer: Any = controller.next_table.remote(after_epoch, timeout_s, _this_process(), running)
+        answer: Any = controller.next_table.remote(after_epoch, timeout_s, engine, running)
         table = str(ray.get(answer, timeout=timeout_s + 10))
     except Exception:
         # The controller may be gone for good: a new one has the same name, and is found by the next call.
@@ -280,10 +281,6 @@ def experts_json(namespace: str) -> str:
     controller: Any = ray.get_actor(NAME, namespace=namespace)
     answer: Any = ray.get(controller.experts.remote(), timeout=_CALL_S)
     return EXPERTS.dump_json(answer).decode()
-
-
-def _this_process() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 def sources(namespace: str, host_id: str) -> Sources:

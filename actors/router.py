@@ -50,7 +50,7 @@ _STATS_PERIOD_S = 5.0
 _TABLE_WAIT_S, _TABLE_RETRY_S = 30.0, 0.5
 _DRAIN_POLL_S = 0.05
 
-NextTable = Callable[[int, float, list[str]], str]
+NextTable = Callable[[int, float, str, list[str]], str]
 
 
 class Router:
@@ -67,10 +67,10 @@ class Router:
         observe: Callable[[Observed], None] | None = None,
         inner_port: int = 0,
     ) -> None:
-        """`fetch_table` waits for the first table; `next_table` for one after an epoch, at most so many seconds, and
-        is told the manifests of running requests; `report` is told of the traffic, every few seconds, and says how
-        even it is; `experts` gives the JSON of all that is known of the experts; `observe` is told what is seen of a
-        version on trial; on `inner_port` other replicas reach this one.
+        """`fetch_table` waits for the first table; `next_table` for one after an epoch, at most so many seconds, and is
+        told this replica's name and the manifests of running requests; `report` is told of the traffic, every few
+        seconds, and says how even it is; `experts` gives the JSON of all that is known of the experts; `observe` is
+        told what is seen of a version on trial; on `inner_port` other replicas reach this one.
         """
         self.spec = spec
         self._report, self.experts, self._observe = report, experts, observe
@@ -238,7 +238,9 @@ class Router:
         while True:
             try:
                 running = list(self.pins.running)
-                table = await in_daemon_thread(partial(next_table, self._epoch, _TABLE_WAIT_S, running))
+                table = await in_daemon_thread(
+                    partial(next_table, self._epoch, _TABLE_WAIT_S, self._name, running)
+                )
                 # An older one may come from a controller that was restarted and has not caught up.
                 if table and PlacementTable.from_json(table).epoch > self._epoch:
                     epoch = await self.set_table(table)

@@ -21,6 +21,7 @@ _GROUPS = {
     "e2e/test_versions.py": "versions",
     "e2e/test_bad_input.py": "bad input",
     "e2e/test_autoscale.py": "autoscale",
+    "e2e/test_two_engines.py": "two engines",
     "integration/test_same_tokens.py": "vllm",
     "integration/test_capacity.py": "vllm",
     "integration/test_default_model.py": "vllm",

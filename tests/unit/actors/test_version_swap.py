@@ -183,7 +183,7 @@ def test_a_request_on_its_way_to_the_engine_names_the_version_that_it_goes_on_wi
 
     async def run() -> None:
         await world.swap.to(EXPERTS)
-        scope = {"type": "http", "method": "POST"}
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
         request = asyncio.create_task(Pinned(application, world.pins)(scope, nothing, nothing))
         await asyncio.sleep(0)
         world.engine.collective_rpc = told  # type: ignore[method-assign]
@@ -236,7 +236,11 @@ def test_an_answer_names_its_version_and_the_engine_is_told() -> None:
     async def receive() -> Message:
         return {"type": "http.request"}
 
-    asyncio.run(Pinned(application, pins)({"type": "http", "method": "POST"}, receive, send))
+    asyncio.run(
+        Pinned(application, pins)(
+            {"type": "http", "method": "POST", "path": "/v1/completions"}, receive, send
+        )
+    )
     headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
     assert headers[HEADER] == "base" and sent[1]["body"] == b'{"system_fingerprint": "expertmesh-base"}'
     assert given.cache_salt == "base:mine" and given.sampling_params.extra_args == {
