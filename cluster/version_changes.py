@@ -132,6 +132,8 @@ class VersionChanges:
         store, deployment = self.store()
         digest = store.find(name)
         model = PlacementTable.from_json(deployment.table).manifest
+        # Until it is seen to run, who collects garbage must take it for young.
+        store.manifests.renew(digest)
         manifest = checked(store, digest, model, deployment.version_settings)
         with self._ledger.change:
             snapshot = self._changes.snapshot()

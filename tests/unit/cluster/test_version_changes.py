@@ -14,6 +14,7 @@ from cluster.errors import StoreError, VersionError
 from cluster.promotion import VersionSettings
 from cluster.table import PlacementTable
 from cluster.versions.aliases import Move
+from cluster.versions.collect import collect
 from cluster.versions.files import Files
 from cluster.versions.manifest import Manifest
 from tests.controller_contract import looked_until, published
@@ -320,3 +321,15 @@ def test_a_version_with_a_router_of_its_own_is_tried_out_by_an_engine_of_its_own
     assert (live(after).candidate, live(after).pinned, live(after).engines) == ("", "", ())
     assert "the engine that computed it is gone" in after.versions.status().verdict
     after.close()
+
+
+def test_a_version_that_is_being_staged_is_no_garbage(world: VersionWorld, controller: Controller) -> None:
+    version = world.publish({0: "x"})
+    before = world.store.manifests.modified(version)
+    controller.versions.stage(version)
+    after = world.store.manifests.modified(version)
+    assert before is not None and after is not None and after > before
+    collected = collect(world.store, history=1, min_age_s=0.0, now=after)
+    assert version not in collected.manifests and not set(world.store.manifests.get(version).blobs) & {
+        *collected.blobs
+    }
