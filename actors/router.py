@@ -26,6 +26,7 @@ from fastapi import FastAPI
 
 from actors import openmp
 from actors.canary_watch import CanaryWatch
+from actors.capture import Recorder
 from actors.daemon_thread import in_daemon_thread
 from actors.dense_files import DenseFiles
 from actors.neighbours import NATS, HandedOn, Neighbours, engine_name, others
@@ -39,7 +40,7 @@ from actors.version_swap import VersionSwap
 from cluster.auth import data_plane_key
 from cluster.canary import Observed
 from cluster.live_versions import others_for, same_but_choice
-from cluster.messages import RouterSpec, Traffic
+from cluster.messages import CaptureSettings, RouterSpec, Traffic
 from cluster.table import PlacementTable
 from cluster.traffic import TRAFFIC, Routing
 
@@ -79,6 +80,8 @@ class Router:
         self.engine: Any = None
         self.metrics, self.routing_metrics = MeshMetrics(), RoutingMetrics()
         self.version_metrics = VersionMetrics()
+        self.recorder: Recorder | None = None
+        """Of requests that are kept to be learnt from."""
         self._name = engine_name(os.urandom(8).hex(), inner_port)
         self.pins, self.neighbours = Pins(self._name), Neighbours(data_plane_key)
         self.watch = CanaryWatch(self.pins)
@@ -128,6 +131,8 @@ class Router:
         self.engine.degraded = {}
         await self.engine.collective_rpc("expertmesh_attach")
         await self._swap.to(first.versions)
+        if self.spec.capture is not None:
+            self.recorder = self._recorder(self.spec.capture)
         tasks = await self.engine.get_supported_tasks()
         app = build_app(args, tasks, self.engine.model_config)
         await init_app_state(self.engine, app.state, args, tasks)
@@ -145,6 +150,19 @@ class Router:
     def _replay(self, path: Path) -> Replay:
         tokenizer = self.engine.get_tokenizer()
         return Replay(self.pins, path, tokenizer.encode, self._nats, self.watch.predicted)
+
+    def _recorder(self, settings: CaptureSettings) -> Recorder:
+        from cluster.learning.stream import Stream
+
+        tokenizer = self.engine.get_tokenizer()
+
+        def render(messages: list[dict[str, Any]]) -> str:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+        stream = Stream(settings.stream.url, **settings.stream.options)
+        recorder = Recorder(settings, stream, render)
+        recorder.start()
+        return recorder
 
     def handed_on(self, app: FastAPI) -> HandedOn:
         """What other replicas may ask of this one."""
@@ -223,6 +241,9 @@ class Router:
         for task in self._background:
             task.get_loop().call_soon_threadsafe(task.cancel)
         self._dense.close()
+        recorder, self.recorder = self.recorder, None
+        if recorder is not None:
+            recorder.stop()
         engine, self.engine = self.engine, None
         if engine is not None:
             engine.shutdown()

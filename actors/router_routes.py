@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from actors.admission import Admission
 from actors.api_access import ApiKeys, KnownRoles, OpenAIErrors, error_response, keep_listed_routes
+from actors.capture import Capture
 from actors.daemon_thread import in_daemon_thread
 from actors.degraded import Degraded, Unavailable
 from actors.neighbours import PINNED
@@ -66,7 +67,8 @@ def finish(app: FastAPI, router: Router) -> None:
     @app.post("/expertmesh/feedback", tags=["expertmesh"])
     async def feedback(said: Feedback, request: Request) -> Response:
         """How good an answer was, from 0 to 1: what a version on trial is judged by, among others."""
-        if router.watch.liked(said.id, said.score):
+        kept = router.recorder is not None and router.recorder.liked(said.id, said.score)
+        if router.watch.liked(said.id, said.score) or kept:
             return Response(status_code=204)
         if PINNED not in request.scope:
             # The answer may be another replica's.
@@ -99,6 +101,8 @@ def finish(app: FastAPI, router: Router) -> None:
     app.add_middleware(Pinned, pins=router.pins, neighbours=router.neighbours)
     app.add_middleware(Degraded, marks=router.engine.degraded)
     app.add_middleware(Unavailable)
+    if router.recorder is not None:
+        app.add_middleware(Capture, recorder=router.recorder)
     app.add_middleware(Admission, limit=router.spec.max_requests, timeout_s=router.spec.request_timeout_s)
     app.add_middleware(OpenAIErrors)
     if router.spec.api_key_digests:

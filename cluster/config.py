@@ -14,6 +14,7 @@ from pydantic import BaseModel, SecretStr, ValidationError, ValidationInfo, fiel
 
 from cluster.config_admin import AdminConfig
 from cluster.config_autoscale import AutoscaleConfig
+from cluster.config_learning import LearningConfig, unknown_keys
 from cluster.config_mistakes import BadValue, raise_mistakes, schema_mistakes
 from cluster.config_placement import PlacementConfig
 from cluster.config_sources import KeyPath, Mistake, Origin, Sources, dotted, find_file
@@ -138,6 +139,7 @@ class Config(_Section):
     placement: PlacementConfig = PlacementConfig()
     versions: VersionsConfig = VersionsConfig()
     admin: AdminConfig = AdminConfig()
+    learning: LearningConfig = LearningConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("hosts")
@@ -172,6 +174,26 @@ class Config(_Section):
                 path=("admin", "port"),
             )
         return admin
+
+    @field_validator("learning")
+    @classmethod
+    def _keys_of_the_server(cls, learning: LearningConfig, info: ValidationInfo) -> LearningConfig:
+        server, capture = info.data.get("server"), learning.capture
+        if server is None:
+            return learning
+        if unknown := unknown_keys(capture, server.api_keys):
+            raise BadValue(
+                f"{unknown} of {len(capture.keys)} keys are none of server.api_keys, so that nobody can use them",
+                "name keys that the server knows, in the same words",
+                path=("learning", "capture", "keys"),
+            )
+        if capture.without_key and server.api_keys:
+            raise BadValue(
+                "with server.api_keys every request has a key",
+                "name those whose owners agreed in learning.capture.keys",
+                path=("learning", "capture", "without_key"),
+            )
+        return learning
 
     @field_validator("versions")
     @classmethod

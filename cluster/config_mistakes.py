@@ -15,7 +15,12 @@ from cluster.errors import ConfigError
 
 REFERENCE: Final = "docs/configuration.md describes every key"
 # Values that must not reach a terminal or a log, not even wrong ones.
-_SECRET: Final = (("server", "api_keys"), ("versions", "options"))
+_SECRET: Final = (
+    ("server", "api_keys"),
+    ("versions", "options"),
+    ("learning", "options"),
+    ("learning", "capture"),
+)
 # difflib's 0.6 would ask whether "gpu" was meant to be "cpu"; two swapped letters of four are 0.75.
 _ALIKE: Final = 0.7
 

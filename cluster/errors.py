@@ -44,6 +44,10 @@ class StoreError(VersionError):
     """The store of versions is out of reach, or has no room."""
 
 
+class LearningError(ExpertmeshError):
+    """What is to be learnt from is missing, damaged, or makes no sense."""
+
+
 class ProtocolError(ExpertmeshError):
     """A peer on the data plane speaks another version, model or dtype, or sent a malformed frame."""
 

@@ -253,6 +253,28 @@ class HostProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class CaptureSettings:
+    """What a router keeps of requests, to be learnt from."""
+
+    stream: StoreAddress
+    """Where shards are written."""
+    digests: tuple[str, ...]
+    """Of the API keys that agreed."""
+    without_key: bool
+    """Whether requests without a key are kept as well."""
+    share: float
+    """Of requests that are kept, 0 to 1."""
+    consent: str
+    """On what ground, in the operator's words."""
+    domain: str
+    shard_records: int
+    shard_age_s: float
+    """After which a shard is written that is not full yet."""
+    retention_s: float
+    """After which shards go."""
+
+
+@dataclass(frozen=True, slots=True)
 class RouterSpec:
     """What a router replica is told to be."""
 
@@ -272,6 +294,8 @@ class RouterSpec:
     http_port: int
     holdout: str = ""
     """File of texts that versions on trial are compared by; "" for none."""
+    capture: CaptureSettings | None = None
+    """None keeps nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from cluster.errors import ExpertmeshError
 from workloads.bench.chaos_cli import chaos_app
 from workloads.bench.cli import bench_app
 from workloads.console import console
+from workloads.learn_commands import learn_app
 from workloads.live_version_commands import versions_app
 from workloads.models.cli import model_app
 
@@ -36,6 +37,7 @@ config_app = typer.Typer(help="The configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(model_app, name="model")
 app.add_typer(versions_app, name="versions")
+app.add_typer(learn_app, name="learn")
 app.add_typer(bench_app, name="bench")
 app.add_typer(chaos_app, name="chaos")
 

@@ -20,7 +20,16 @@ from cluster.errors import CheckpointError, PlacementError
 from cluster.frame import ITEM_BYTES
 from cluster.inventory import slots
 from cluster.live_versions import LiveVersions
-from cluster.messages import AdminSettings, EngineSettings, HostSlot, HostSpec, NodeInfo, RouterSpec
+from cluster.messages import (
+    AdminSettings,
+    CaptureSettings,
+    EngineSettings,
+    HostSlot,
+    HostSpec,
+    NodeInfo,
+    RouterSpec,
+    StoreAddress,
+)
 from cluster.placement import Plan, plan
 from cluster.rehome import Limits
 from cluster.replication import read_counts
@@ -201,6 +210,26 @@ def router_spec(config: Config, print_: Blueprint) -> RouterSpec:
     return router_spec_for(config, print_.checkpoint, print_.dtype, print_.served_name)
 
 
+def capture_settings(config: Config, checkpoint: Checkpoint) -> CaptureSettings | None:
+    """What routers keep of requests; None if that is nothing."""
+    from actors.api_access import key_digest
+
+    capture = config.learning.capture
+    if not capture.on:
+        return None
+    return CaptureSettings(
+        StoreAddress(config.learning.url(checkpoint.digest), dict(config.learning.options)),
+        tuple(key_digest(key.get_secret_value()) for key in capture.keys),
+        capture.without_key,
+        capture.share,
+        capture.consent or "",
+        capture.domain,
+        capture.shard_records,
+        capture.shard_age,
+        config.learning.retention,
+    )
+
+
 def router_spec_for(config: Config, checkpoint: Checkpoint, dtype: str, name: str) -> RouterSpec:
     """The same before anything is placed: what a rehearsal needs."""
     from actors.api_access import key_digest
@@ -248,6 +277,7 @@ def router_spec_for(config: Config, checkpoint: Checkpoint, dtype: str, name: st
         ready_timeout_s=30.0,
         http_host=config.server.host,
         http_port=config.server.port,
+        capture=capture_settings(config, checkpoint),
         holdout=str(Path(config.versions.holdout).expanduser().absolute()) if config.versions.holdout else "",
     )
 

@@ -26,7 +26,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProgram]:
     """A running server; at the end Ctrl-C must end it and leave nothing."""
-    program = ServerProgram(tmp_path_factory.mktemp("server"), settings(tiny_model, free_port()))
+    folder = tmp_path_factory.mktemp("server")
+    capture = {"without_key": True, "consent": "a test", "shard_age": "1s"}
+    learning = {"stream": str(folder / "stream"), "capture": capture}
+    program = ServerProgram(folder, settings(tiny_model, free_port(), learning=learning))
     try:
         program.wait_ready()
         yield program

@@ -10,6 +10,8 @@ import httpx
 import openai
 import pytest
 
+from cluster.learning.records import Record, with_feedback
+from cluster.learning.stream import Stream
 from tests.e2e.programs import ServerProgram, wait_for
 
 GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0.0, "extra_body": {"ignore_eos": True}}
@@ -229,3 +231,28 @@ def _engine_load(http: httpx.Client) -> tuple[float, ...]:
         float(next(line for line in lines if line.startswith(f"vllm:{name}{{")).split()[-1])
         for name in ("num_requests_running", "kv_cache_usage_perc")
     )
+
+
+def test_requests_are_kept_for_learning_where_that_was_agreed_to(
+    client: openai.OpenAI, server: ServerProgram
+) -> None:
+    messages: Any = [{"role": "user", "content": "keep this"}]
+    events = list(
+        client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=8, temperature=0, stream=True
+        )
+    )
+    said = "".join(event.choices[0].delta.content or "" for event in events if event.choices)
+    feedback = {"id": events[0].id, "score": 1}
+    stream = Stream(str(server.config.parent / "stream"))
+
+    def kept() -> list[Record]:
+        found = [record for _, shard in stream.after(0) for record in shard]
+        return [record for record in with_feedback(found) if record.id == events[0].id]
+
+    wait_for(kept, 30, "the answer to be kept")
+    assert httpx.post(f"{server.url}/expertmesh/feedback", json=feedback).status_code == 204
+    wait_for(lambda: kept()[0].score == 1.0, 30, "what was said of it")
+    (record,) = kept()
+    assert record.answer == said and "keep this" in record.prompt and record.consent == "a test"
+    assert len(record.manifest) == 64

@@ -1,0 +1,11 @@
+"""What the mesh learns from, and which experts are to learn it.
+
+    records.py      what is kept of a request, a text or what a user says of an answer; shards of them in Parquet
+    stream.py       the shards in order, each written once; what is forgotten, and what is too old
+    split.py        which samples are held out: by hash, before anything else
+    filters.py      what is worth learning: no duplicates, nothing too short, repeated or from one user alone
+    reservoir.py    what is replayed: a bounded sample of all that was seen, even over domains
+    choose.py       which experts the new samples are about
+
+All but the stream are pure functions and values; nothing here needs torch or Ray.
+"""

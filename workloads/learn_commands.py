@@ -1,0 +1,205 @@
+"""`expertmesh learn ...`: what the mesh learns from."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cluster.config import Config, load_config
+from cluster.errors import LearningError
+from workloads.console import console
+
+if TYPE_CHECKING:
+    from cluster.learning.records import Record
+    from cluster.learning.stream import Stream
+
+learn_app = typer.Typer(help="What the mesh learns from.", no_args_is_help=True)
+out = console()
+err = Console(stderr=True)
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file (default: ./expertmesh.yaml).")
+]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Folder of the base checkpoint, or 'default'.")
+]
+StreamUrl = Annotated[str | None, typer.Option("--stream", help="Folder or URL (default: learning.stream).")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamState:
+    """What a stream holds."""
+
+    stream: str
+    shards: int
+    last: int
+    """The latest shard's number."""
+    records: dict[str, dict[str, int]]
+    """Domain → kind → how many."""
+    held_out: int
+    """Samples that are never learnt from."""
+    owners: int
+    oldest: float | None
+    """Seconds since 1970."""
+    newest: float | None
+
+
+@learn_app.command()
+def ingest(
+    paths: Annotated[
+        list[Path], typer.Argument(help="Text files, *.jsonl or *.parquet with a `text`, or folders of them.")
+    ],
+    domain: Annotated[str, typer.Option(help="What they are counted as.")],
+    consent: Annotated[str, typer.Option(help="On what ground they are kept.")] = "operator",
+    shard_records: Annotated[int, typer.Option(min=1, help="Records of one shard.")] = 4096,
+    config: ConfigFile = None,
+    model: Model = None,
+    stream: StreamUrl = None,
+    json_: Json = False,
+) -> None:
+    """Add texts to the stream."""
+    from cluster.learning.sources import files_of, records_of_file
+    from workloads.progress import stages
+
+    if not domain.strip():
+        raise LearningError("the domain has no name", "such as --domain law")
+    settings = _config(config, model, stream)
+    files = files_of([path.expanduser() for path in paths])
+    at = time.time()
+    records: list[Record] = []
+    # All of them before anything is written: one that can't be read leaves the stream as it was.
+    with stages(err) as progress:
+        for number, file in enumerate(files, 1):
+            records += records_of_file(file, domain, consent, at)
+            progress(f"reading {len(files)} files", number / len(files))
+    if not records:
+        raise LearningError(f"{len(files)} files hold no text", "give some that do")
+    kept = open_stream(settings)
+    shards = [
+        kept.append(records[start : start + shard_records]) for start in range(0, len(records), shard_records)
+    ]
+    if json_:
+        print(
+            json.dumps({"stream": kept.url, "files": len(files), "records": len(records), "shards": shards})
+        )
+    else:
+        out.print(
+            f"{len(records)} texts of {len(files)} files are in {kept.url}, shards {shards[0]} to {shards[-1]}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@learn_app.command("stream")
+def stream_(
+    config: ConfigFile = None, model: Model = None, stream: StreamUrl = None, json_: Json = False
+) -> None:
+    """What the stream holds."""
+    settings = _config(config, model, stream)
+    found = state_of(open_stream(settings), settings.learning.holdout)
+    if json_:
+        print(json.dumps(asdict(found), indent=2))
+        return
+    table = Table("domain", "requests", "texts", "feedback")
+    for domain, kinds in sorted(found.records.items()):
+        table.add_row(domain, *(str(kinds.get(kind, 0)) for kind in ("request", "text", "feedback")))
+    out.print(
+        f"{found.stream}: {found.shards} shards, the latest is {found.last}; "
+        f"{found.held_out} samples are held out; {found.owners} owners"
+        + (f"; from {_when(found.oldest)} to {_when(found.newest)}" if found.oldest and found.newest else ""),
+        highlight=False,
+        soft_wrap=True,
+    )
+    out.print(table)
+
+
+@learn_app.command()
+def forget(
+    key: Annotated[
+        str,
+        typer.Option(
+            envvar="EXPERTMESH_FORGET_KEY", prompt=True, hide_input=True, help="API key whose records go."
+        ),
+    ],
+    config: ConfigFile = None,
+    model: Model = None,
+    stream: StreamUrl = None,
+) -> None:
+    """Take all that was kept of one API key's requests out of the stream, with what was said of them."""
+    from cluster.learning.records import owner
+
+    if not key.strip():
+        raise LearningError("the key is empty", "give the API key whose records are to go")
+    kept = open_stream(_config(config, model, stream))
+    count = kept.forget(owner(key.strip()))
+    out.print(f"{count} records taken out of {kept.url}", highlight=False, soft_wrap=True)
+
+
+@learn_app.command()
+def expire(config: ConfigFile = None, model: Model = None, stream: StreamUrl = None) -> None:
+    """Take shards out of the stream that are older than learning.retention; routers do so as well."""
+    settings = _config(config, model, stream)
+    kept = open_stream(settings)
+    count = kept.expire(time.time() - settings.learning.retention)
+    out.print(f"{count} shards taken out of {kept.url}", highlight=False, soft_wrap=True)
+
+
+def state_of(stream: Stream, holdout: float) -> StreamState:
+    """What a stream holds. LearningError if one of its shards is damaged."""
+    from cluster.learning.split import holdout_of
+
+    records: dict[str, Counter[str]] = {}
+    owners: set[str] = set()
+    times: list[float] = []
+    held_out, numbers = 0, stream.numbers()
+    for _, shard in stream.after(0):
+        for record in shard:
+            records.setdefault(record.domain, Counter())[record.kind] += 1
+            owners |= {record.key} - {""}
+            times.append(record.at)
+            if record.kind != "feedback" and holdout and holdout_of(record.text, holdout, 1) is not None:
+                held_out += 1
+    return StreamState(
+        stream.url,
+        len(numbers),
+        max(numbers, default=0),
+        {domain: dict(kinds) for domain, kinds in records.items()},
+        held_out,
+        len(owners),
+        min(times, default=None),
+        max(times, default=None),
+    )
+
+
+def open_stream(config: Config) -> Stream:
+    """The stream that is configured; of the configured model where it has no place of its own."""
+    from cluster.learning.stream import Stream
+
+    digest = ""
+    if not config.learning.stream:
+        from workloads.progress import stages
+        from workloads.serve import open_model
+
+        with stages(err) as progress:
+            digest = open_model(config, progress)[0].digest
+    return Stream(config.learning.url(digest), **config.learning.options)
+
+
+def _config(file: Path | None, model: str | None, stream: str | None) -> Config:
+    names = {"model.path": "--model", "learning.stream": "--stream"}
+    return load_config(file, {"model.path": model, "learning.stream": stream}, os.environ, names).config
+
+
+def _when(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M")
