@@ -125,6 +125,59 @@ def stream_(
 
 
 @learn_app.command()
+def experts(
+    domain: Annotated[str, typer.Option(help="Domain of the stream that is to be learnt.")],
+    against: Annotated[
+        list[str] | None, typer.Option(help="Domain that is known; may be repeated (default: all others).")
+    ] = None,
+    reach: Annotated[
+        float, typer.Option(help="Part of what is asked for more that the chosen make up, per layer.")
+    ] = 0.2,
+    tokens: Annotated[int, typer.Option(min=1, help="Counted of each side at most.")] = 20_000,
+    seed: Annotated[int, typer.Option(help="Of which texts are counted.")] = 0,
+    png: Annotated[Path | None, typer.Option(help="Write a heat map there.")] = None,
+    config: ConfigFile = None,
+    model: Model = None,
+    stream: StreamUrl = None,
+    json_: Json = False,
+) -> None:
+    """Which experts a domain of the stream is about: those that are to learn it, and those to be cloned first."""
+    from workloads.learn_experts import as_json, as_table, domains_of, experts_for, plot
+    from workloads.plots import check_plot
+    from workloads.progress import stages
+    from workloads.serve import open_model
+
+    settings = _config(config, model, stream)
+    if png is not None:
+        check_plot(png)
+    samples = domains_of(open_stream(settings), settings.learning.holdout)
+    with stages(err) as progress:
+        checkpoint = open_model(settings, progress)[0]
+        found = experts_for(
+            checkpoint,
+            samples,
+            domain,
+            against or (),
+            reach=reach,
+            tokens=tokens,
+            seed=seed,
+            progress=progress,
+        )
+    if png is not None:
+        plot(found, png)
+    if json_:
+        print(json.dumps(as_json(found)))
+        return
+    out.print(as_table(found))
+    out.print(
+        f"{len(found.chosen)} of {found.experts} experts ({found.share:.1%}), by {found.tokens[0]} tokens of "
+        f"{domain} and {found.tokens[1]} of {', '.join(found.against)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@learn_app.command()
 def forget(
     key: Annotated[
         str,

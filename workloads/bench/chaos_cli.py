@@ -56,9 +56,9 @@ def run(
     from cluster.config import load_config
     from cluster.errors import ConfigError
     from workloads.bench.chaos_network import WAY_OUT, why_not
-    from workloads.bench.chaos_plot import check_plot
     from workloads.bench.chaos_plot import plot as draw
     from workloads.bench.chaos_scenario import load_scenario, shipped
+    from workloads.plots import check_plot
 
     if bool(names) == all_:
         raise ConfigError(

@@ -6,16 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ConfigError
-
-
-def check_plot(file: Path) -> None:
-    """ConfigError if no picture could be written there: asked before hours of measuring, not after."""
-    pyplot_for_files()
-    if file.suffix.lower() != ".png":
-        raise ConfigError(f"--plot {file} is not a PNG file's name", "end it in .png")
-    if not file.parent.is_dir():
-        raise ConfigError(f"--plot {file} can't be written: no such folder", "name a folder that exists")
+from workloads.plots import pyplot_for_files
 
 
 def plot(report: Mapping[str, Any], file: Path) -> None:
@@ -46,17 +37,3 @@ def plot(report: Mapping[str, Any], file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
-
-
-def pyplot_for_files() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError(
-            "a plot needs matplotlib, which is not installed", "pip install expertmesh[bench], or --no-plot"
-        ) from error
-    # No window, wherever this runs.
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot

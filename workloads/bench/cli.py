@@ -258,11 +258,11 @@ def placement(
     check: Check = False,
 ) -> None:
     """Where experts go, on real routing: the planner beside EPLB, round-robin and random."""
-    from workloads.bench.chaos_plot import check_plot
     from workloads.bench.placement import Settings, measure, show
     from workloads.bench.placement_plot import plot as draw
     from workloads.bench.report import write
     from workloads.console import console
+    from workloads.plots import check_plot
 
     settings = Settings(
         trace=trace,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cluster.planner import FleetPlan
-from workloads.bench.chaos_plot import pyplot_for_files
+from workloads.plots import pyplot_for_files
 
 
 def plot(report: Mapping[str, Any], planned: FleetPlan, file: Path) -> None:

@@ -12,11 +12,12 @@ from rich.console import Console
 
 from cluster.errors import ConfigError
 from workloads.bench.chaos_plan import Planned
-from workloads.bench.chaos_plot import check_plot, plot
+from workloads.bench.chaos_plot import plot
 from workloads.bench.chaos_report import bars, missed, report, show, summary
 from workloads.bench.chaos_result import Run, Struck, line
 from workloads.bench.chaos_scenario import Scenario
 from workloads.bench.chaos_server import Left
+from workloads.plots import check_plot
 
 NONE = dict.fromkeys(("unreachable", "status", "event", "broken", "no-done", "short", "timeout"), 0)
 RUN = Run(
@@ -161,7 +162,7 @@ def test_the_picture(tmp_path: Path) -> None:
     plot(made(RUN, replace(LAST, plotted=[], throughput=[])), file)
     assert file.read_bytes().startswith(b"\x89PNG")
     for wrong in (tmp_path / "chaos.svg", tmp_path / "none" / "chaos.png"):
-        with pytest.raises(ConfigError, match="--plot"):
+        with pytest.raises(ConfigError, match="the plot"):
             check_plot(wrong)
 
 

@@ -1,0 +1,62 @@
+"""Which experts a model's routers choose for some texts, counted with transformers, apart from what serves.
+
+Shape suffixes: T = tokens, K = top-k.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from cluster.errors import LearningError
+
+_LAYER: Final = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:[a-z0-9_]+\.)*experts$")
+
+
+def choices(model: nn.Module, texts: Iterable[Sequence[int]]) -> dict[int, list[int]]:
+    """Layer index → how often each expert was chosen for these texts, given as token numbers.
+
+    LearningError for a model whose experts are not found.
+    """
+    with counted(model) as counts, torch.inference_mode():
+        for tokens in texts:
+            if tokens:
+                ids = torch.tensor([list(tokens)], device=next(model.parameters()).device)
+                model(input_ids=ids, use_cache=False)
+    return {layer: found.tolist() for layer, found in counts.items()}
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[dict[int, torch.Tensor]]:
+    """Within the block, layer index → int64 [E] of choices so far, whatever runs the model."""
+    counts: dict[int, torch.Tensor] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        found = _LAYER.search(name)
+        if found is not None and isinstance(getattr(module, "num_experts", None), int):
+            counts[int(found[1])] = torch.zeros(int(module.num_experts), dtype=torch.int64)
+            hooks.append(module.register_forward_pre_hook(_counter(counts[int(found[1])]), with_kwargs=True))
+    if not hooks:
+        raise LearningError(
+            f"{type(model).__name__} has no layers of experts that are known",
+            "a mixture of experts in transformers' layout is expected",
+        )
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _counter(counts_E: torch.Tensor) -> Any:
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # The second argument of the shared layout: (hidden states, choices [T, K], weights [T, K]).
+        chosen_TK = args[1] if len(args) > 1 else kwargs["top_k_index"]
+        counts_E.add_(torch.bincount(chosen_TK.reshape(-1).cpu(), minlength=len(counts_E)))
+
+    return count

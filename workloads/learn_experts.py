@@ -1,0 +1,195 @@
+"""`expertmesh learn experts`: which experts a domain of the stream is about."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rich.table import Table
+
+from cluster.checkpoint import Checkpoint
+from cluster.errors import LearningError
+from cluster.learning.choose import Chosen, choose
+from cluster.learning.filters import FilterSettings, filtered
+from cluster.learning.records import Record, with_feedback
+from cluster.learning.split import holdout_of
+from cluster.learning.stream import Stream
+from workloads.plots import pyplot_for_files
+
+# Of one text that are counted: enough to see what it is about.
+_MOST_TOKENS: Final = 512
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertChoice:
+    """Which experts are for a domain, and on what that rests."""
+
+    domain: str
+    against: tuple[str, ...]
+    """Domains of the old data."""
+    tokens: tuple[int, int]
+    """Counted of the new data and of the old."""
+    reach: float
+    chosen: tuple[Chosen, ...]
+    experts: int
+    """Of all layers."""
+    counts: Mapping[int, Sequence[int]]
+    """Layer index → how often each expert was chosen for the new data."""
+    background: Mapping[int, Sequence[int]]
+    """The same for the old."""
+
+    @property
+    def share(self) -> float:
+        """Of all experts."""
+        return len(self.chosen) / self.experts
+
+
+def domains_of(stream: Stream, holdout: float) -> dict[str, list[Record]]:
+    """Domain → samples that may be learnt from. LearningError if there are none."""
+    samples = with_feedback(record for _, shard in stream.after(0) for record in shard)
+    learnt = [r for r in samples if not holdout or holdout_of(r.text, holdout, 1) is None]
+    found: dict[str, list[Record]] = {}
+    for record in filtered(learnt, FilterSettings()).kept:
+        found.setdefault(record.domain, []).append(record)
+    if not found:
+        raise LearningError(
+            f"{stream.url} holds nothing to learn from", "add some: `expertmesh learn ingest`"
+        )
+    return found
+
+
+def experts_for(
+    checkpoint: Checkpoint,
+    domains: Mapping[str, Sequence[Record]],
+    domain: str,
+    against: Sequence[str],
+    *,
+    reach: float,
+    tokens: int,
+    seed: int,
+    progress: Callable[[str, float], None],
+) -> ExpertChoice:
+    """Which experts a domain is about, against others (all others by default), counted over so many tokens of each.
+
+    LearningError for a domain that the stream does not have, or if there is nothing to compare with.
+    """
+    known = ", ".join(sorted(domains))
+    for name in (domain, *against):
+        if name not in domains:
+            raise LearningError(
+                f"the stream has no domain {name!r} with anything to learn from", f"it has: {known}"
+            )
+    others = tuple(against) or tuple(sorted(set(domains) - {domain}))
+    if not others or domain in others:
+        raise LearningError(
+            f"{domain} is to be compared with {'itself' if others else 'nothing'}",
+            "add a text of another kind to the stream, or name another domain with --against",
+        )
+    from actors.text_routing import choices
+
+    progress("loading the model", 0.0)
+    model, encode = _model(checkpoint)
+    dice = random.Random(seed)
+    new = _drawn([domains[domain]], encode, tokens, dice)
+    old = _drawn([domains[name] for name in others], encode, tokens, dice)
+    progress("counting the new data", 0.0)
+    counts = choices(model, _told(new, progress, "counting the new data"))
+    background = choices(model, _told(old, progress, "counting the old data"))
+    return ExpertChoice(
+        domain,
+        others,
+        (sum(map(len, new)), sum(map(len, old))),
+        reach,
+        choose(counts, background, reach=reach),
+        sum(map(len, counts.values())),
+        counts,
+        background,
+    )
+
+
+def as_json(choice: ExpertChoice) -> dict[str, Any]:
+    """For a program."""
+    chosen = [{**asdict(one), "gain": one.gain} for one in choice.chosen]
+    return {**asdict(choice), "chosen": chosen, "share": choice.share}
+
+
+def as_table(choice: ExpertChoice) -> Table:
+    """For a terminal: one row a layer."""
+    table = Table("layer", "experts to train (share of the new data, of the old)", "to be cloned")
+    for layer in choice.counts:
+        mine = [one for one in choice.chosen if one.layer == layer]
+        table.add_row(
+            str(layer),
+            ", ".join(f"{one.expert} ({one.share:.0%}, {one.background:.0%})" for one in mine),
+            ", ".join(str(one.expert) for one in mine if one.clone),
+        )
+    return table
+
+
+def plot(choice: ExpertChoice, file: Path) -> None:
+    """A heat map of how much more each expert is asked by the new data than by the old; the chosen are marked.
+
+    ConfigError if matplotlib is not installed.
+    """
+    import numpy as np
+
+    plt = pyplot_for_files()
+    layers = list(choice.counts)
+    widest = max(len(counts) for counts in choice.counts.values())
+    gains = np.full((len(layers), widest), np.nan)
+    for row, layer in enumerate(layers):
+        new, old = (np.array(of[layer], float) for of in (choice.counts, choice.background))
+        gains[row, : len(new)] = new / new.sum() - old / old.sum()
+    figure, axes = plt.subplots(figsize=(2 + widest * 0.35, 1.5 + len(layers) * 0.25))
+    bound = float(np.nanmax(np.abs(gains))) or 1.0
+    image = axes.imshow(gains, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
+    axes.scatter(
+        [one.expert for one in choice.chosen],
+        [layers.index(one.layer) for one in choice.chosen],
+        marker="s",
+        facecolors="none",
+        edgecolors="black",
+    )
+    axes.set(xlabel="expert", ylabel="layer", title=f"{choice.domain} against {', '.join(choice.against)}")
+    axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+    figure.colorbar(image, label="share of choices, more than before")
+    figure.savefig(file, bbox_inches="tight", dpi=110)
+    plt.close(figure)
+
+
+def _model(checkpoint: Checkpoint) -> tuple[Any, Callable[[str], list[int]]]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.path, dtype=torch.float32, trust_remote_code=False
+    )
+    return model.eval(), lambda text: list(tokenizer(text)["input_ids"])
+
+
+def _drawn(
+    of: Sequence[Sequence[Record]], encode: Callable[[str], list[int]], tokens: int, dice: random.Random
+) -> list[list[int]]:
+    """Texts by lot, in turns from each domain, until there are so many tokens, or none are left."""
+    left = [dice.sample(list(records), len(records)) for records in of]
+    found: list[list[int]] = []
+    count = 0
+    while any(left) and count < tokens:
+        for records in left:
+            if records and count < tokens:
+                text = encode(records.pop().text)[: min(_MOST_TOKENS, tokens - count)]
+                found.append(text)
+                count += len(text)
+    return found
+
+
+def _told(
+    texts: Sequence[list[int]], progress: Callable[[str, float], None], what: str
+) -> Iterable[list[int]]:
+    for number, text in enumerate(texts, 1):
+        yield text
+        progress(what, number / len(texts))
