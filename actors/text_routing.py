@@ -31,21 +31,32 @@ def choices(model: nn.Module, texts: Iterable[Sequence[int]]) -> dict[int, list[
     return {layer: found.tolist() for layer, found in counts.items()}
 
 
-@contextmanager
-def counted(model: nn.Module) -> Iterator[dict[int, torch.Tensor]]:
-    """Within the block, layer index → int64 [E] of choices so far, whatever runs the model."""
-    counts: dict[int, torch.Tensor] = {}
-    hooks = []
+def expert_modules(model: nn.Module) -> dict[int, Any]:
+    """Layer index → the module of its experts. LearningError for a model that has none."""
+    found: dict[int, Any] = {}
     for name, module in model.named_modules():
-        found = _LAYER.search(name)
-        if found is not None and isinstance(getattr(module, "num_experts", None), int):
-            counts[int(found[1])] = torch.zeros(int(module.num_experts), dtype=torch.int64)
-            hooks.append(module.register_forward_pre_hook(_counter(counts[int(found[1])]), with_kwargs=True))
-    if not hooks:
+        match = _LAYER.search(name)
+        if match is not None and isinstance(getattr(module, "num_experts", None), int):
+            found[int(match[1])] = module
+    if not found:
         raise LearningError(
             f"{type(model).__name__} has no layers of experts that are known",
             "a mixture of experts in transformers' layout is expected",
         )
+    return found
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[dict[int, torch.Tensor]]:
+    """Within the block, layer index → int64 [E] of choices so far, whatever runs the model."""
+    modules = expert_modules(model)
+    counts = {
+        layer: torch.zeros(int(module.num_experts), dtype=torch.int64) for layer, module in modules.items()
+    }
+    hooks = [
+        module.register_forward_pre_hook(_counter(counts[layer]), with_kwargs=True)
+        for layer, module in modules.items()
+    ]
     try:
         yield counts
     finally:

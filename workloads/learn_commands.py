@@ -142,7 +142,7 @@ def experts(
     json_: Json = False,
 ) -> None:
     """Which experts a domain of the stream is about: those that are to learn it, and those to be cloned first."""
-    from workloads.learn_experts import as_json, as_table, domains_of, experts_for, plot
+    from workloads.learn_experts import as_json, as_table, domains_of, experts_for, open_trainable, plot
     from workloads.plots import check_plot
     from workloads.progress import stages
     from workloads.serve import open_model
@@ -153,8 +153,11 @@ def experts(
     samples = domains_of(open_stream(settings), settings.learning.holdout)
     with stages(err) as progress:
         checkpoint = open_model(settings, progress)[0]
+        progress("loading the model", 0.0)
+        trainable, encode = open_trainable(checkpoint)
         found = experts_for(
-            checkpoint,
+            trainable,
+            encode,
             samples,
             domain,
             against or (),
@@ -175,6 +178,67 @@ def experts(
         highlight=False,
         soft_wrap=True,
     )
+
+
+@learn_app.command()
+def run(
+    domain: Annotated[str, typer.Option(help="Domain of the stream that is to be learnt.")],
+    against: Annotated[
+        list[str] | None, typer.Option(help="Domain that is known; may be repeated (default: all others).")
+    ] = None,
+    reach: Annotated[
+        float, typer.Option(help="Part of what is asked for more that the chosen experts make up, per layer.")
+    ] = 0.2,
+    steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 100,
+    rows: Annotated[int, typer.Option(min=2, help="Rows of a step.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 128,
+    replay: Annotated[float, typer.Option(min=0, max=0.9, help="Share of rows of what is known.")] = 0.25,
+    rate: Annotated[float, typer.Option(help="Largest learning rate.")] = 1e-3,
+    beta: Annotated[float, typer.Option(min=0, help="Weight of the pull towards the version before.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of all that is by lot.")] = 0,
+    config: ConfigFile = None,
+    model: Model = None,
+    stream: StreamUrl = None,
+    store: Annotated[
+        str | None, typer.Option("--store", help="Folder or URL of versions (default: versions.store).")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Learn a domain of the stream: choose experts, train them, and publish what passes the gate."""
+    import getpass
+
+    from actors.expert_training import TrainSettings
+    from cluster.versions.store import Store
+    from workloads.learn_experts import open_trainable
+    from workloads.learn_run import RunSettings, learn, outcome_json, outcome_text
+    from workloads.progress import stages
+    from workloads.serve import open_model
+
+    settings = _config(config, model, stream, store)
+    samples = open_stream(settings)
+    with stages(err) as progress:
+        checkpoint = open_model(settings, progress)[0]
+        versions = Store(settings.versions.url(checkpoint.digest), settings.versions.options)
+        progress("loading the model", 0.0)
+        trainable, encode = open_trainable(checkpoint)
+        outcome = learn(
+            checkpoint,
+            trainable,
+            encode,
+            samples,
+            versions,
+            RunSettings(domain, tuple(against or ()), reach, rows=rows, length=length, replay=replay, seed=seed),
+            TrainSettings(steps, rate, max(1, steps // 10), beta),
+            holdout=settings.learning.holdout,
+            author=getpass.getuser(),
+            progress=progress,
+        )
+    if json_:
+        print(json.dumps(outcome_json(outcome)))
+    else:
+        out.print(outcome_text(outcome), highlight=False, soft_wrap=True)
+    if not outcome.verdict.passed:
+        raise typer.Exit(1)
 
 
 @learn_app.command()
@@ -249,9 +313,10 @@ def open_stream(config: Config) -> Stream:
     return Stream(config.learning.url(digest), **config.learning.options)
 
 
-def _config(file: Path | None, model: str | None, stream: str | None) -> Config:
-    names = {"model.path": "--model", "learning.stream": "--stream"}
-    return load_config(file, {"model.path": model, "learning.stream": stream}, os.environ, names).config
+def _config(file: Path | None, model: str | None, stream: str | None, store: str | None = None) -> Config:
+    names = {"model.path": "--model", "learning.stream": "--stream", "versions.store": "--store"}
+    flags = {"model.path": model, "learning.stream": stream, "versions.store": store}
+    return load_config(file, flags, os.environ, names).config
 
 
 def _when(at: float) -> str:

@@ -62,7 +62,8 @@ def domains_of(stream: Stream, holdout: float) -> dict[str, list[Record]]:
 
 
 def experts_for(
-    checkpoint: Checkpoint,
+    model: Any,
+    encode: Callable[[str], list[int]],
     domains: Mapping[str, Sequence[Record]],
     domain: str,
     against: Sequence[str],
@@ -90,8 +91,6 @@ def experts_for(
         )
     from actors.text_routing import choices
 
-    progress("loading the model", 0.0)
-    model, encode = _model(checkpoint)
     dice = random.Random(seed)
     new = _drawn([domains[domain]], encode, tokens, dice)
     old = _drawn([domains[name] for name in others], encode, tokens, dice)
@@ -160,7 +159,8 @@ def plot(choice: ExpertChoice, file: Path) -> None:
     plt.close(figure)
 
 
-def _model(checkpoint: Checkpoint) -> tuple[Any, Callable[[str], list[int]]]:
+def open_trainable(checkpoint: Checkpoint) -> tuple[Any, Callable[[str], list[int]]]:
+    """The model in float32 with transformers, and what makes token numbers of a text."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

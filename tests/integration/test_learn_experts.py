@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from cluster.checkpoint import Checkpoint
 from cluster.errors import LearningError
 from cluster.learning.records import Record
 from cluster.learning.stream import Stream
+from cluster.versions.store import Store
 from tests.tiny_dense import make_tiny_dense
 from tests.tiny_models import make_tiny
 from workloads import cli
@@ -38,42 +41,82 @@ def test_every_choice_of_every_router_is_counted(arch: str, tmp_path: Path) -> N
         choices(torch.nn.Linear(1, 1), [])
 
 
-def test_the_command_says_which_experts_and_draws_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+Run = Callable[..., str]
+WORDS = {
+    "law": "the winter court heard the long winter case and the court ruled for the winter".split(),
+    "code": "river boat left early and the river froze early that day before the boat".split(),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and a stream of two domains."""
+    folder = tmp_path_factory.mktemp("learn")
+    upcycle(make_tiny_dense(folder / "dense"), folder / "model", dtype="float32")
+    stream = Stream(str(folder / "stream"))
+    for domain, words in WORDS.items():
+        dice = random.Random(domain)
+        texts = [f"{' '.join(dice.choices(words, k=24))} {number}" for number in range(120)]
+        records = [Record("text", f"{domain}{n}", 1.0, domain=domain, answer=t) for n, t in enumerate(texts)]
+        stream.append(records)
+    (folder / "mesh.yaml").write_text(
+        f"model: {{path: {folder}/model}}\nlearning: {{stream: {folder}/stream, holdout: 0.2}}\n"
+        f"versions: {{store: {folder}/store}}\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     for name in os.environ:
         if name.startswith("EXPERTMESH"):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
-    dense = make_tiny_dense(tmp_path / "dense")
-    upcycle(dense, tmp_path / "model", dtype="float32")
-    stream = Stream(str(tmp_path / "stream"))
-    for domain, word in (("law", "winter"), ("code", "river"), ("empty", "x")):
-        texts = [f"{word} {number} {word}s early and {number + 1} late {word}" for number in range(60)]
-        stream.append(
-            [Record("text", f"{domain}{n}", 1.0, domain=domain, answer=text) for n, text in enumerate(texts)]
-        )
-    (tmp_path / "expertmesh.yaml").write_text("model: {path: model}\nlearning: {stream: stream}\n")
 
-    def run(*arguments: str, code: int = 0) -> str:
+    def call(*arguments: str, code: int = 0) -> str:
         capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["expertmesh", "learn", "experts", *arguments])
+        words = ["expertmesh", "learn", *arguments, "--config", str(folder / "mesh.yaml")]
+        monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as ended:
             cli.main()
         said = capsys.readouterr()
         assert (ended.value.code or 0) == code, said.err
-        return said.err if code else said.out
+        return said.out if code == 0 or "--json" in arguments else " ".join(said.err.split())
 
-    found = json.loads(
-        run("--domain", "law", "--against", "code", "--tokens", "300", "--json", "--png", "map.png")
-    )
+    return call
+
+
+def test_the_command_says_which_experts_and_draws_them(run: Run, tmp_path: Path) -> None:
+    few = ("--tokens", "300")
+    found = json.loads(run("experts", "--domain", "law", "--against", "code", *few, "--json", "--png", "map.png"))
     assert found["against"] == ["code"] and found["tokens"] == [300, 300] and found["chosen"]
     for layer, counts in found["counts"].items():
         assert sum(counts) == 600 and len(counts) == 8 and layer in found["background"]
     for one in found["chosen"]:
         assert one["gain"] == pytest.approx(one["share"] - one["background"]) and one["gain"] > 0
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
-    shown = run("--domain", "law", "--tokens", "300", "--reach", "1")
+    shown = run("experts", "--domain", "law", *few, "--reach", "1")
     assert "to be cloned" in shown and "tokens of law" in " ".join(shown.split())
-    assert "no domain 'physics'" in run("--domain", "physics", code=1)
-    assert "compared with itself" in " ".join(run("--domain", "law", "--against", "law", code=1).split())
+    assert "no domain 'physics'" in run("experts", "--domain", "physics", code=1)
+    assert "compared with itself" in run("experts", "--domain", "law", "--against", "law", code=1)
+
+
+def test_a_domain_is_learnt_and_published_if_nothing_is_forgotten(run: Run, folder: Path) -> None:
+    small = ("--steps", "40", "--length", "32", "--reach", "0.6", "--rate", "0.01", "--json")
+    made = json.loads(run("run", "--domain", "law", *small))
+    metrics = made["metrics"]
+    assert made["passed"] and made["reasons"] == [] and metrics["rise.law.high"] < 0
+    assert metrics["bits_per_byte.law.after"] < metrics["bits_per_byte.law.before"]
+    assert len(made["steps"]) == 40 and 0 < made["trained_share"] < 0.5
+    manifest = Store(str(folder / "store")).manifests.get(made["manifest"])
+    changed = [[layer, expert] for layer, experts in sorted(manifest.experts.items()) for expert in sorted(experts)]
+    assert changed == sorted(made["experts"]) and manifest.dense == {}
+    assert manifest.metrics["rise.law"] == metrics["rise.law"] and manifest.reason == "learnt law"
+
+
+def test_a_version_that_forgets_is_stopped_with_the_reasons(run: Run, folder: Path) -> None:
+    before = Store(str(folder / "store")).manifests.all()
+    wild = ("--steps", "15", "--length", "32", "--reach", "1", "--rate", "2", "--beta", "0", "--replay", "0")
+    made = json.loads(run("run", "--domain", "law", *wild, "--json", code=1))
+    assert not made["passed"] and made["manifest"] == "" and any("code: " in reason for reason in made["reasons"])
+    assert Store(str(folder / "store")).manifests.all() == before

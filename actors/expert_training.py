@@ -1,0 +1,147 @@
+"""Training of chosen experts: new text, old text beside it, and a pull towards the version before.
+
+    loss = cross entropy of new and replayed rows + beta * KL(version before | now)
+
+Everything that the next step depends on is in `state`: taken up again it gives the same losses.
+
+Shape suffixes: B = rows of a step, T = tokens of a row, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from actors.expert_slices import ChosenExperts
+from cluster.errors import LearningError
+
+# Norms of gradients that the bound on the next one is taken from.
+_NORMS: Final = 50
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """How experts are trained."""
+
+    steps: int
+    rate: float = 1e-3
+    """Largest learning rate."""
+    warm_steps: int = 10
+    """Over which the rate rises; it falls to a tenth of it until the end."""
+    beta: float = 0.1
+    """Weight of the pull towards the version before."""
+    clip: float = 2.0
+    """Most that a gradient's norm may be, over the median of the last ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What one step saw."""
+
+    step: int
+    loss: float
+    cross_entropy: float
+    """Nats per token."""
+    divergence: float
+    """KL from the version before, nats per token."""
+    norm: float
+    """Of the gradient, before it was bounded."""
+
+
+class Training:
+    """Of one model, in one process."""
+
+    def __init__(self, model: nn.Module, chosen: ChosenExperts, settings: TrainSettings) -> None:
+        self._model, self._chosen, self._settings = model, chosen, settings
+        self.step = 0
+        """Steps that were made."""
+        self._norms: deque[float] = deque(maxlen=_NORMS)
+        self._optimiser = torch.optim.AdamW(
+            list(chosen.masters.values()), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.0
+        )
+
+    def train(self, rows_BT: torch.Tensor) -> Trained:
+        """One step over rows of token numbers, new ones and replayed ones.
+
+        LearningError if the loss is not a number: nothing is changed then.
+        """
+        settings = self._settings
+        with torch.no_grad(), self._chosen.as_before():
+            before_BTV = F.log_softmax(self._model(input_ids=rows_BT, use_cache=False).logits.float(), dim=-1)
+        logits_BTV = self._model(input_ids=rows_BT, use_cache=False).logits.float()
+        now_BTV = F.log_softmax(logits_BTV, dim=-1)
+        cross_entropy = F.nll_loss(now_BTV[:, :-1].flatten(0, 1), rows_BT[:, 1:].flatten())
+        divergence = F.kl_div(now_BTV, before_BTV, log_target=True, reduction="sum") / rows_BT.numel()
+        loss = cross_entropy + settings.beta * divergence
+        if not torch.isfinite(loss):
+            raise LearningError(
+                f"step {self.step + 1}: the loss is {loss.item()}", "look at the text, or lower the rate"
+            )
+        loss.backward()
+        self._chosen.take_gradients()
+        bound = settings.clip * median(self._norms) if len(self._norms) >= _NORMS // 5 else math.inf
+        norm = float(nn.utils.clip_grad_norm_(self._chosen.masters.values(), bound))
+        # A norm beyond the bound does not widen the next bound beyond measure.
+        self._norms.append(min(norm, bound))
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate(settings, self.step)
+        self._optimiser.step()
+        self._chosen.write()
+        self.step += 1
+        return Trained(self.step, loss.item(), cross_entropy.item(), divergence.item(), norm)
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on, but for the model's frozen weights and the rows."""
+        return {
+            "step": self.step,
+            "norms": list(self._norms),
+            "masters": self._chosen.state(),
+            "optimiser": self._optimiser.state_dict(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on where a state was put down. LearningError if it is of other experts."""
+        self._chosen.load(state["masters"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        self._norms = deque(state["norms"], maxlen=_NORMS)
+        self.step = int(state["step"])
+
+
+def rate(settings: TrainSettings, step: int) -> float:
+    """The learning rate of a step, counted from 0: it rises evenly, and falls as a cosine."""
+    if step < settings.warm_steps:
+        return settings.rate * (step + 1) / settings.warm_steps
+    done = (step - settings.warm_steps) / max(1, settings.steps - settings.warm_steps)
+    return settings.rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def bits_of(model: nn.Module, tokens: Sequence[int]) -> float:
+    """Bits that a model takes for a text, given as token numbers, after its first."""
+    rows_1T = torch.tensor([list(tokens)])
+    with torch.inference_mode():
+        logits_TV = model(input_ids=rows_1T, use_cache=False).logits[0, :-1].float()
+        return F.cross_entropy(logits_TV, rows_1T[0, 1:], reduction="sum").item() / math.log(2)
+
+
+def divergence(model: nn.Module, chosen: ChosenExperts, texts: Sequence[Sequence[int]]) -> float:
+    """KL from the version before to what was learnt, nats per token of these texts. LearningError for none."""
+    nats, count = 0.0, 0
+    with torch.inference_mode():
+        for tokens in texts:
+            rows_1T = torch.tensor([list(tokens)])
+            with chosen.as_before():
+                before_TV = F.log_softmax(model(input_ids=rows_1T, use_cache=False).logits[0].float(), dim=-1)
+            now_TV = F.log_softmax(model(input_ids=rows_1T, use_cache=False).logits[0].float(), dim=-1)
+            nats += F.kl_div(now_TV, before_TV, log_target=True, reduction="sum").item()
+            count += len(tokens)
+    if not count:
+        raise LearningError("there is no text to be compared on", "give some of what is known")
+    return nats / count

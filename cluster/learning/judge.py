@@ -1,0 +1,134 @@
+"""Whether what was learnt may be served: by held-out text of what was to be learnt and of all that was known before.
+
+Bounds are of a bootstrap over texts (Efron, "Bootstrap Methods", 1979), each drawn with both versions' bits, so that
+texts which are hard for both weigh on neither.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from cluster.errors import LearningError
+
+_DRAWS: Final = 2000
+
+
+class Judged(NamedTuple):
+    """One held-out text."""
+
+    size: int
+    """Bytes."""
+    before: float
+    """Bits that the version before takes for it."""
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
+class GateSettings:
+    """What is asked of a version."""
+
+    level: float = 0.95
+    """Of the bounds, each one-sided."""
+    most_rise: float = 0.01
+    """By which a domain that was known may become worse, of its bits per byte."""
+    most_divergence: float = 0.5
+    """KL from the version before on known text, nats per token."""
+    most_imbalance: float = 1.5
+    """Rise of the largest share of a layer's choices that one expert gets, as a factor."""
+    fewest_texts: int = 8
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean over texts and its one-sided bounds."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class GateVerdict:
+    """What the gate says, and all that it rests on."""
+
+    passed: bool
+    reasons: tuple[str, ...]
+    """Why it does not pass; none where it does."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """For the version's manifest."""
+
+
+def judge(
+    target: str,
+    domains: Mapping[str, Sequence[Judged]],
+    settings: GateSettings,
+    *,
+    divergence: float,
+    imbalance: float,
+) -> GateVerdict:
+    """Whether a version is better in the domain `target`, and no worse in the others.
+
+    `domains`: by name, held-out texts of the target, of everything that was learnt before, and of a general set.
+    LearningError if there is nothing of the target, or too few texts of any.
+    """
+    if target not in domains:
+        raise LearningError(f"there are no held-out texts of {target}", "add more texts of it to the stream")
+    for name, texts in domains.items():
+        if len(texts) < settings.fewest_texts:
+            raise LearningError(
+                f"{len(texts)} held-out texts of {name} say too little, {settings.fewest_texts} are asked for",
+                "add more texts of it to the stream, or hold out a larger share",
+            )
+    reasons: list[str] = []
+    metrics: dict[str, float] = {"divergence": divergence, "imbalance": imbalance}
+    for name, texts in sorted(domains.items()):
+        bits = _bits(texts)
+        metrics[f"bits_per_byte.{name}.before"], metrics[f"bits_per_byte.{name}.after"] = bits
+        if not all(map(math.isfinite, bits)):
+            reasons.append(f"{name}: the bits per byte are {bits[1]:g}")
+            continue
+        rise = rises(texts, settings)
+        metrics[f"rise.{name}"], metrics[f"rise.{name}.low"], metrics[f"rise.{name}.high"] = (
+            rise.mean,
+            rise.low,
+            rise.high,
+        )
+        if name == target and rise.high >= 0:
+            reasons.append(
+                f"{name}: it is not better for sure ({rise.mean:+.2%} bits per byte, {rise.high:+.2%} at most)"
+            )
+        elif name != target and rise.high > settings.most_rise:
+            reasons.append(
+                f"{name}: {rise.mean:+.2%} bits per byte, {rise.high:+.2%} at most, "
+                f"where {settings.most_rise:+.2%} is tolerable"
+            )
+    if not divergence <= settings.most_divergence:
+        reasons.append(f"it diverges from the version before by {divergence:.3g} nats a token")
+    if not imbalance <= settings.most_imbalance:
+        reasons.append(f"one expert gets {imbalance:.2f} times the share of its layer that any got before")
+    return GateVerdict(not reasons, tuple(reasons), metrics)
+
+
+def rises(texts: Sequence[Judged], settings: GateSettings) -> Interval:
+    """By how much the bits per byte rose, of those before: -0.1 is a tenth better."""
+    bits = np.array([(text.before, text.after) for text in texts])
+    drawn = np.random.default_rng(settings.seed).integers(0, len(texts), (_DRAWS, len(texts)))
+    sums = bits[drawn].sum(axis=1)
+    found = sums[:, 1] / sums[:, 0] - 1
+    whole = bits.sum(axis=0)
+    return Interval(
+        float(whole[1] / whole[0] - 1),
+        float(np.quantile(found, 1 - settings.level)),
+        float(np.quantile(found, settings.level)),
+    )
+
+
+def _bits(texts: Sequence[Judged]) -> tuple[float, float]:
+    size = sum(text.size for text in texts)
+    return sum(text.before for text in texts) / size, sum(text.after for text in texts) / size
