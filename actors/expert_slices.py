@@ -61,7 +61,9 @@ class ChosenExperts:
                 self._before[key] = held.data[expert].clone()
                 self.masters[key] = nn.Parameter(held.data[expert].float().clone())
         if not self.masters:
-            raise LearningError("no expert is chosen, so that nothing can be learnt", "choose with a larger reach")
+            raise LearningError(
+                "no expert is chosen, so that nothing can be learnt", "choose with a larger reach"
+            )
 
     @property
     def share(self) -> float:
@@ -90,7 +92,7 @@ class ChosenExperts:
             self.write()
 
     def tensors(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-        """What was trained, by the names and in the dtypes of the checkpoint, as `expertmesh versions publish` takes it.
+        """What was trained, by the checkpoint's names and in its dtypes, as `expertmesh versions publish` takes it.
 
         LearningError if the checkpoint keeps experts in a layout that is not known here.
         """

@@ -227,7 +227,9 @@ def run(
             encode,
             samples,
             versions,
-            RunSettings(domain, tuple(against or ()), reach, rows=rows, length=length, replay=replay, seed=seed),
+            RunSettings(
+                domain, tuple(against or ()), reach, rows=rows, length=length, replay=replay, seed=seed
+            ),
             TrainSettings(steps, rate, max(1, steps // 10), beta),
             holdout=settings.learning.holdout,
             author=getpass.getuser(),

@@ -1,10 +1,10 @@
 """`expertmesh learn run`: from a domain of the stream to a version of the model, if the gate lets it through.
 
-    1. samples are split: what is held out judges, the rest is learnt
-    2. the experts that the domain is about are chosen
-    3. they are trained on it, with what is known beside it
-    4. the gate compares bits per byte before and after, in the domain and in all others
-    5. what passes is published, with the gate's numbers; nothing serves it yet
+1. samples are split: what is held out judges, the rest is learnt
+2. the experts that the domain is about are chosen
+3. they are trained on it, with what is known beside it
+4. the gate compares bits per byte before and after, in the domain and in all others
+5. what passes is published, with the gate's numbers; nothing serves it yet
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def outcome_text(outcome: Outcome) -> str:
     """For a person."""
     metrics, first, last = outcome.verdict.metrics, outcome.steps[0], outcome.steps[-1]
     lines = [
-        f"{len(outcome.choice.chosen)} of {outcome.choice.experts} experts, {outcome.trained_share:.1%} of the weights, "
+        f"{len(outcome.choice.chosen)} of {outcome.choice.experts} experts, {outcome.trained_share:.1%} of weights, "
         f"{last.step} steps: {first.cross_entropy:.3f} to {last.cross_entropy:.3f} nats a token"
     ]
     for name in (outcome.choice.domain, *outcome.choice.against):
@@ -220,9 +220,7 @@ def _rows(
         yield torch.tensor(rows)
 
 
-def _packed(
-    draw: Callable[[], str], encode: Callable[[str], list[int]], length: int
-) -> Iterator[list[int]]:
+def _packed(draw: Callable[[], str], encode: Callable[[str], list[int]], length: int) -> Iterator[list[int]]:
     waiting: list[int] = []
     empty = 0
     while True:
@@ -267,5 +265,6 @@ def _divergence(model: Any, chosen: ChosenExperts, texts: Sequence[list[int]]) -
 def _imbalance(before: Mapping[int, Sequence[int]], after: Mapping[int, Sequence[int]]) -> float:
     """The largest rise of a layer's largest share, as a factor."""
     return max(
-        (max(after[layer]) / sum(after[layer])) / (max(before[layer]) / sum(before[layer])) for layer in before
+        (max(after[layer]) / sum(after[layer])) / (max(before[layer]) / sum(before[layer]))
+        for layer in before
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import random
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +18,13 @@ from transformers import AutoModelForCausalLM
 from actors.text_routing import choices
 from cluster.checkpoint import Checkpoint
 from cluster.errors import LearningError
+from cluster.learning.judge import GateVerdict, judge
 from cluster.learning.records import Record
 from cluster.learning.stream import Stream
 from cluster.versions.store import Store
 from tests.tiny_dense import make_tiny_dense
 from tests.tiny_models import make_tiny
-from workloads import cli
+from workloads import cli, learn_run
 from workloads.models.upcycle import upcycle
 
 pytestmark = pytest.mark.slow
@@ -43,8 +46,8 @@ def test_every_choice_of_every_router_is_counted(arch: str, tmp_path: Path) -> N
 
 Run = Callable[..., str]
 WORDS = {
-    "law": "the winter court heard the long winter case and the court ruled for the winter".split(),
-    "code": "river boat left early and the river froze early that day before the boat".split(),
+    "law": ("the", "winter", "court", "heard", "long", "case", "and", "ruled", "for", "winter"),
+    "code": ("river", "boat", "left", "early", "froze", "that", "day", "before", "river"),
 }
 
 
@@ -67,7 +70,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
     for name in os.environ:
         if name.startswith("EXPERTMESH"):
             monkeypatch.delenv(name)
@@ -88,7 +93,9 @@ def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_the_command_says_which_experts_and_draws_them(run: Run, tmp_path: Path) -> None:
     few = ("--tokens", "300")
-    found = json.loads(run("experts", "--domain", "law", "--against", "code", *few, "--json", "--png", "map.png"))
+    found = json.loads(
+        run("experts", "--domain", "law", "--against", "code", *few, "--json", "--png", "map.png")
+    )
     assert found["against"] == ["code"] and found["tokens"] == [300, 300] and found["chosen"]
     for layer, counts in found["counts"].items():
         assert sum(counts) == 600 and len(counts) == 8 and layer in found["background"]
@@ -109,14 +116,23 @@ def test_a_domain_is_learnt_and_published_if_nothing_is_forgotten(run: Run, fold
     assert metrics["bits_per_byte.law.after"] < metrics["bits_per_byte.law.before"]
     assert len(made["steps"]) == 40 and 0 < made["trained_share"] < 0.5
     manifest = Store(str(folder / "store")).manifests.get(made["manifest"])
-    changed = [[layer, expert] for layer, experts in sorted(manifest.experts.items()) for expert in sorted(experts)]
+    changed = [
+        [layer, expert] for layer, experts in sorted(manifest.experts.items()) for expert in sorted(experts)
+    ]
     assert changed == sorted(made["experts"]) and manifest.dense == {}
     assert manifest.metrics["rise.law"] == metrics["rise.law"] and manifest.reason == "learnt law"
 
 
-def test_a_version_that_forgets_is_stopped_with_the_reasons(run: Run, folder: Path) -> None:
+def test_what_the_gate_stops_is_not_published_and_says_why(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = Store(str(folder / "store")).manifests.all()
-    wild = ("--steps", "15", "--length", "32", "--reach", "1", "--rate", "2", "--beta", "0", "--replay", "0")
-    made = json.loads(run("run", "--domain", "law", *wild, "--json", code=1))
-    assert not made["passed"] and made["manifest"] == "" and any("code: " in reason for reason in made["reasons"])
+
+    def stop(*args: Any, **more: Any) -> GateVerdict:
+        return replace(judge(*args, **more), passed=False, reasons=("code: +3.00% bits per byte",))
+
+    monkeypatch.setattr(learn_run, "judge", stop)
+    small = ("run", "--domain", "law", "--steps", "2", "--length", "32", "--reach", "0.6")
+    made = json.loads(run(*small, "--json", code=1))
+    assert not made["passed"] and made["manifest"] == "" and made["reasons"] == ["code: +3.00% bits per byte"]
     assert Store(str(folder / "store")).manifests.all() == before
