@@ -38,7 +38,8 @@ description: Freezes a host whose experts nobody else holds, and asks that no cl
 deployment:
   hosts: [{name: local, count: 2, threads: 1}]
   placement: {replicas: 1}
-load: {streams: 8, duration: 7s, prompts: 2}
+# Long answers: with short ones of the tiny model all streams may be between two of them when the host is stopped.
+load: {streams: 8, duration: 7s, prompts: 2, output_tokens: 400}
 events:
   - {action: stop, host: any, at: 2s}
   - {action: continue, host: same, after: 3s}
