@@ -46,11 +46,14 @@ class HttpServer:
         """Whether requests are being taken."""
         return self._task is not None and not self._task.done()
 
-    def start(self, app: ASGIApp) -> None:
-        """Take requests from now on, in the running event loop."""
+    def start(self, app: ASGIApp, *, lifespan: bool = True) -> None:
+        """Take requests from now on, in the running event loop; without `lifespan` where another server of the same
+        application begins and ends it.
+        """
         config = uvicorn.Config(
             app,
             log_level="warning",
+            lifespan="auto" if lifespan else "off",
             access_log=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
             backlog=_BACKLOG,

@@ -52,7 +52,7 @@ def serve_application(
             except Exception as error:
                 # vLLM's own exception only says that its engine process said why.
                 raise RuntimeError(engine_words() or str(error)) from error
-            self._inner.start(self._router.handed_on(app))
+            self._inner.start(self._router.handed_on(app), lifespan=False)
             self._http.start(app)
 
         async def check_health(self) -> None:
