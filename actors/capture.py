@@ -66,7 +66,7 @@ class Recorder:
         self._waiting: deque[Exchange | Record] = deque()
         self._answers: OrderedDict[str, str] = OrderedDict()
         self._records: list[Record] = []
-        self._oldest = 0.0
+        self._oldest = self._retry_at = 0.0
         self._stop = threading.Event()
         self.kept = self.dropped = 0
         """Records that were written, and exchanges and records that were not, for want of room or time."""
@@ -126,7 +126,8 @@ class Recorder:
                 self._oldest = now
             self._records += made
         full = len(self._records) >= self._settings.shard_records
-        if self._records and (full or now - self._oldest >= self._settings.shard_age_s):
+        old = now - self._oldest >= self._settings.shard_age_s
+        if self._records and (full or old) and now >= self._retry_at:
             self._write(now)
 
     def _made(self, exchange: Exchange) -> list[Record]:
@@ -147,8 +148,7 @@ class Recorder:
                 self._expired_at = now
         except ExpertmeshError as error:
             log.warning("the stream can't be written", reason=error.message, waiting=len(self._records))
-            # As if they had just come.
-            self._oldest = now - self._settings.shard_age_s + _RETRY_S
+            self._retry_at = now + _RETRY_S
             return
         self.kept += len(self._records)
         self._records = []

@@ -11,7 +11,6 @@ import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable, Collection
-from contextlib import suppress
 from hashlib import sha256
 from typing import Any, Final, Protocol
 
@@ -112,8 +111,7 @@ class Neighbours:
         finally:
             for task in (asked, left):
                 task.cancel()
-            with suppress(BaseException):
-                await asyncio.gather(asked, left, return_exceptions=True)
+            await asyncio.gather(asked, left, return_exceptions=True)
         return True
 
     async def _relay(self, engine: str, manifest: str, scope: Scope, body: bytes, send: Send) -> None:

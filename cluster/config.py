@@ -201,14 +201,14 @@ class Config(_Section):
         placement = info.data.get("placement")
         if placement is None or not versions.spare_experts:
             return versions
-        for key, value, way_out in (
-            ("placement.no_replica", placement.no_replica, "fail or drop"),
-            ("placement.capacity.policy", placement.capacity.policy, "dropless"),
+        for key, value, possible in (
+            ("placement.no_replica", placement.no_replica, ("fail", "drop")),
+            ("placement.capacity.policy", placement.capacity.policy, ("dropless",)),
         ):
-            if value not in ("fail", "drop", "dropless") or (key.endswith("policy") and value == "drop"):
+            if value not in possible:
                 raise BadValue(
                     f"routers that versions may enlarge don't go with {key}: {value}",
-                    f"set it to 0, or {key} to {way_out}",
+                    f"set it to 0, or {key} to {' or '.join(possible)}",
                     path=("versions", "spare_experts"),
                 )
         return versions

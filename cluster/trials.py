@@ -6,7 +6,7 @@ What is seen and what follows is decided in `cluster.canary`; here it is done, a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Final
 
@@ -55,7 +55,7 @@ class Trials:
                 self.end("the engine that computed it is gone")
             return
         if set(engines) - set(versions.engines):
-            self._on_trial(deployment.canary)
+            self._on_trial(deployment.canary, engines)
         self._judge(deployment.canary)
 
     def try_out(self, trial: Trial) -> None:
@@ -78,7 +78,8 @@ class Trials:
                     f"version {versions.candidate[:12]} is on trial",
                     "end that with promote or rollback first",
                 )
-            if not same_engine(versions, digest, versions.serving) and len(self._versions.engines()) < 2:
+            engines = self._versions.engines()
+            if not same_engine(versions, digest, versions.serving) and len(engines) < 2:
                 raise VersionConflictError(
                     f"version {digest[:12]} changes the engine's own weights, which one engine can't have twice",
                     "promote it as a whole, or start with engine.replicas: 2",
@@ -90,7 +91,7 @@ class Trials:
         now = store.aliases.current(CANDIDATE)
         if now is None or now.manifest != digest:
             store.aliases.move(CANDIDATE, Move((now.number if now else 0) + 1, digest, self._wall()))
-        self._on_trial(canary)
+        self._on_trial(canary, engines)
 
     def observe(self, seen: Observed) -> None:
         """What a router saw of the candidate and of the version that serves."""
@@ -104,7 +105,7 @@ class Trials:
         found = verdict(canary, self._wall())
         if found.what == "advance":
             log.info("canary advances", manifest=canary.trial.manifest[:12], reason=found.reason)
-            self._on_trial(advanced(canary, self._wall()))
+            self._on_trial(advanced(canary, self._wall()), self._versions.engines())
         elif found.what == "promote":
             log.info("canary promoted", manifest=canary.trial.manifest[:12], reason=found.reason)
             try:
@@ -116,12 +117,13 @@ class Trials:
         elif found.what == "rollback":
             self.end(found.reason)
 
-    def _on_trial(self, canary: Canary) -> None:
+    def _on_trial(self, canary: Canary, engines: Collection[str]) -> None:
         with self._ledger.change:
             deployment, state = self._ledger.required(), self._ledger.repair
             table = PlacementTable.from_json(deployment.table)
-            engines = {*self._versions.engines(), *table.versions.engines}
-            versions = with_candidate(table.versions, canary.trial.manifest, canary.share, engines)
+            # One that is gone may only be silent; whoever asks it in vain asks the next.
+            known = {*engines, *table.versions.engines}
+            versions = with_candidate(table.versions, canary.trial.manifest, canary.share, known)
             deployment = replace(with_table(deployment, replace(table, versions=versions)), canary=canary)
             left = {name: r for name, r in deployment.retiring.items() if name != canary.trial.manifest}
             self._ledger.save(replace(deployment, retiring=left), replace(state, epoch=state.epoch + 1))

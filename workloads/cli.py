@@ -25,6 +25,7 @@ from workloads.console import console
 from workloads.learn_commands import learn_app
 from workloads.live_version_commands import versions_app
 from workloads.models.cli import model_app
+from workloads.options import ConfigFile
 
 app = typer.Typer(
     name="expertmesh",
@@ -44,9 +45,6 @@ app.add_typer(chaos_app, name="chaos")
 out = console()
 err = Console(stderr=True)
 
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", "-c", help="YAML file (default: ./expertmesh.yaml).")
-]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Checkpoint folder, or 'default'.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 Hosts = Annotated[int | None, typer.Option("--hosts", help="Number of expert hosts in the first group.")]

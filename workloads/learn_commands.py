@@ -18,6 +18,7 @@ from rich.table import Table
 from cluster.config import Config, load_config
 from cluster.errors import LearningError
 from workloads.console import console
+from workloads.options import ConfigFile, Json, Model
 
 if TYPE_CHECKING:
     from cluster.learning.records import Record
@@ -27,14 +28,7 @@ learn_app = typer.Typer(help="What the mesh learns from.", no_args_is_help=True)
 out = console()
 err = Console(stderr=True)
 
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", "-c", help="YAML file (default: ./expertmesh.yaml).")
-]
-Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="Folder of the base checkpoint, or 'default'.")
-]
 StreamUrl = Annotated[str | None, typer.Option("--stream", help="Folder or URL (default: learning.stream).")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ def learn(
     LearningError if there is too little of anything, before anything is trained.
     """
     from actors.expert_slices import ChosenExperts
-    from actors.expert_training import Training
+    from actors.expert_training import Training, divergence
     from actors.text_routing import choices
 
     samples = domains_of(stream, holdout)
@@ -130,12 +130,14 @@ def learn(
     model.eval()
     progress("the gate", 0.0)
     known = [tokens for name in choice.against for _, tokens in judged[name]]
+    with chosen.as_before():
+        before = choices(model, known)
     verdict = judge(
         settings.domain,
         _compared(model, chosen, judged, progress),
         settings.gate,
-        divergence=_divergence(model, chosen, known),
-        imbalance=_imbalance(choice.background, choices(model, known)),
+        divergence=divergence(model, chosen, known),
+        imbalance=_imbalance(before, choices(model, known)),
     )
     if not verdict.passed:
         return Outcome(choice, chosen.share, tuple(steps), verdict)
@@ -254,12 +256,6 @@ def _compared(
         ]
         progress("the gate", number / len(judged))
     return found
-
-
-def _divergence(model: Any, chosen: ChosenExperts, texts: Sequence[list[int]]) -> float:
-    from actors.expert_training import divergence
-
-    return divergence(model, chosen, texts)
 
 
 def _imbalance(before: Mapping[int, Sequence[int]], after: Mapping[int, Sequence[int]]) -> float:

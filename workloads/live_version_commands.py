@@ -16,8 +16,9 @@ from cluster.config_mistakes import BadValue
 from cluster.config_values import parse_duration
 from cluster.errors import HostError, VersionError
 from workloads.console import console
+from workloads.options import ConfigFile, Json
 from workloads.running import RunningController, running_controller
-from workloads.version_commands import ConfigFile, Json, Version, configured
+from workloads.version_commands import Version, configured
 from workloads.version_commands import versions_app as versions_app
 
 out = console()

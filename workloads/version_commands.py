@@ -18,6 +18,7 @@ from cluster.config_mistakes import BadValue
 from cluster.config_values import parse_duration
 from cluster.errors import VersionError
 from workloads.console import console
+from workloads.options import ConfigFile, Json, Model
 
 if TYPE_CHECKING:
     from cluster.versions.store import Store
@@ -26,17 +27,10 @@ versions_app = typer.Typer(help="Versions of the model, expert by expert.", no_a
 out = console()
 err = Console(stderr=True)
 
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", "-c", help="YAML file (default: ./expertmesh.yaml).")
-]
-Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="Folder of the base checkpoint, or 'default'.")
-]
 StoreUrl = Annotated[str | None, typer.Option("--store", help="Folder or URL (default: versions.store).")]
 Version = Annotated[
     str, typer.Argument(help="Alias, digest, or how a digest begins.", metavar="VERSION", show_default=False)
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 
 @versions_app.command("list")

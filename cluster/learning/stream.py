@@ -72,15 +72,17 @@ class Stream:
         return taken
 
     def expire(self, before: float) -> int:
-        """Take away shards that hold nothing younger than a time (seconds since 1970); how many.
+        """Take away shards from the first on, until one holds something younger than a time (seconds since 1970); how
+        many.
 
         The latest stays, or its number would be given again.
         """
         count = 0
         for number in self.numbers()[:-1]:
-            if all(record.at < before for record in self.read(number)):
-                self._files.remove(_name(number))
-                count += 1
+            if any(record.at >= before for record in self.read(number)):
+                break
+            self._files.remove(_name(number))
+            count += 1
         return count
 
 

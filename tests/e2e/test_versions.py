@@ -15,9 +15,8 @@ import pytest
 
 from tests.changed_model import changed_model
 from tests.e2e.asking import PROMPTS, Asking, ask
-from tests.e2e.controller_client import ControllerClient
 from tests.e2e.programs import ServerProgram, free_port, settings, wait_for
-from tests.e2e.version_mesh import LONG, Mesh
+from tests.e2e.version_mesh import LONG, Mesh, running_mesh
 from tests.grown_model import grown_model
 
 pytestmark = pytest.mark.slow
@@ -28,20 +27,8 @@ STEPS = ("promotion written down", "alias moved", "table published")
 
 @pytest.fixture(scope="module")
 def mesh(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    mesh = Mesh(tiny_model, tmp_path_factory.mktemp("versions"), versions={"spare_experts": 2})
-    try:
-        mesh.server.wait_ready()
-        with ControllerClient(mesh.server.config, mesh.server.url) as controller:
-            mesh.controller = controller
-            yield mesh
-        mesh.server.interrupt()
-        assert mesh.server.wait() == 0, mesh.server.err
-        assert "Traceback" not in mesh.server.err
-        with pytest.raises(httpx.ConnectError):
-            mesh.admin.get("/health")
-        mesh.server.assert_gone()
-    finally:
-        mesh.server.kill()
+    with running_mesh(tiny_model, tmp_path_factory.mktemp("versions"), versions={"spare_experts": 2}) as mesh:
+        yield mesh
 
 
 @pytest.fixture(autouse=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import pytest
 
 from cluster.live_versions import HEADER
 from cluster.version_changes import VersionsStatus
@@ -124,3 +126,22 @@ class Mesh:
     def ask_controller(self, method: str, *arguments: object) -> Any:
         assert self.controller is not None
         return self.controller.ask(method, *arguments)
+
+
+@contextmanager
+def running_mesh(model: Path, folder: Path, **sections: Any) -> Iterator[Mesh]:
+    """Within the block a mesh that is ready; at its end Ctrl-C must end it and leave nothing."""
+    mesh = Mesh(model, folder, **sections)
+    try:
+        mesh.server.wait_ready()
+        with ControllerClient(mesh.server.config, mesh.server.url) as controller:
+            mesh.controller = controller
+            yield mesh
+        mesh.server.interrupt()
+        assert mesh.server.wait() == 0, mesh.server.err
+        assert "Traceback" not in mesh.server.err
+        with pytest.raises(httpx.ConnectError):
+            mesh.admin.get("/health")
+        mesh.server.assert_gone()
+    finally:
+        mesh.server.kill()

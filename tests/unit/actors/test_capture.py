@@ -162,6 +162,9 @@ def test_a_store_without_room_costs_nothing_but_what_does_not_fit(monkeypatch: p
     kept.take()
     assert kept.dropped == 4, "and too many in all"
     shards.fails = False
+    now += 1.0
+    kept.take()
+    assert shards.written == [], "it is not asked all the time"
     now += 100.0
     kept.take()
     assert [len(shard) for shard in shards.written] == [6] and kept.kept == 6

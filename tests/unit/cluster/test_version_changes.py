@@ -166,18 +166,25 @@ def test_where_signatures_are_wanted_an_unsigned_version_is_refused(world: Versi
 
 
 @pytest.mark.parametrize(
-    ("manifest", "words"),
+    ("room", "manifest", "words"),
     [
-        (Manifest(MODEL, added={2: {6: 0, 7: 1}}), "has 2 experts more .*with versions.spare_experts: 2"),
-        (Manifest(MODEL, retired={2: (0,)}), "retires experts.*with versions.spare_experts: 1"),
+        (1, Manifest(MODEL, added={2: {6: 0, 7: 1}}), "has 2 experts more .*with versions.spare_experts: 2"),
+        (0, Manifest(MODEL, retired={2: (0,)}), "retires experts.*with versions.spare_experts: 1"),
     ],
 )
 def test_other_numbers_of_experts_than_engines_have_room_for_are_refused(
-    world: VersionWorld, controller: Controller, manifest: Manifest, words: str
+    world: VersionWorld, room: int, manifest: Manifest, words: str
 ) -> None:
+    controller = world.controller()
+    settings = VersionSettings(keep_warm_s=KEEP_S, spare_experts=room)
+    controller.deploy(replace(world.deployment(), version_settings=settings))
+    published(controller)
+    controller.look()
     digest = world.store.manifests.put(manifest)
     with pytest.raises(VersionError, match=f"(?s){words}"):
         controller.versions.stage(digest)
+    assert controller.versions.status().live == (BASE.digest,)
+    controller.close()
 
 
 def test_a_version_without_room_is_refused_with_the_numbers(

@@ -47,10 +47,20 @@ class Versions(RuleBasedStateMachine):
     @rule(
         experts=st.dictionaries(st.integers(0, 5), st.sampled_from("xyz"), max_size=2),
         parent=st.integers(0, 9),
+        added=st.sampled_from([{}, {}, {6: 0}, {6: 2, 7: 2}]),
+        retired=st.sampled_from([(), (), (0,), (2, 5)]),
     )
-    def publish(self, experts: dict[int, str], parent: int) -> None:
-        version = self.world.publish(experts, self.published[parent % len(self.published)])
-        self.published.append(version)
+    def publish(
+        self, experts: dict[int, str], parent: int, added: dict[int, int], retired: tuple[int, ...]
+    ) -> None:
+        parent_ = self.published[parent % len(self.published)]
+        more = {expert: "xy"[expert % 2] for expert in added if expert == 7}
+        self.published.append(self.world.publish({**experts, **more}, parent_, added, retired))
+
+    @rule()
+    def another_engine_asks(self) -> None:
+        assert self.world.table is not None
+        self.controller.next_table(self.world.table.epoch, 0, "other")
 
     @rule(which=st.integers(0, 9))
     def stage(self, which: int) -> None:
@@ -168,7 +178,13 @@ class Versions(RuleBasedStateMachine):
         for manifest in self.world.running:
             goes_on_as = table.versions.continued.get(manifest, manifest)
             assert goes_on_as in table.versions.live
-        assert numbers(table.versions, {2: (0,)})[2]
+        for manifest, differs in table.versions.live.items():
+            gone = table.versions.retired.get(manifest, {}).get(2, ())
+            added = table.versions.added.get(manifest, {}).get(2, {})
+            for expert in {*range(6), *added} - {*gone}:
+                number = differs.get(2, {}).get(expert, expert)
+                assert number in numbers(table.versions, {2: (added.get(expert, expert),)})[2]
+        assert table.versions.pinned in ("", *table.versions.engines)
 
     def teardown(self) -> None:
         if hasattr(self, "controller"):

@@ -51,13 +51,31 @@ class VersionWorld(MemoryWorld):
             table=replace(table, versions=versions).to_json(),
             layers=tuple(MoeLayer(layer, 6, 100) for layer in EXPERTS),
             store=self.address,
-            version_settings=VersionSettings(keep_warm_s=KEEP_S),
+            version_settings=VersionSettings(keep_warm_s=KEEP_S, spare_experts=2),
         )
 
-    def publish(self, experts: dict[int, str], parent: str = "") -> str:
-        """A version with these contents of experts of layer 2."""
+    def publish(
+        self,
+        experts: dict[int, str],
+        parent: str = "",
+        added: dict[int, int] | None = None,
+        retired: tuple[int, ...] = (),
+    ) -> str:
+        """A version with these contents of experts of layer 2; with others beside some, or without some, it has a
+        router of its own.
+        """
         named = {expert: self.store.blobs.put(text.encode())[0] for expert, text in experts.items()}
-        return self.store.manifests.put(Manifest(MODEL, {2: named} if named else {}, parent=parent))
+        grown = bool(added or retired)
+        return self.store.manifests.put(
+            Manifest(
+                MODEL,
+                {2: named} if named else {},
+                {"gate": self.store.blobs.put(f"{added} {retired}".encode())[0]} if grown else {},
+                parent,
+                added={2: added} if added else {},
+                retired={2: retired} if retired else {},
+            )
+        )
 
     def follow(self, controller: Controller) -> None:
         """The engine takes the table, and says so."""
