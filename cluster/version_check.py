@@ -26,7 +26,7 @@ def checked(store: Store, digest: str, model: str, settings: VersionSettings) ->
     if more > room or (manifest.retired and not room):
         raise VersionConflictError(
             f"version {digest[:12]} "
-            + (f"has {more} experts more in a layer than the checkpoint" if more else "retires experts")
+            + (f"has layers with {more} more experts than the checkpoint's" if more else "retires experts")
             + f", and this mesh was started with versions.spare_experts: {room}",
             f"start it with versions.spare_experts: {max(more, 1)}",
         )

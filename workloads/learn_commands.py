@@ -136,7 +136,15 @@ def experts(
     json_: Json = False,
 ) -> None:
     """Which experts a domain of the stream is about: those that are to learn it, and those to be cloned first."""
-    from workloads.learn_experts import as_json, as_table, domains_of, experts_for, open_trainable, plot
+    from workloads.learn_experts import (
+        as_json,
+        as_table,
+        domains_of,
+        experts_for,
+        open_trainable,
+        plot,
+        samples_for,
+    )
     from workloads.plots import check_plot
     from workloads.progress import stages
     from workloads.serve import open_model
@@ -144,7 +152,8 @@ def experts(
     settings = _config(config, model, stream)
     if png is not None:
         check_plot(png)
-    samples = domains_of(open_stream(settings), settings.learning.holdout)
+    found_domains = domains_of(open_stream(settings), settings.learning.holdout)
+    samples = samples_for(found_domains, domain, against or ())
     with stages(err) as progress:
         checkpoint = open_model(settings, progress)[0]
         progress("loading the model", 0.0)
@@ -153,8 +162,6 @@ def experts(
             trainable,
             encode,
             samples,
-            domain,
-            against or (),
             reach=reach,
             tokens=tokens,
             seed=seed,
@@ -204,12 +211,15 @@ def run(
     from actors.expert_training import TrainSettings
     from cluster.versions.store import Store
     from workloads.learn_experts import open_trainable
-    from workloads.learn_run import RunSettings, learn, outcome_json, outcome_text
+    from workloads.learn_run import RunSettings, learn, material_of, outcome_json, outcome_text
     from workloads.progress import stages
     from workloads.serve import open_model
 
     settings = _config(config, model, stream, store)
-    samples = open_stream(settings)
+    wanted = RunSettings(
+        domain, tuple(against or ()), reach, rows=rows, length=length, replay=replay, seed=seed
+    )
+    material = material_of(open_stream(settings), settings.learning.holdout, wanted)
     with stages(err) as progress:
         checkpoint = open_model(settings, progress)[0]
         versions = Store(settings.versions.url(checkpoint.digest), settings.versions.options)
@@ -219,13 +229,10 @@ def run(
             checkpoint,
             trainable,
             encode,
-            samples,
+            material,
             versions,
-            RunSettings(
-                domain, tuple(against or ()), reach, rows=rows, length=length, replay=replay, seed=seed
-            ),
+            wanted,
             TrainSettings(steps, rate, max(1, steps // 10), beta),
-            holdout=settings.learning.holdout,
             author=getpass.getuser(),
             progress=progress,
         )

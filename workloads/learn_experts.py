@@ -61,19 +61,18 @@ def domains_of(stream: Stream, holdout: float) -> dict[str, list[Record]]:
     return found
 
 
-def experts_for(
-    model: Any,
-    encode: Callable[[str], list[int]],
-    domains: Mapping[str, Sequence[Record]],
-    domain: str,
-    against: Sequence[str],
-    *,
-    reach: float,
-    tokens: int,
-    seed: int,
-    progress: Callable[[str, float], None],
-) -> ExpertChoice:
-    """Which experts a domain is about, against others (all others by default), counted over so many tokens of each.
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What is to be learnt, and what is known already."""
+
+    domain: str
+    new: Sequence[Record]
+    old: Mapping[str, Sequence[Record]]
+    """By domain."""
+
+
+def samples_for(domains: Mapping[str, Sequence[Record]], domain: str, against: Sequence[str]) -> Samples:
+    """A domain's samples, and those of others: of all others by default.
 
     LearningError for a domain that the stream does not have, or if there is nothing to compare with.
     """
@@ -89,17 +88,31 @@ def experts_for(
             f"{domain} is to be compared with {'itself' if others else 'nothing'}",
             "add a text of another kind to the stream, or name another domain with --against",
         )
+    return Samples(domain, domains[domain], {name: domains[name] for name in others})
+
+
+def experts_for(
+    model: Any,
+    encode: Callable[[str], list[int]],
+    samples: Samples,
+    *,
+    reach: float,
+    tokens: int,
+    seed: int,
+    progress: Callable[[str, float], None],
+) -> ExpertChoice:
+    """Which experts the new samples are about, more than the old ones, counted over so many tokens of each."""
     from actors.text_routing import choices
 
     dice = random.Random(seed)
-    new = _drawn([domains[domain]], encode, tokens, dice)
-    old = _drawn([domains[name] for name in others], encode, tokens, dice)
+    new = _drawn([samples.new], encode, tokens, dice)
+    old = _drawn(list(samples.old.values()), encode, tokens, dice)
     progress("counting the new data", 0.0)
     counts = choices(model, _told(new, progress, "counting the new data"))
     background = choices(model, _told(old, progress, "counting the old data"))
     return ExpertChoice(
-        domain,
-        others,
+        samples.domain,
+        tuple(samples.old),
         (sum(map(len, new)), sum(map(len, old))),
         reach,
         choose(counts, background, reach=reach),
@@ -163,7 +176,10 @@ def open_trainable(checkpoint: Checkpoint) -> tuple[Any, Callable[[str], list[in
     """The model in float32 with transformers, and what makes token numbers of a text."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    # Progress is shown by ours.
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint.path, dtype=torch.float32, trust_remote_code=False

@@ -26,7 +26,7 @@ from cluster.learning.split import holdout_of
 from cluster.learning.stream import Stream
 from cluster.versions.publish import publish
 from cluster.versions.store import Store
-from workloads.learn_experts import ExpertChoice, domains_of, experts_for
+from workloads.learn_experts import ExpertChoice, Samples, domains_of, experts_for, samples_for
 
 if TYPE_CHECKING:
     import torch
@@ -74,53 +74,64 @@ class Outcome:
     """Of the version; "" where the gate did not let it through."""
 
 
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What a run has to go on."""
+
+    samples: Samples
+    held: Mapping[str, Sequence[Record]]
+    """By domain, of the new one and the old ones: what judges."""
+
+
+def material_of(stream: Stream, holdout: float, settings: RunSettings) -> Material:
+    """What the stream has for a run; looked at before a model is loaded.
+
+    LearningError if there is too little of anything.
+    """
+    samples = samples_for(domains_of(stream, holdout), settings.domain, settings.against)
+    held = held_out(stream, holdout)
+    needed = settings.gate.fewest_texts
+    for name in (settings.domain, *samples.old):
+        if (count := len(held.get(name, ()))) < needed:
+            raise LearningError(
+                f"{count} held-out texts of {name} say too little, {needed} are asked for",
+                "add more texts of it to the stream, or hold out a larger share (learning.holdout)",
+            )
+    return Material(samples, {name: held[name] for name in (settings.domain, *samples.old)})
+
+
 def learn(
     checkpoint: Checkpoint,
     model: Any,
     encode: Callable[[str], list[int]],
-    stream: Stream,
+    material: Material,
     store: Store,
     settings: RunSettings,
     training: TrainSettings,
     *,
-    holdout: float,
     author: str,
     progress: Progress,
 ) -> Outcome:
-    """Learn a domain of the stream once, from the base checkpoint.
-
-    LearningError if there is too little of anything, before anything is trained.
-    """
+    """Learn a domain once, from the base checkpoint."""
     from actors.expert_slices import ChosenExperts
     from actors.expert_training import Training, divergence
     from actors.text_routing import choices
 
-    samples = domains_of(stream, holdout)
-    held = held_out(stream, holdout)
+    samples = material.samples
     choice = experts_for(
         model,
         encode,
         samples,
-        settings.domain,
-        settings.against,
         reach=settings.reach,
         tokens=settings.count_tokens,
         seed=settings.seed,
         progress=progress,
     )
-    judged = {
-        name: _for_gate(held.get(name, ()), encode, settings) for name in (settings.domain, *choice.against)
-    }
-    for name, texts in judged.items():
-        if len(texts) < settings.gate.fewest_texts:
-            raise LearningError(
-                f"{len(texts)} held-out texts of {name} say too little, {settings.gate.fewest_texts} are asked for",
-                "add more texts of it to the stream, or hold out a larger share",
-            )
+    judged = {name: _for_gate(records, encode, settings) for name, records in material.held.items()}
     chosen = ChosenExperts(model, [(one.layer, one.expert) for one in choice.chosen])
     old = Reservoir(settings.reservoir, settings.seed)
-    old.add(record for name in choice.against for record in samples[name])
-    rows = _rows(samples[settings.domain], old, encode, settings)
+    old.add(record for records in samples.old.values() for record in records)
+    rows = _rows(samples.new, old, encode, settings)
     learner = Training(model, chosen, training)
     model.train()
     steps = []

@@ -24,7 +24,7 @@ from cluster.learning.stream import Stream
 from cluster.versions.store import Store
 from tests.tiny_dense import make_tiny_dense
 from tests.tiny_models import make_tiny
-from workloads import cli, learn_run
+from workloads import cli, learn_experts, learn_run
 from workloads.models.upcycle import upcycle
 
 pytestmark = pytest.mark.slow
@@ -105,6 +105,7 @@ def test_the_command_says_which_experts_and_draws_them(run: Run, tmp_path: Path)
     shown = run("experts", "--domain", "law", *few, "--reach", "1")
     assert "to be cloned" in shown and "tokens of law" in " ".join(shown.split())
     assert "no domain 'physics'" in run("experts", "--domain", "physics", code=1)
+    assert "no domain 'physics'" in run("run", "--domain", "physics", code=1)
     assert "compared with itself" in run("experts", "--domain", "law", "--against", "law", code=1)
 
 
@@ -136,3 +137,14 @@ def test_what_the_gate_stops_is_not_published_and_says_why(
     made = json.loads(run(*small, "--json", code=1))
     assert not made["passed"] and made["manifest"] == "" and made["reasons"] == ["code: +3.00% bits per byte"]
     assert Store(str(folder / "store")).manifests.all() == before
+
+
+def test_too_little_to_judge_by_is_told_before_a_model_is_loaded(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learn_experts, "open_trainable", None)
+    text = "a text of which there is one alone, and which is long enough"
+    Stream(str(folder / "stream")).append([Record("text", "alone", 1.0, domain="alone", answer=text)])
+    assert "0 held-out texts of alone say too little, 8 are asked for" in run(
+        "run", "--domain", "alone", "--against", "law", code=1
+    )

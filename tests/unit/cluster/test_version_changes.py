@@ -168,7 +168,11 @@ def test_where_signatures_are_wanted_an_unsigned_version_is_refused(world: Versi
 @pytest.mark.parametrize(
     ("room", "manifest", "words"),
     [
-        (1, Manifest(MODEL, added={2: {6: 0, 7: 1}}), "has 2 experts more .*with versions.spare_experts: 2"),
+        (
+            1,
+            Manifest(MODEL, added={2: {6: 0, 7: 1}}),
+            "has layers with 2 more experts .*with versions.spare_experts: 2",
+        ),
         (0, Manifest(MODEL, retired={2: (0,)}), "retires experts.*with versions.spare_experts: 1"),
     ],
 )
