@@ -10,6 +10,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+_SLOW_DOWN = "slow down"
+
 
 class ControllerClient:
     """Connected for as long as the block lasts."""
@@ -34,6 +36,11 @@ class ControllerClient:
         self._ours.send((method, arguments))
         return self._answer()
 
+    def slow_down(self, host_id: str, floor_ms: float) -> None:
+        """Have each layer of a host take so long at least; 0 for as fast as it can."""
+        self._ours.send((_SLOW_DOWN, (host_id, floor_ms)))
+        self._answer()
+
     def _answer(self) -> Any:
         assert self._ours.poll(180), "no answer"
         answer = self._ours.recv()
@@ -52,7 +59,10 @@ def _serve(connection: Connection, config: Path, url: str) -> None:
             connection.send(None)
             while (question := connection.recv()) is not None:
                 try:
-                    answer = controller.ask(question[0], *question[1])
+                    if question[0] == _SLOW_DOWN:
+                        answer = _slow_down(*question[1])
+                    else:
+                        answer = controller.ask(question[0], *question[1])
                 except ExpertmeshError as error:
                     answer = error
                 except Exception as error:
@@ -60,3 +70,16 @@ def _serve(connection: Connection, config: Path, url: str) -> None:
                 connection.send(answer)
     except Exception as error:
         connection.send(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+def _slow_down(host_id: str, floor_ms: float) -> None:
+    import ray
+
+    from actors.ray_hosts import RayHosts
+
+    host = RayHosts(ray.get_runtime_context().namespace).find(host_id)
+    assert host is not None
+    if floor_ms:
+        host.failpoint("slow_floor_ms", floor_ms, 30)
+    # Which turns the floor on, and off.
+    host.failpoint("slow", 1.01 if floor_ms else 1, 30)

@@ -21,6 +21,8 @@ from tests.e2e.programs import ServerProgram, free_port, run, settings, wait_for
 
 LONG = 480
 """Tokens of a long answer."""
+_SLOW_MS = 20.0
+"""Of each layer, while something is done in the middle of one."""
 
 
 class Mesh:
@@ -94,13 +96,17 @@ class Mesh:
 
     def while_streaming(self, do: Callable[[], object]) -> tuple[str, list[int]]:
         """A long answer in the middle of which something is done."""
+        assert self.controller is not None
         found: list[tuple[str, list[int]]] = []
         self.streamed = 0
         thread = threading.Thread(target=lambda: found.append(self.stream()))
+        # A busy machine does the other thing slowly, and is not to have the answer finished by then.
+        self.controller.slow_down("local-0", _SLOW_MS)
         thread.start()
         wait_for(lambda: self.streamed > 3, 60, "the first tokens")
         do()
         assert self.streamed < LONG, "the answer was over before"
+        self.controller.slow_down("local-0", 0)
         thread.join(120)
         return found[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -25,20 +26,34 @@ def left_behind(before: Collection[str]) -> set[str]:
 
 
 def _held() -> set[str]:
-    held = set()
+    # By inode and not by name: a semaphore is made and mapped under another name than it gets then.
+    inodes: set[tuple[int, int]] = set()
     for process in psutil.process_iter():
         folder = Path(f"/proc/{process.pid}")
         # Not another user's, or one that ends meanwhile.
         with contextlib.suppress(OSError):
             for line in (folder / "maps").read_text(errors="replace").splitlines():
-                held.add(line.partition(_FOLDER)[2].removesuffix(" (deleted)"))
+                if _FOLDER in line:
+                    major, _, minor = line.split()[3].partition(":")
+                    inodes.add((os.makedev(int(major, 16), int(minor, 16)), int(line.split()[4])))
         with contextlib.suppress(OSError):
             for link in (folder / "fd").iterdir():
                 with contextlib.suppress(OSError):
-                    held.add(str(link.readlink()).partition(_FOLDER)[2].removesuffix(" (deleted)"))
+                    if str(link.readlink()).startswith(_FOLDER):
+                        status = link.stat()
+                        inodes.add((status.st_dev, status.st_ino))
+    return {name for name in names() if _is_held(name, inodes)}
+
+
+def _is_held(name: str, inodes: Collection[tuple[int, int]]) -> bool:
     # Intel's OpenMP runtime keeps one for each process that uses it, and does not keep it open.
-    openmp = (name for name in names() if name.startswith(_OPENMP))
-    return held | {name for name in openmp if psutil.pid_exists(_maker(name))}
+    if name.startswith(_OPENMP) and psutil.pid_exists(_maker(name)):
+        return True
+    try:
+        status = (Path(_FOLDER) / name).stat()
+    except OSError:
+        return False
+    return (status.st_dev, status.st_ino) in inodes
 
 
 def _maker(name: str) -> int:

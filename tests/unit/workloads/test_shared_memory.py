@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import uuid
 from pathlib import Path
 
@@ -23,3 +24,12 @@ def test_what_nobody_holds_is_left_behind() -> None:
     finally:
         path.unlink()
     assert path.name not in left_behind(before)
+
+
+@pytest.mark.skipif(not FOLDER.is_dir(), reason="no /dev/shm")
+def test_a_semaphore_is_held_by_the_process_that_made_it() -> None:
+    before = names()
+    # With "spawn" its name stays for as long as it is used.
+    lock = multiprocessing.get_context("spawn").Lock()
+    fresh = names().difference(before)
+    assert any(name.startswith("sem.") for name in fresh) and not left_behind(before), lock
