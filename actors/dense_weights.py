@@ -36,15 +36,22 @@ def to_load(checkpoint: Checkpoint, before: Mapping[str, str], after: Mapping[st
     ]
 
 
-def more_rows(checkpoint: Checkpoint, files: Mapping[str, str]) -> dict[int, torch.Tensor]:
-    """Layer → the rows that its router has behind the checkpoint's, of those that have such."""
+def more_rows(checkpoint: Checkpoint, own: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Layer → the rows that its router has behind the checkpoint's, of those among a version's `own` that have such."""
+    return {
+        layer: own[name][checkpoint.tensors[name].shape[0] :]
+        for name, layer in routers(checkpoint).items()
+        if name in own and len(own[name]) > checkpoint.tensors[name].shape[0]
+    }
+
+
+def routers_of(checkpoint: Checkpoint, files: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The routers that a version has of its own, by name, out of the files of its tensors."""
     found = {}
-    for name, layer in routers(checkpoint).items():
+    for name in routers(checkpoint):
         if name in files:
             with safe_open(Path(files[name]), framework="pt") as opened:
-                rows = opened.get_tensor(name)
-            if len(rows) > checkpoint.tensors[name].shape[0]:
-                found[layer] = rows[checkpoint.tensors[name].shape[0] :]
+                found[name] = opened.get_tensor(name)
     return found
 
 

@@ -41,7 +41,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from actors import growing_router, openmp, scored_router
 from actors.buffers import Layout
 from actors.capacity import CapacityLimit
-from actors.dense_weights import more_rows, tensors, to_load
+from actors.dense_weights import more_rows, routers_of, tensors, to_load
 from actors.dispatch import Dispatcher
 from actors.outages import Outages
 from actors.reroute import install, keep_off
@@ -338,7 +338,9 @@ class WorkerExtension:
         names = to_load(checkpoint, _dense, files)
         if names:
             runner.reload_weights(weights_iterator=tensors(checkpoint, names, files))
-        growing_router.use(_rows, more_rows(checkpoint, files) if _rows else {}, retired)
+        growing_router.use(
+            _rows, more_rows(checkpoint, routers_of(checkpoint, files)) if _rows else {}, retired
+        )
         _dense = files
         return (perf_counter_ns() - began) / 1e9
 

@@ -136,12 +136,12 @@ def experts(
     json_: Json = False,
 ) -> None:
     """Which experts a domain of the stream is about: those that are to learn it, and those to be cloned first."""
+    from actors.trainable_version import open_encoder, open_version
     from workloads.learn_experts import (
         as_json,
         as_table,
         domains_of,
         experts_for,
-        open_trainable,
         plot,
         samples_for,
     )
@@ -157,7 +157,7 @@ def experts(
     with stages(err) as progress:
         checkpoint = open_model(settings, progress)[0]
         progress("loading the model", 0.0)
-        trainable, encode = open_trainable(checkpoint)
+        trainable, encode = open_version(checkpoint), open_encoder(checkpoint)
         found = experts_for(
             trainable,
             encode,
@@ -209,8 +209,8 @@ def run(
     import getpass
 
     from actors.expert_training import TrainSettings
+    from actors.trainable_version import open_encoder, open_version
     from cluster.versions.store import Store
-    from workloads.learn_experts import open_trainable
     from workloads.learn_run import RunSettings, learn, material_of, outcome_json, outcome_text
     from workloads.progress import stages
     from workloads.serve import open_model
@@ -224,7 +224,7 @@ def run(
         checkpoint = open_model(settings, progress)[0]
         versions = Store(settings.versions.url(checkpoint.digest), settings.versions.options)
         progress("loading the model", 0.0)
-        trainable, encode = open_trainable(checkpoint)
+        trainable, encode = open_version(checkpoint), open_encoder(checkpoint)
         outcome = learn(
             checkpoint,
             trainable,

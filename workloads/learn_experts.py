@@ -10,7 +10,6 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from cluster.checkpoint import Checkpoint
 from cluster.errors import LearningError
 from cluster.learning.choose import Chosen, choose
 from cluster.learning.filters import FilterSettings, filtered
@@ -170,21 +169,6 @@ def plot(choice: ExpertChoice, file: Path) -> None:
     figure.colorbar(image, label="share of choices, more than before")
     figure.savefig(file, bbox_inches="tight", dpi=110)
     plt.close(figure)
-
-
-def open_trainable(checkpoint: Checkpoint) -> tuple[Any, Callable[[str], list[int]]]:
-    """The model in float32 with transformers, and what makes token numbers of a text."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    # Progress is shown by ours.
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.path, dtype=torch.float32, trust_remote_code=False
-    )
-    return model.eval(), lambda text: list(tokenizer(text)["input_ids"])
 
 
 def _drawn(

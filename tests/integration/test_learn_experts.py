@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from actors import trainable_version
 from actors.text_routing import choices
 from cluster.checkpoint import Checkpoint
 from cluster.errors import LearningError
@@ -24,7 +25,7 @@ from cluster.learning.stream import Stream
 from cluster.versions.store import Store
 from tests.tiny_dense import make_tiny_dense
 from tests.tiny_models import make_tiny
-from workloads import cli, learn_experts, learn_run
+from workloads import cli, learn_run
 from workloads.models.upcycle import upcycle
 
 pytestmark = pytest.mark.slow
@@ -142,7 +143,7 @@ def test_what_the_gate_stops_is_not_published_and_says_why(
 def test_too_little_to_judge_by_is_told_before_a_model_is_loaded(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learn_experts, "open_trainable", None)
+    monkeypatch.setattr(trainable_version, "open_version", None)
     text = "a text of which there is one alone, and which is long enough"
     Stream(str(folder / "stream")).append([Record("text", "alone", 1.0, domain="alone", answer=text)])
     assert "0 held-out texts of alone say too little, 8 are asked for" in run(

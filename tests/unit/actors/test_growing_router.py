@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from actors.dense_weights import more_rows, tensors
+from actors.dense_weights import more_rows, routers_of, tensors
 from actors.growing_router import GrowingRouter, Rows, check
 from cluster.errors import CheckpointError
 from tests.unit.cluster.versions import tiny
@@ -83,7 +83,7 @@ def test_a_longer_router_is_loaded_in_two_parts(tmp_path: Path) -> None:
     save_file({tiny.GATE: gate}, file)
     files = {tiny.GATE: str(file)}
     assert [len(rows) for _, rows in tensors(checkpoint, [tiny.GATE], files)] == [tiny.EXPERTS]
-    (more,) = more_rows(checkpoint, files).items()
+    (more,) = more_rows(checkpoint, routers_of(checkpoint, files)).items()
     assert more[0] == 1 and torch.equal(more[1], gate[tiny.EXPERTS :])
     save_file({tiny.GATE: gate[: tiny.EXPERTS]}, file)
-    assert more_rows(checkpoint, files) == {} == more_rows(checkpoint, {})
+    assert more_rows(checkpoint, routers_of(checkpoint, files)) == {} == more_rows(checkpoint, {})
