@@ -63,7 +63,8 @@ def ingest(
     json_: Json = False,
 ) -> None:
     """Add texts to the stream."""
-    from cluster.learning.sources import files_of, records_of_file
+    from cluster.learning.sources import records_of_file
+    from cluster.learning.text_files import files_of
     from workloads.progress import stages
 
     if not domain.strip():

@@ -6,7 +6,8 @@
     filters.py      what is worth learning: no duplicates, nothing too short, repeated or from one user alone
     reservoir.py    what is replayed: a bounded sample of all that was seen, even over domains
     choose.py       which experts the new samples are about
-    sources.py      text files as records
+    text_files.py   text files, and what is in them
+    sources.py      the same as records
     judge.py        whether what was learnt may be served
 
 All but the stream are pure functions and values; nothing here needs torch or Ray.

@@ -38,11 +38,13 @@ def choose(
     *,
     reach: float = 0.2,
     heavy: float = 1.0,
+    most: int | None = None,
 ) -> tuple[Chosen, ...]:
     """Per layer the fewest experts that make up a part `reach` of all that the new data asks for more than the old.
 
     `new` and `old`: layer index → how often each expert was chosen. An expert whose share of the old data is at least
-    `heavy` times an even one is cloned. Where nothing is asked for more, nothing is chosen.
+    `heavy` times an even one is cloned. Where nothing is asked for more, nothing is chosen. `most`: experts of all
+    layers together, those that are asked for more by most.
 
     LearningError for counts of different layers or sizes, a layer that nobody asked anything, or a `reach` that is no
     part.
@@ -67,6 +69,8 @@ def choose(
             left -= gains[expert]
             needed = background[expert] >= heavy / len(shares)
             found.append(Chosen(layer, expert, shares[expert], background[expert], needed))
+    if most is not None and len(found) > most:
+        found = sorted(sorted(found, key=lambda one: -one.gain)[:most], key=lambda one: one.layer)
     return tuple(found)
 
 

@@ -343,6 +343,77 @@ def domains(
     show(made, folder, console())
 
 
+@bench_app.command()
+def learn(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="[DIR]...", help="More domains, after those of --domains.")
+    ] = None,
+    domains: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR...",
+            help="Folders of text, learnt in this order; one named `general` is the set on which nothing may be lost "
+            "(default: small built-in domains).",
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint folder (default: a small model, trained first on general text)."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, each in a process.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 3,
+    method: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this one; may be repeated (default: all).")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="For each domain.")] = 150,
+    rows: Annotated[int, typer.Option(min=4, help="Of a step.")] = 8,
+    length: Annotated[int, typer.Option(min=16, help="Tokens of a row.")] = 256,
+    replay: Annotated[float, typer.Option(min=0.1, max=0.25, help="Share of rows of what is known.")] = 0.25,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One seed, few and short steps: within 15 minutes on 2 cores.")
+    ] = False,
+    png: Annotated[Path | None, typer.Option(help="Draw the matrices and the curves there.")] = None,
+    json_: JsonFile = None,
+    seed: Seed = 0,
+    check: Check = False,
+) -> None:
+    """Learn a stream of domains in every way that is compared, and what each remembers of them."""
+    from workloads.bench.learn import measure, settings_for, show
+    from workloads.bench.report import write
+    from workloads.plots import check_plot
+    from workloads.progress import stages
+
+    if png is not None:
+        check_plot(png)
+    settings = settings_for(
+        [*(domains or ()), *(folders or ())],
+        model=model,
+        device=device,
+        jobs=jobs,
+        seeds=seeds,
+        seed=seed,
+        methods=tuple(method or ()),
+        steps=steps,
+        rows=rows,
+        length=length,
+        replay=replay,
+        quick=quick,
+    )
+    err = Console(stderr=True)
+    with stages(err) as progress:
+        report = measure(settings, progress)
+    if json_:
+        write(report, json_)
+    if png is not None:
+        from workloads.bench.learn_plot import plot
+
+        plot(report, png)
+    show(report, err if json_ == "-" else Console())
+    if check and any(bar["met"] is False for bar in report["bars"].values()):
+        raise typer.Exit(1)
+
+
 def _own_server(
     config: Path | None, model: str | None, hosts: int | None, dtype: str | None = None
 ) -> tuple[Config, Checkpoint, Model]:

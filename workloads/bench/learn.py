@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -28,6 +29,8 @@ Progress = Callable[[str, float], None]
 
 GENERAL: Final = "general"
 OURS: Final = "ours"
+_QUICK_STEPS: Final = 30
+_QUICK_PRETRAINING: Final = 150
 # Bars of ours.
 _MOST_FORGOTTEN: Final = 0.10
 _LEAST_CLOSED: Final = 0.80
@@ -52,9 +55,71 @@ class Settings:
     jobs: int = 1
     judged_tokens: int = 16_384
     learnt_tokens: int = 1_000_000
-    small_steps: int = 800
-    sources: Mapping[str, Any] = field(default_factory=dict)
-    """Where the texts are from, for the report."""
+    small_steps: int = 3000
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Of the domains' texts, for the report."""
+
+
+def settings_for(
+    folders: Sequence[Path],
+    *,
+    model: Path | None,
+    device: str,
+    jobs: int,
+    seeds: int,
+    seed: int,
+    methods: tuple[str, ...],
+    steps: int,
+    rows: int,
+    length: int,
+    replay: float,
+    quick: bool,
+) -> Settings:
+    """Of what the command was given; nothing is loaded yet.
+
+    LearningError for folders with too little text or of one name, or a device that is not there.
+    """
+    import torch
+
+    from workloads.bench.learn_builtin import builtin_domains
+    from workloads.bench.learn_methods import LearnSettings
+    from workloads.bench.learn_text import read_domain
+
+    if device != "cpu" and not torch.cuda.is_available():
+        raise LearningError(f"no device {device} here", "leave --device out for the processor")
+    texts: dict[str, Sequence[str]] = {}
+    for folder in folders:
+        name, found = read_domain(folder)
+        if name in texts:
+            raise LearningError(f"two domains are named {name}", "rename one of the folders")
+        texts[name] = found
+    builtin = {} if GENERAL in texts and len(texts) > 1 else builtin_domains()
+    if not texts:
+        texts = dict(builtin)
+    elif GENERAL not in texts:
+        texts[GENERAL] = builtin[GENERAL]
+    learn = LearnSettings(steps, rows, length, replay=replay)
+    if quick:
+        learn = LearnSettings(_QUICK_STEPS, 8, 128, replay=replay, count_tokens=4096, fisher_rows=16)
+    return Settings(
+        texts,
+        model,
+        learn,
+        1 if quick else seeds,
+        seed,
+        methods,
+        device,
+        jobs,
+        4096 if quick else 16_384,
+        200_000 if quick else 1_000_000,
+        _QUICK_PRETRAINING if quick else 3000,
+        {name: digest_of(found) for name, found in texts.items()},
+    )
+
+
+def digest_of(texts: Sequence[str]) -> str:
+    """Of a domain, for the report."""
+    return sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def measure(settings: Settings, progress: Progress) -> dict[str, Any]:
@@ -88,7 +153,7 @@ def measure(settings: Settings, progress: Progress) -> dict[str, Any]:
         series={},
         bars=bars(results),
         domains=domains,
-        sources=dict(settings.sources),
+        digests=dict(settings.digests),
         model=str(settings.model.name) if settings.model else "small",
         device=_device_name(settings.device),
         settings=asdict(settings.learn),
@@ -177,7 +242,20 @@ def _learnt(
         seed,
         lambda done: progress(f"{name}, seed {seed}", done),
     )
-    return found, time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    _give_back_memory(settings.device)
+    return found, seconds
+
+
+def _give_back_memory(device: str) -> None:
+    """Or it stays with this process, which may need less of it next time than another one."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
 
 
 def _open(settings: Settings, progress: Progress) -> tuple[Any, dict[str, Domain]]:

@@ -8,8 +8,8 @@ from hashlib import sha256
 from typing import Final
 
 from cluster.learning.filters import FilterSettings
-from cluster.learning.sources import LONGEST, pieces
 from cluster.learning.split import fingerprint
+from cluster.learning.text_files import LONGEST, pieces
 from workloads.bench.learn_texts import tidied
 
 _SHORTEST: Final = FilterSettings().shortest

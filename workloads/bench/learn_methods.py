@@ -73,13 +73,15 @@ class LearnSettings:
     rate_all: float = 1e-4
     rate_chosen: float = 1e-3
     rate_low_rank: float = 1e-3
-    rate_routers: float = 3e-4
-    beta: float = 0.3
-    reach: float = 0.2
-    heavy: float = 1.0
-    margin: float = 1.0
+    rate_routers: float = 1e-3
+    beta: float = 0.1
+    reach: float = 0.6
+    most: float = 0.149
+    """Of all weights that one update may train."""
+    heavy: float = 0.5
+    margin: float = 6.0
     count_tokens: int = 8192
-    review_share: float = 0.1
+    review_share: float = 0.05
     """Steps of the review, of those of a domain; they are part of the same budget."""
     balance: float = 0.01
     ewc: float = 100.0
@@ -213,7 +215,13 @@ class _Run:
         new = self._texts([self._domains[number]])
         old = self._texts(self._known(number))
         counts = choices(model, new)
-        found = choose(counts, choices(model, old), reach=settings.reach, heavy=settings.heavy)
+        found = choose(
+            counts,
+            choices(model, old),
+            reach=settings.reach,
+            heavy=settings.heavy,
+            most=int(settings.most * sum(p.numel() for p in model.parameters()) / _expert_size(model)),
+        )
         self._flops.forward(2 * settings.count_tokens)
         picked = [(one.layer, one.expert) for one in found]
         if method.trains == "random":
@@ -313,6 +321,11 @@ def model_size(model: Any) -> ModelSize:
     if model.get_output_embeddings().weight is embedding:
         met += embedding.numel()
     return ModelSize(int(met))
+
+
+def _expert_size(model: Any) -> int:
+    experts = next(iter(expert_modules(model).values()))
+    return sum(p.numel() for p in experts.parameters()) // int(experts.num_experts)
 
 
 def _warm(steps: int) -> int:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from cluster.errors import LearningError
 from cluster.learning.split import holdout_of
+from cluster.learning.text_files import LONGEST, files_of, pieces, texts_of
 
 Encode = Callable[[str], list[int]]
 Tokens = npt.NDArray[np.int32]
@@ -42,18 +43,15 @@ def read_domain(folder: Path) -> tuple[str, list[str]]:
     """A folder's name and its texts. LearningError if it can't be read, or has too few."""
     if not folder.is_dir():
         raise LearningError(f"no such folder: {folder}", "make some with `expertmesh bench domains DIR`")
-    texts = []
-    for file in sorted(folder.rglob("*.txt")):
-        try:
-            texts.append(file.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise LearningError(f"{file} can't be read: {error}", "text in UTF-8 is expected") from error
+    texts = [
+        piece for file in files_of([folder]) for text in texts_of(file) for piece in pieces(text, LONGEST)
+    ]
     if len(texts) < _LEAST_TEXTS:
         raise LearningError(
             f"{folder} has {len(texts)} texts, {_LEAST_TEXTS} are needed at least",
-            "one file (*.txt) is one text",
+            f"give more; a text is a file, or {LONGEST} characters of a longer one",
         )
-    return folder.name, texts
+    return folder.resolve().name, texts
 
 
 def divide(

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.learning.records import Record, owner
-from cluster.learning.sources import pieces
 from cluster.learning.stream import Stream
+from cluster.learning.text_files import pieces
 from workloads import cli
 
 Run = Callable[..., str]

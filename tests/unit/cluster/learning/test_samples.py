@@ -136,6 +136,9 @@ def test_experts_are_chosen_by_what_is_asked_of_them_more_than_before() -> None:
     assert busy == (Chosen(0, 1, 0.4, 0.1, clone=False), Chosen(0, 0, 0.6, 0.4, clone=True))
     assert [chosen.gain for chosen in busy] == pytest.approx([0.3, 0.2])
     assert len(choose({0: [60, 40, 0, 0]}, {0: [40, 10, 25, 25]}, reach=0.6)) == 1
+    both = {0: [60, 40], 1: [90, 10]}, {0: [50, 50], 1: [50, 50]}
+    assert [one.layer for one in choose(*both)] == [0, 1]
+    assert [one.layer for one in choose(*both, most=1)] == [1], "of layer 1 more is asked for"
 
 
 @given(
