@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Final
@@ -57,10 +57,19 @@ class Trained:
 
 
 class Training:
-    """Of one model, in one process."""
+    """Of one model, in one process; several with a part of the rows each are one, if `total` adds up what they have."""
 
-    def __init__(self, model: nn.Module, chosen: ChosenExperts, settings: TrainSettings) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        chosen: ChosenExperts,
+        settings: TrainSettings,
+        *,
+        total: Callable[[Sequence[torch.Tensor]], None] = lambda tensors: None,
+    ) -> None:
+        """`total`: adds to each tensor, in place, what the other workers have there."""
         self._model, self._chosen, self._settings = model, chosen, settings
+        self._total = total
         self.step = 0
         """Steps that were made."""
         self._norms: deque[float] = deque(maxlen=_NORMS)
@@ -68,8 +77,8 @@ class Training:
             list(chosen.masters.values()), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.0
         )
 
-    def train(self, rows_BT: torch.Tensor) -> Trained:
-        """One step over rows of token numbers, new ones and replayed ones.
+    def train(self, rows_BT: torch.Tensor, part: float = 1.0) -> Trained:
+        """One step over rows of token numbers, new ones and replayed ones; they are this `part` of all workers' rows.
 
         LearningError if the loss is not a number: nothing is changed then.
         """
@@ -81,12 +90,15 @@ class Training:
         cross_entropy = F.nll_loss(now_BTV[:, :-1].flatten(0, 1), rows_BT[:, 1:].flatten())
         divergence = F.kl_div(now_BTV, before_BTV, log_target=True, reduction="sum") / rows_BT.numel()
         loss = cross_entropy + settings.beta * divergence
-        if not torch.isfinite(loss):
+        seen = torch.stack((loss, cross_entropy, divergence)).detach() * part
+        self._total([seen])
+        if not torch.isfinite(seen[0]):
             raise LearningError(
-                f"step {self.step + 1}: the loss is {loss.item()}", "look at the text, or lower the rate"
+                f"step {self.step + 1}: the loss is {seen[0].item()}", "look at the text, or lower the rate"
             )
-        loss.backward()
+        (loss * part).backward()
         self._chosen.take_gradients()
+        self._total([m.grad for m in self._chosen.masters.values() if m.grad is not None])
         bound = settings.clip * median(self._norms) if len(self._norms) >= _NORMS // 5 else math.inf
         norm = float(nn.utils.clip_grad_norm_(self._chosen.masters.values(), bound))
         # A norm beyond the bound does not widen the next bound beyond measure.
@@ -96,7 +108,8 @@ class Training:
         self._optimiser.step()
         self._chosen.write()
         self.step += 1
-        return Trained(self.step, loss.item(), cross_entropy.item(), divergence.item(), norm)
+        loss_seen, cross_entropy_seen, divergence_seen = seen.tolist()
+        return Trained(self.step, loss_seen, cross_entropy_seen, divergence_seen, norm)
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on, but for the model's frozen weights and the rows."""
