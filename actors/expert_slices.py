@@ -18,8 +18,8 @@ from actors.text_routing import expert_modules
 from cluster.checkpoint import Checkpoint
 from cluster.errors import LearningError
 
-_GATE_UP: Final = "gate_up_proj"
-_DOWN: Final = "down_proj"
+GATE_UP: Final = "gate_up_proj"
+DOWN: Final = "down_proj"
 _DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -53,7 +53,7 @@ class ChosenExperts:
                     f"the model has no expert {expert} in layer {layer}", "choose again, with this model"
                 )
             _check(module, layer)
-            for name in (_GATE_UP, _DOWN):
+            for name in (GATE_UP, DOWN):
                 held = getattr(module, name)
                 held.requires_grad_(True)
                 key = Slice(layer, expert, name)
@@ -104,8 +104,8 @@ class ChosenExperts:
                     f"{checkpoint.path} keeps experts in a layout that can't be written yet",
                     "one with a gate, an up and a down projection for each expert is expected",
                 )
-            gate, up = self.masters[Slice(layer, expert, _GATE_UP)].data.chunk(2)
-            parts = {"gate": gate, "up": up, "down": self.masters[Slice(layer, expert, _DOWN)].data}
+            gate, up = self.masters[Slice(layer, expert, GATE_UP)].data.chunk(2)
+            parts = {"gate": gate, "up": up, "down": self.masters[Slice(layer, expert, DOWN)].data}
             for part, tensor in parts.items():
                 name = layout.tensor_name(part, expert)
                 found[name] = tensor.to(_DTYPES[checkpoint.tensors[name].dtype]).contiguous()
@@ -131,7 +131,7 @@ class ChosenExperts:
 
 def _check(module: Any, layer: int) -> None:
     plain = getattr(module, "is_concatenated", True) and not getattr(module, "is_transposed", False)
-    if not plain or getattr(module, "has_bias", False) or not hasattr(module, _GATE_UP):
+    if not plain or getattr(module, "has_bias", False) or not hasattr(module, GATE_UP):
         raise LearningError(
             f"the experts of layer {layer} are of a layout that can't be trained yet",
             "gated ones without biases, gate before up, are expected",

@@ -1,4 +1,4 @@
-"""Training of chosen experts: new text, old text beside it, and a pull towards the version before.
+"""Training of some of a model's weights: new text, old text beside it, and a pull towards the version before.
 
     loss = cross entropy of new and replayed rows + beta * KL(version before | now)
 
@@ -12,24 +12,47 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from actors.expert_slices import ChosenExperts
 from cluster.errors import LearningError
 
 # Norms of gradients that the bound on the next one is taken from.
 _NORMS: Final = 50
 
 
+class Weights(Protocol):
+    """What is trained of a model; see `actors.expert_slices` and `actors.whole_weights`."""
+
+    @property
+    def masters(self) -> Mapping[Any, nn.Parameter]:
+        """In float32; the model computes with what was written of them last."""
+
+    def take_gradients(self) -> None:
+        """Give each master its gradient, and take the model's."""
+
+    def write(self) -> None:
+        """Have the model compute with what the masters are now."""
+
+    def as_before(self) -> AbstractContextManager[None]:
+        """Within the block the model computes as it did before it was trained."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The masters, to be put down."""
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take them up again. LearningError if they are of other weights."""
+
+
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
-    """How experts are trained."""
+    """How weights are trained."""
 
     steps: int
     rate: float = 1e-3
@@ -51,7 +74,7 @@ class Trained:
     cross_entropy: float
     """Nats per token."""
     divergence: float
-    """KL from the version before, nats per token."""
+    """KL from the version before, nats per token; 0 where nothing pulls towards that."""
     norm: float
     """Of the gradient, before it was bounded."""
 
@@ -62,14 +85,18 @@ class Training:
     def __init__(
         self,
         model: nn.Module,
-        chosen: ChosenExperts,
+        chosen: Weights,
         settings: TrainSettings,
         *,
+        aside: Callable[[], torch.Tensor | None] = lambda: None,
         total: Callable[[Sequence[torch.Tensor]], None] = lambda tensors: None,
     ) -> None:
-        """`total`: adds to each tensor, in place, what the other workers have there."""
-        self._model, self._chosen, self._settings = model, chosen, settings
-        self._total = total
+        """`aside`: called after each forward pass, something to be added to the loss; `total`: adds to each tensor, in
+        place, what the other workers have there.
+        """
+        self._model, self.weights, self._settings = model, chosen, settings
+        self._aside, self._total = aside, total
+        self._device = next(model.parameters()).device
         self.step = 0
         """Steps that were made."""
         self._norms: deque[float] = deque(maxlen=_NORMS)
@@ -77,19 +104,31 @@ class Training:
             list(chosen.masters.values()), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.0
         )
 
+    @property
+    def pulls(self) -> bool:
+        """Whether the version before is asked at each step."""
+        return self._settings.beta > 0
+
     def train(self, rows_BT: torch.Tensor, part: float = 1.0) -> Trained:
         """One step over rows of token numbers, new ones and replayed ones; they are this `part` of all workers' rows.
 
         LearningError if the loss is not a number: nothing is changed then.
         """
-        settings = self._settings
-        with torch.no_grad(), self._chosen.as_before():
-            before_BTV = F.log_softmax(self._model(input_ids=rows_BT, use_cache=False).logits.float(), dim=-1)
-        logits_BTV = self._model(input_ids=rows_BT, use_cache=False).logits.float()
-        now_BTV = F.log_softmax(logits_BTV, dim=-1)
+        settings, rows_BT = self._settings, rows_BT.to(self._device)
+        before_BTV = None
+        if settings.beta:
+            with torch.no_grad(), self.weights.as_before():
+                before_BTV = F.log_softmax(self._logits(rows_BT), dim=-1)
+            # Of that pass nothing is to be heard.
+            self._aside()
+        now_BTV = F.log_softmax(self._logits(rows_BT), dim=-1)
         cross_entropy = F.nll_loss(now_BTV[:, :-1].flatten(0, 1), rows_BT[:, 1:].flatten())
-        divergence = F.kl_div(now_BTV, before_BTV, log_target=True, reduction="sum") / rows_BT.numel()
+        divergence = torch.zeros((), device=self._device)
+        if before_BTV is not None:
+            divergence = F.kl_div(now_BTV, before_BTV, log_target=True, reduction="sum") / rows_BT.numel()
         loss = cross_entropy + settings.beta * divergence
+        if (more := self._aside()) is not None:
+            loss = loss + more
         seen = torch.stack((loss, cross_entropy, divergence)).detach() * part
         self._total([seen])
         if not torch.isfinite(seen[0]):
@@ -97,32 +136,36 @@ class Training:
                 f"step {self.step + 1}: the loss is {seen[0].item()}", "look at the text, or lower the rate"
             )
         (loss * part).backward()
-        self._chosen.take_gradients()
-        self._total([m.grad for m in self._chosen.masters.values() if m.grad is not None])
+        self.weights.take_gradients()
+        self._total([m.grad for m in self.weights.masters.values() if m.grad is not None])
         bound = settings.clip * median(self._norms) if len(self._norms) >= _NORMS // 5 else math.inf
-        norm = float(nn.utils.clip_grad_norm_(self._chosen.masters.values(), bound))
+        norm = float(nn.utils.clip_grad_norm_(self.weights.masters.values(), bound))
         # A norm beyond the bound does not widen the next bound beyond measure.
         self._norms.append(min(norm, bound))
         for group in self._optimiser.param_groups:
             group["lr"] = rate(settings, self.step)
         self._optimiser.step()
-        self._chosen.write()
+        self.weights.write()
         self.step += 1
-        loss_seen, cross_entropy_seen, divergence_seen = seen.tolist()
-        return Trained(self.step, loss_seen, cross_entropy_seen, divergence_seen, norm)
+        summed, of_text, of_pull = seen.tolist()
+        return Trained(self.step, summed, of_text, of_pull, norm)
+
+    def _logits(self, rows_BT: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self._model(input_ids=rows_BT, use_cache=False).logits.float()
+        return found
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on, but for the model's frozen weights and the rows."""
         return {
             "step": self.step,
             "norms": list(self._norms),
-            "masters": self._chosen.state(),
+            "masters": self.weights.state(),
             "optimiser": self._optimiser.state_dict(),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on where a state was put down. LearningError if it is of other experts."""
-        self._chosen.load(state["masters"])
+        self.weights.load(state["masters"])
         self._optimiser.load_state_dict(state["optimiser"])
         self._norms = deque(state["norms"], maxlen=_NORMS)
         self.step = int(state["step"])
@@ -138,18 +181,18 @@ def rate(settings: TrainSettings, step: int) -> float:
 
 def bits_of(model: nn.Module, tokens: Sequence[int]) -> float:
     """Bits that a model takes for a text, given as token numbers, after its first."""
-    rows_1T = torch.tensor([list(tokens)])
+    rows_1T = _row(model, tokens)
     with torch.inference_mode():
         logits_TV = model(input_ids=rows_1T, use_cache=False).logits[0, :-1].float()
         return F.cross_entropy(logits_TV, rows_1T[0, 1:], reduction="sum").item() / math.log(2)
 
 
-def divergence(model: nn.Module, chosen: ChosenExperts, texts: Sequence[Sequence[int]]) -> float:
+def divergence(model: nn.Module, chosen: Weights, texts: Sequence[Sequence[int]]) -> float:
     """KL from the version before to what was learnt, nats per token of these texts. LearningError for none."""
     nats, count = 0.0, 0
     with torch.inference_mode():
         for tokens in texts:
-            rows_1T = torch.tensor([list(tokens)])
+            rows_1T = _row(model, tokens)
             with chosen.as_before():
                 before_TV = F.log_softmax(model(input_ids=rows_1T, use_cache=False).logits[0].float(), dim=-1)
             now_TV = F.log_softmax(model(input_ids=rows_1T, use_cache=False).logits[0].float(), dim=-1)
@@ -158,3 +201,7 @@ def divergence(model: nn.Module, chosen: ChosenExperts, texts: Sequence[Sequence
     if not count:
         raise LearningError("there is no text to be compared on", "give some of what is known")
     return nats / count
+
+
+def _row(model: nn.Module, tokens: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([list(tokens)], device=next(model.parameters()).device)

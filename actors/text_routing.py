@@ -1,6 +1,6 @@
 """Which experts a model's routers choose for some texts, counted with transformers, apart from what serves.
 
-Shape suffixes: T = tokens, K = top-k.
+Shape suffixes: B = texts, T = tokens, K = top-k.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby, islice
 from typing import Any, Final
 
 import torch
@@ -15,6 +16,8 @@ from torch import nn
 
 from cluster.errors import LearningError
 
+# Texts that are run together.
+_BATCH: Final = 16
 _LAYER: Final = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:[a-z0-9_]+\.)*experts$")
 
 
@@ -24,11 +27,17 @@ def choices(model: nn.Module, texts: Iterable[Sequence[int]]) -> dict[int, list[
     LearningError for a model whose experts are not found.
     """
     with counted(model) as counts, torch.inference_mode():
-        for tokens in texts:
-            if tokens:
-                ids = torch.tensor([list(tokens)], device=next(model.parameters()).device)
-                model(input_ids=ids, use_cache=False)
+        for ids_BT in batches(texts):
+            model(input_ids=ids_BT.to(next(model.parameters()).device), use_cache=False)
     return {layer: found.tolist() for layer, found in counts.items()}
+
+
+def batches(texts: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
+    """int64 [B, T] of texts that are equally long and follow each other; empty ones are left out."""
+    for length, alike in groupby(texts, len):
+        waiting = map(list, alike) if length else iter(())
+        while batch := list(islice(waiting, _BATCH)):
+            yield torch.tensor(batch)
 
 
 def expert_modules(model: nn.Module) -> dict[int, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,6 +15,7 @@ from safetensors.torch import load
 from torch import nn
 
 from actors.dense_weights import more_rows
+from actors.expert_slices import DOWN, GATE_UP
 from actors.text_routing import expert_modules
 from cluster.checkpoint import Checkpoint
 from cluster.errors import LearningError
@@ -24,9 +25,6 @@ from cluster.versions.manifest import Manifest
 from cluster.versions.store import Store
 
 Encode = Callable[[str], list[int]]
-
-GATE_UP: Final = "gate_up_proj"
-DOWN: Final = "down_proj"
 
 
 def open_version(

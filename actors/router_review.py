@@ -1,0 +1,152 @@
+"""What learning does to routers: a row for each clone, and a short review in which routers alone learn.
+
+A clone's row is its original's and a direction in which new text lies and old text does not, so that new text finds the
+clone first and old text stays with the original. The review follows MoE-LPR (Zhou et al., 2024): after experts were
+trained, routers alone learn from old and new text, so that each goes to where it is known best. Beside that the
+auxiliary loss of Switch Transformers (Fedus et al., 2021) keeps experts from being left alone.
+
+Shape suffixes: N = tokens, H = hidden size, E = experts, K = top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from actors.expert_slices import DOWN, GATE_UP
+from actors.text_routing import batches, expert_modules
+from actors.trainable_version import add_expert, router_modules
+from actors.whole_weights import WholeWeights
+
+# Tokens of each side that a clone's row is found from.
+_MOST_TOKENS: Final = 4096
+# Of the ridge regression, as a share of the mean of the squared features.
+_RIDGE: Final = 0.1
+
+
+def add_clones(
+    model: nn.Module,
+    originals: Collection[tuple[int, int]],
+    new: Sequence[Sequence[int]],
+    old: Sequence[Sequence[int]],
+    margin: float = 1.0,
+) -> dict[tuple[int, int], int]:
+    """Have a copy of each of these experts (layer, expert) that new text prefers and old text avoids; their numbers.
+
+    `new`, `old`: texts as token numbers; `margin`: by how much, in standard deviations of the router's logits.
+    """
+    inputs = [_router_inputs(model, texts) for texts in (new, old)]
+    experts, routers = expert_modules(model), router_modules(model)
+    found: dict[tuple[int, int], int] = {}
+    for layer, expert in sorted(originals):
+        new_NH, old_NH = inputs[0][layer], inputs[1][layer]
+        weight_EH = routers[layer].weight.data.float()
+        spread = float((torch.cat((new_NH, old_NH)) @ weight_EH.T).std(dim=-1).mean())
+        row_H = weight_EH[expert] + direction(new_NH, old_NH) * margin * spread
+        tensors = {name: getattr(experts[layer], name).data[expert] for name in (GATE_UP, DOWN)}
+        found[layer, expert] = add_expert(model, layer, row_H, tensors)
+    return found
+
+
+def direction(new_NH: torch.Tensor, old_NH: torch.Tensor) -> torch.Tensor:
+    """What, multiplied with new rows, is near 1 and with old rows near -1: ridge regression without a constant."""
+    grams, sides = [], []
+    for rows_NH, wanted in ((new_NH, 1.0), (old_NH, -1.0)):
+        # Each side weighs the same, however many rows it has.
+        grams.append(rows_NH.T @ rows_NH / len(rows_NH))
+        sides.append(wanted * rows_NH.mean(dim=0))
+    gram_HH = (grams[0] + grams[1]) / 2
+    ridge = _RIDGE * gram_HH.diagonal().mean()
+    eye_HH = torch.eye(len(gram_HH), device=gram_HH.device)
+    found: torch.Tensor = torch.linalg.solve(gram_HH + ridge * eye_HH, (sides[0] + sides[1]) / 2)
+    return found
+
+
+def router_weights(model: nn.Module) -> WholeWeights:
+    """All routers of a model, to be trained."""
+    return WholeWeights(model, {f"{layer}": router.weight for layer, router in router_modules(model).items()})
+
+
+class Balance:
+    """The auxiliary loss of all layers: E times the sum over experts of share of choices times mean probability."""
+
+    def __init__(self, model: nn.Module, weight: float) -> None:
+        """`weight`: of the mean over layers."""
+        self._routers, self._experts = router_modules(model), expert_modules(model)
+        self._weight = weight
+        self._logits: dict[int, torch.Tensor] = {}
+        self._chosen: dict[int, torch.Tensor] = {}
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within the block forward passes are listened to."""
+        hooks = [
+            router.register_forward_pre_hook(self._hears_input(layer))
+            for layer, router in self._routers.items()
+        ]
+        hooks += [
+            experts.register_forward_pre_hook(self._hears_choice(layer), with_kwargs=True)
+            for layer, experts in self._experts.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __call__(self) -> torch.Tensor | None:
+        """Of the last forward pass, which is forgotten; None if there was none."""
+        if not self._logits:
+            return None
+        losses = []
+        for layer, logits_NE in self._logits.items():
+            size = logits_NE.shape[1]
+            share_E = (
+                torch.bincount(self._chosen[layer].reshape(-1), minlength=size) / self._chosen[layer].numel()
+            )
+            losses.append(size * (share_E * F.softmax(logits_NE.float(), dim=-1).mean(dim=0)).sum())
+        self._logits, self._chosen = {}, {}
+        return self._weight * torch.stack(losses).mean()
+
+    def _hears_input(self, layer: int) -> Any:
+        def hear(router: Any, args: tuple[Any, ...]) -> None:
+            rows_NH = args[0].reshape(-1, args[0].shape[-1])
+            self._logits[layer] = F.linear(rows_NH, router.weight)
+
+        return hear
+
+    def _hears_choice(self, layer: int) -> Any:
+        def hear(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._chosen[layer] = args[1] if len(args) > 1 else kwargs["top_k_index"]
+
+        return hear
+
+
+def _router_inputs(model: nn.Module, texts: Sequence[Sequence[int]]) -> dict[int, torch.Tensor]:
+    """Layer index → float32 [N, H] of what its router sees for these texts."""
+    found: dict[int, list[torch.Tensor]] = {layer: [] for layer in router_modules(model)}
+
+    def keep(layer: int) -> Any:
+        def hear(_: nn.Module, args: tuple[Any, ...]) -> None:
+            found[layer].append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
+
+        return hear
+
+    hooks = [router.register_forward_pre_hook(keep(layer)) for layer, router in router_modules(model).items()]
+    count = 0
+    try:
+        with torch.inference_mode():
+            for ids_BT in batches(texts):
+                if count >= _MOST_TOKENS:
+                    break
+                model(input_ids=ids_BT.to(next(model.parameters()).device), use_cache=False)
+                count += ids_BT.numel()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {layer: torch.cat(rows).clone() for layer, rows in found.items()}
