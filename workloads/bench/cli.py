@@ -1,4 +1,5 @@
-"""`expertmesh bench dispatch | hot-path | prediction | swap | canary | serve | replicas | placement | solver`."""
+"""`expertmesh bench dispatch | hot-path | prediction | swap | canary | serve | replicas | placement | solver |
+domains`."""
 
 from __future__ import annotations
 
@@ -312,6 +313,34 @@ def solver(
     show(report, err if json_ == "-" else console())
     if check and any(bar["met"] is False for bar in report["bars"].values()):
         raise typer.Exit(1)
+
+
+@bench_app.command()
+def domains(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Each domain becomes a folder in it.")],
+    only: Annotated[
+        list[str] | None, typer.Option("--domain", metavar="NAME", help="Only this one; may be repeated.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--bytes", min=1, help="Bytes of a domain at most.")] = 4 * 2**20,
+    any_version: Annotated[
+        bool,
+        typer.Option("--any-version", help="Where a pinned package can't be had, take the one there is."),
+    ] = False,
+    builtin: Annotated[
+        bool, typer.Option("--builtin", help="Small domains of what every Python has, without packages.")
+    ] = False,
+    seed: Seed = 0,
+) -> None:
+    """Make folders of text of different kinds, to learn one after the other, of Debian packages."""
+    from workloads.bench.learn_domains import make, make_builtin, show
+    from workloads.console import console
+
+    names = tuple(only or ())
+    if builtin:
+        made = make_builtin(folder, names, limit=limit, seed=seed)
+    else:
+        made = make(folder, names, limit=limit, seed=seed, any_version=any_version, progress=_note)
+    show(made, folder, console())
 
 
 def _own_server(
