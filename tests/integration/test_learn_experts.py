@@ -25,7 +25,7 @@ from cluster.learning.stream import Stream
 from cluster.versions.store import Store
 from tests.tiny_dense import make_tiny_dense
 from tests.tiny_models import make_tiny
-from workloads import cli, learn_run
+from workloads import cli, learn_workshop
 from workloads.models.upcycle import upcycle
 
 pytestmark = pytest.mark.slow
@@ -64,7 +64,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         records = [Record("text", f"{domain}{n}", 1.0, domain=domain, answer=t) for n, t in enumerate(texts)]
         stream.append(records)
     (folder / "mesh.yaml").write_text(
-        f"model: {{path: {folder}/model}}\nlearning: {{stream: {folder}/stream, holdout: 0.2}}\n"
+        f"model: {{path: {folder}/model}}\n"
+        f"learning: {{stream: {folder}/stream, state: {folder}/state, holdout: 0.2, training: {{workers: 0}}}}\n"
         f"versions: {{store: {folder}/store}}\n"
     )
     return folder
@@ -133,7 +134,7 @@ def test_what_the_gate_stops_is_not_published_and_says_why(
     def stop(*args: Any, **more: Any) -> GateVerdict:
         return replace(judge(*args, **more), passed=False, reasons=("code: +3.00% bits per byte",))
 
-    monkeypatch.setattr(learn_run, "judge", stop)
+    monkeypatch.setattr(learn_workshop, "judge", stop)
     small = ("run", "--domain", "law", "--steps", "2", "--length", "32", "--reach", "0.6")
     made = json.loads(run(*small, "--json", code=1))
     assert not made["passed"] and made["manifest"] == "" and made["reasons"] == ["code: +3.00% bits per byte"]
