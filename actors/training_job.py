@@ -85,13 +85,18 @@ class JobFiles:
         self, job: TrainingJob, new: Sequence[Record], old: Mapping[str, Sequence[Record]]
     ) -> TrainingJob:
         """Put a job down; the one that was begun under its name, if one was."""
-        if self._files.has(f"{self._folder}/job"):
+        if self.begun:
             return self.job()
         self._files.renew(f"{self._folder}/new", to_parquet(new))
         known = [record for _, records in sorted(old.items()) for record in records]
         self._files.renew(f"{self._folder}/old", to_parquet(known))
         self._files.renew(f"{self._folder}/job", _JOB.dump_json(job))
         return job
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is one."""
+        return self._files.has(f"{self._folder}/job")
 
     def job(self) -> TrainingJob:
         """VersionError if there is none."""
@@ -131,7 +136,7 @@ class JobFiles:
         return self._files.has(f"{self._folder}/pause")
 
     def keep(self, saved: Saved) -> None:
-        """Put a state down, for a job in one process."""
+        """Put a state down, of a job in one process, or of one that is done."""
         self._files.renew(f"{self._folder}/state", to_bytes(saved))
 
     def kept(self) -> Saved | None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from actors.expert_slices import ChosenExperts
     from actors.ray_training import Workers
     from actors.training_job import Encode, JobFiles, Saved, TrainingJob
+    from actors.training_job import Progress as TrainingProgress
 
 Progress = Callable[[str, float], None]
 
@@ -163,7 +164,7 @@ class Workshop:
         return self.files(name).begin(job, samples.new, samples.old)
 
     def train(self, name: str) -> Saved:
-        """Do a job that was put down, from where it was; what it comes to.
+        """Do a job that was put down, from where it was; what it comes to, which is put down as well.
 
         LearningError if it can't be done; ExpertmeshError if workers are lost too often.
         """
@@ -171,6 +172,9 @@ class Workshop:
 
         files = self.files(name)
         job = files.job()
+        saved = files.kept()
+        if saved is not None and len(saved["told"]) == job.settings.steps:
+            return saved
         if not self.settings.training.workers:
             return run_here(
                 job, files, lambda trained: self.progress("training", trained.step / job.settings.steps)
@@ -179,16 +183,17 @@ class Workshop:
 
         paused = files.paused
 
-        def told(now: Any) -> None:
+        def told(now: TrainingProgress) -> None:
             nonlocal paused
-            if now is not None:
-                self.progress("training", now.step / now.steps)
+            self.progress("training", now.step / now.steps)
             if self.pausing() != paused:
                 paused = not paused
                 files.pause(paused)
 
         self.progress("training", 0.0)
-        return run_on_ray(name, self.state, self._workers(), told)
+        saved = run_on_ray(name, self.state, self._workers(), told)
+        files.keep(saved)
+        return saved
 
     def judge(
         self,

@@ -145,7 +145,14 @@ def at(state: LoopState, phase: Phase, **changes: object) -> LoopState:
 
 
 def ended(
-    state: LoopState, phase: Phase, now: float, *, reasons: tuple[str, ...] = (), reservoir: str = ""
+    state: LoopState,
+    phase: Phase,
+    now: float,
+    *,
+    reasons: tuple[str, ...] = (),
+    reservoir: str = "",
+    metrics: Mapping[str, float] | None = None,
+    trained_share: float | None = None,
 ) -> LoopState:
     """Without the round, which ended so; its samples are used, unless it was superseded.
 
@@ -153,7 +160,14 @@ def ended(
     """
     if state.now is None or phase not in _ENDS.get(state.now.phase, ()):
         raise ValueError(f"{phase} does not end {state.now and state.now.phase}")
-    done = replace(state.now, phase=phase, ended=now, reasons=reasons)
+    done = replace(
+        state.now,
+        phase=phase,
+        ended=now,
+        reasons=reasons,
+        metrics=state.now.metrics if metrics is None else metrics,
+        trained_share=state.now.trained_share if trained_share is None else trained_share,
+    )
     offsets = {**state.offsets} if phase == "superseded" else {**state.offsets, done.domain: done.upto}
     return replace(
         state,
