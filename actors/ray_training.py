@@ -68,11 +68,16 @@ def run_on_ray(
     ended: list[Any] = []
     # Not in the main thread, where Ray Train would take Ctrl-C for itself.
     thread = threading.Thread(target=lambda: ended.append(_fit(name, state, workers)), daemon=True)
+    ours = _coordinator() is None
     thread.start()
     while thread.is_alive():
         thread.join(_POLL_S)
         if (now := files.progress()) is not None:
             progress(now)
+    if ours and (left := _coordinator()) is not None:
+        import ray
+
+        ray.kill(left)
     result = ended[0] if ended else RuntimeError("the thread that waited for it ended")
     if isinstance(result, Exception):
         said = str(getattr(result, "worker_failures", "") or result).strip().splitlines()
@@ -84,6 +89,16 @@ def run_on_ray(
         raise LearningError(*result.return_value)
     with result.checkpoint.as_directory() as folder:
         return from_bytes((Path(folder) / _STATE).read_bytes())
+
+
+def _coordinator() -> Any:
+    """The actor by which Ray Train asks for nodes, if there is one: nobody ends it, in a cluster that goes on."""
+    import ray
+
+    try:
+        return ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+    except ValueError:
+        return None
 
 
 def _fit(name: str, state: StoreAddress, workers: Workers) -> Any:

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -89,7 +89,7 @@ def ingest(
 
     if not domain.strip():
         raise LearningError("the domain has no name", "such as --domain law")
-    settings = _config(config, model, stream)
+    settings = configured(config, model, stream)
     files = files_of([path.expanduser() for path in paths])
     at = time.time()
     records: list[Record] = []
@@ -121,7 +121,7 @@ def stream_(
     config: ConfigFile = None, model: Model = None, stream: StreamUrl = None, json_: Json = False
 ) -> None:
     """What the stream holds."""
-    settings = _config(config, model, stream)
+    settings = configured(config, model, stream)
     found = state_of(open_stream(settings), settings.learning.holdout)
     if json_:
         print(json.dumps(asdict(found), indent=2))
@@ -170,7 +170,7 @@ def experts(
     from workloads.progress import stages
     from workloads.serve import open_model
 
-    settings = _config(config, model, stream)
+    settings = configured(config, model, stream)
     if png is not None:
         check_plot(png)
     found_domains = domains_of(open_stream(settings), settings.learning.holdout)
@@ -229,7 +229,7 @@ def run(
     from workloads.progress import stages
     from workloads.serve import open_model
 
-    settings = _config(
+    settings = configured(
         config,
         model,
         stream,
@@ -275,7 +275,7 @@ def forget(
 
     if not key.strip():
         raise LearningError("the key is empty", "give the API key whose records are to go")
-    kept = open_stream(_config(config, model, stream))
+    kept = open_stream(configured(config, model, stream))
     count = kept.forget(owner(key.strip()))
     out.print(f"{count} records taken out of {kept.url}", highlight=False, soft_wrap=True)
 
@@ -283,7 +283,7 @@ def forget(
 @learn_app.command()
 def expire(config: ConfigFile = None, model: Model = None, stream: StreamUrl = None) -> None:
     """Take shards out of the stream that are older than learning.retention; routers do so as well."""
-    settings = _config(config, model, stream)
+    settings = configured(config, model, stream)
     kept = open_stream(settings)
     count = kept.expire(time.time() - settings.learning.retention)
     out.print(f"{count} shards taken out of {kept.url}", highlight=False, soft_wrap=True)
@@ -330,7 +330,12 @@ def open_stream(config: Config) -> Stream:
     return Stream(config.learning.url(digest), **config.learning.options)
 
 
-def workshop_of(config: Config, checkpoint: Checkpoint, progress: Progress) -> Workshop:
+def workshop_of(
+    config: Config,
+    checkpoint: Checkpoint,
+    progress: Progress,
+    pausing: Callable[[], bool] = lambda: False,
+) -> Workshop:
     """Where the configured model learns."""
     from workloads.learn_workshop import Workshop
     from workloads.version_store import store_address
@@ -344,6 +349,7 @@ def workshop_of(config: Config, checkpoint: Checkpoint, progress: Progress) -> W
         config.learning,
         getpass.getuser(),
         progress,
+        pausing=pausing,
     )
 
 
@@ -356,13 +362,14 @@ def ray_for_training(config: Config) -> Iterator[None]:
         yield
 
 
-def _config(
+def configured(
     file: Path | None,
     model: str | None,
     stream: str | None,
     store: str | None = None,
     **training: float | None,
 ) -> Config:
+    """The configuration, with what a command's options say instead."""
     names = {"model.path": "--model", "learning.stream": "--stream", "versions.store": "--store"}
     flags = {"model.path": model, "learning.stream": stream, "versions.store": store}
     own = {f"learning.training.{name}": value for name, value in training.items()}

@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
-import structlog
-
 from cluster.config_learning import LearningConfig
 from cluster.errors import LearningError, VersionError
 from cluster.learning.backlog import Counts, next_domain
@@ -28,8 +26,6 @@ from cluster.learning.reservoir import Reservoir
 from cluster.learning.stream import Stream
 from workloads.learn_serving import Trialled
 from workloads.learn_workshop import Judgement
-
-log = structlog.get_logger()
 
 # Servers that began anew in the middle of one trial, after which it is given up.
 _ATTEMPTS: Final = 3
@@ -58,7 +54,7 @@ class Work(Protocol):
         """Do the job; its steps. LearningError if it can't be done."""
 
     def judge(self, now: Round, old: Sequence[str]) -> Judgement:
-        """What the gate says; what passes is published."""
+        """What the gate says, by domains that are replayed, the round's own perhaps; what passes is published."""
 
     def stage(self, now: Round) -> None:
         """Have the hosts load it. VersionError if they can't."""
@@ -164,7 +160,7 @@ class Loop:
             return self._save(at(self.state, "judging", steps=steps))
         if now.phase == "judging":
             try:
-                found = work.judge(now, tuple(old))
+                found = work.judge(now, tuple(reservoir.kept))
             except LearningError as error:
                 return self._end("refused", error.message)
             return self._judged(found)
@@ -263,9 +259,6 @@ class Loop:
     def _save(self, state: LoopState) -> bool:
         self._journal.save(state)
         self.state = state
-        told = state.now or (state.past[-1] if state.past else None)
-        if told is not None:
-            log.info("learning", round=told.number, domain=told.domain, phase=told.phase)
         return True
 
     def _replayed(self) -> Reservoir:

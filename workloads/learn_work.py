@@ -61,12 +61,17 @@ class MeshWork:
         return len(self.workshop.train(now.name)["told"])
 
     def judge(self, now: Round, old: Sequence[str]) -> Judgement:
-        held = self._held_upto(now.upto)
         share, parts = self.workshop.settings.holdout, self.workshop.settings.holdout_parts
-        texts = {
-            name: in_turn(held.get(name, []), share, parts, now.part, self.workshop.gate.fewest_texts)
-            for name in (now.domain, *old)
-        }
+        fewest = self.workshop.gate.fewest_texts
+        held = {name: self._held_upto(now.upto).get(name, []) for name in (now.domain, *old)}
+        if now.domain in old:
+            # More of a domain that was learnt before must not spoil what is known of it: judged with the new, what
+            # is worse for the old could pass for better.
+            before = held_out(self.stream, share, now.after).get(now.domain, [])
+            fresh = [record for record in held[now.domain] if record not in before]
+            if min(len(before), len(fresh)) >= fewest:
+                held |= {now.domain: fresh, f"{now.domain} before": before}
+        texts = {name: in_turn(records, share, parts, now.part, fewest) for name, records in held.items()}
         files = self.workshop.files(now.name)
         saved = files.kept()
         assert saved is not None, "the training has ended"

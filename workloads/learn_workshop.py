@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import random
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ Progress = Callable[[str, float], None]
 _MOST_JUDGED: Final = 48
 _JUDGED_TOKENS: Final = 256
 _COUNTED_TOKENS: Final = 20_000
+_PAUSE_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +178,7 @@ class Workshop:
         if saved is not None and len(saved["told"]) == job.settings.steps:
             return saved
         if not self.settings.training.workers:
-            return run_here(
-                job, files, lambda trained: self.progress("training", trained.step / job.settings.steps)
-            )
+            return run_here(job, files, lambda trained: self._made(trained.step / job.settings.steps))
         from actors.ray_training import run_on_ray
 
         paused = files.paused
@@ -284,6 +284,12 @@ class Workshop:
                 for (text, _), one, other in zip(texts, before, after, strict=True)
             ]
         return found
+
+    def _made(self, fraction: float) -> None:
+        """A step was made in this process, which waits where it is to."""
+        self.progress("training", fraction)
+        while self.pausing():
+            time.sleep(_PAUSE_S)
 
     def _own(self, parent: str) -> str:
         """The version as others are told it: "" for the checkpoint itself, which need not be in the store."""

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -267,8 +266,3 @@ def test_parts_of_the_holdout_take_turns_and_help_each_other_out() -> None:
     few = in_turn(texts, 0.5, 4, 1, len(turns[1]) + 1)
     assert few == [*turns[1], *turns[2]]
     assert len(in_turn(texts, 0.5, 4, 1, 10_000)) == len(texts)
-
-
-@pytest.fixture(autouse=True)
-def quiet_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workloads.learn_loop.log.info", lambda *args, **more: None)
