@@ -134,6 +134,12 @@ class LearningConfig(BaseModel):
         """The same of a loop's state."""
         return _place(self.state, "learning", model)
 
+    def state_urls(self) -> list[str]:
+        """Of all loops there may be: of the configured one, else of every model's."""
+        if self.state:
+            return [self.state_url("")]
+        return [str(folder) for folder in sorted((cache_folder() / "learning").glob("*"))]
+
 
 def _place(given: str, folder: str, model: str) -> str:
     if not given:

@@ -270,14 +270,25 @@ def forget(
     model: Model = None,
     stream: StreamUrl = None,
 ) -> None:
-    """Take all that was kept of one API key's requests out of the stream, with what was said of them."""
+    """Take all that was kept of one API key's requests, and what was said of them, out of the stream and of replay."""
+    from cluster.learning.journal import forget as forget_replayed
     from cluster.learning.records import owner
+    from cluster.versions.files import Files
 
     if not key.strip():
         raise LearningError("the key is empty", "give the API key whose records are to go")
-    kept = open_stream(configured(config, model, stream))
+    settings = configured(config, model, stream)
+    kept = open_stream(settings)
     count = kept.forget(owner(key.strip()))
-    out.print(f"{count} records taken out of {kept.url}", highlight=False, soft_wrap=True)
+    replayed = sum(
+        forget_replayed(Files(url, **settings.learning.options), owner(key.strip()))
+        for url in settings.learning.state_urls()
+    )
+    out.print(
+        f"{count} records taken out of {kept.url}, {replayed} samples out of what is replayed",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @learn_app.command()

@@ -242,9 +242,20 @@ class Journal:
         return digest
 
     def _tidy(self, state: LoopState) -> None:
-        old = self._files.names(_ENTRIES)[:-_KEPT]
-        for name in old:
+        for name in self._files.names(_ENTRIES)[:-_KEPT]:
             self._files.remove(name)
-        for name in self._files.names(_RESERVOIRS) if old or state.now is None else ():
+        for name in self._files.names(_RESERVOIRS):
             if name != f"{_RESERVOIRS}/{state.reservoir}":
                 self._files.remove(name)
+
+
+def forget(files: Files, key: str) -> int:
+    """Take all samples of one owner out of what is replayed; how many. A loop that runs stops, and may begin again."""
+    journal = Journal(files)
+    state = journal.load()
+    if not state.reservoir:
+        return 0
+    reservoir = journal.replayed(state, 1)
+    if count := reservoir.forget(key):
+        journal.save(replace(state, reservoir=journal.keep(reservoir)))
+    return count

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import LearningError
 from cluster.learning.backlog import Counts, next_domain
-from cluster.learning.journal import ACCEPTED, Journal, LoopState, Phase, at, begun, ended, known
+from cluster.learning.journal import ACCEPTED, Journal, LoopState, Phase, at, begun, ended, forget, known
 from cluster.learning.records import Record
 from cluster.learning.stream import Stream
 from cluster.versions.files import Files
@@ -176,6 +176,21 @@ def test_old_entries_and_reservoirs_go(tmp_path: Path) -> None:
     assert len(list((tmp_path / "journal").iterdir())) == 8
     assert [path.name for path in (tmp_path / "reservoirs").iterdir()] == [state.reservoir]
     assert Journal(Files(str(tmp_path))).load() == state
+
+
+def test_what_is_forgotten_is_not_replayed_any_more(tmp_path: Path) -> None:
+    files = Files(str(tmp_path))
+    assert forget(files, "me") == 0
+    journal = Journal(files)
+    reservoir = journal.replayed(journal.load(), 9)
+    reservoir.add(Record("request", str(n), 1.0, "me" if n < 3 else "", "a", answer="t") for n in range(5))
+    journal.save(known(LoopState(), "a", 2, journal.keep(reservoir)))
+    assert forget(files, "me") == 3 and forget(files, "me") == 0
+    found = Journal(files)
+    assert found.replayed(found.load(), 9).sizes == {"a": 2} and found.load().offset("a") == 2
+    assert len(list((tmp_path / "reservoirs").iterdir())) == 1, "nor is it kept"
+    with pytest.raises(LearningError, match="somebody else has written"):
+        journal.save(known(LoopState(), "a", 3, ""))
 
 
 def test_what_can_not_follow_is_refused(tmp_path: Path) -> None:
