@@ -74,9 +74,10 @@ def pieces(text: str, longest: int) -> Iterator[str]:
 def _texts(file: Path) -> Iterator[str]:
     try:
         if file.suffix == ".parquet":
-            yield from (
-                pq.read_table(file, columns=["text"]).column("text").cast(pa.string()).drop_null().to_pylist()
-            )
+            table = pq.ParquetFile(file, pre_buffer=False).read(columns=["text"], use_threads=False)
+            if "text" not in table.column_names:
+                raise pa.ArrowKeyError("it has no column text")
+            yield from table.column("text").cast(pa.string()).drop_null().to_pylist()
         elif file.suffix == ".jsonl":
             with file.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
