@@ -80,7 +80,7 @@ class Trained:
 
 
 class Training:
-    """Of one model, in one process."""
+    """Of one model, in one process; several with a part of the rows each are one, if `total` adds up what they have."""
 
     def __init__(
         self,
@@ -89,10 +89,13 @@ class Training:
         settings: TrainSettings,
         *,
         aside: Callable[[], torch.Tensor | None] = lambda: None,
+        total: Callable[[Sequence[torch.Tensor]], None] = lambda tensors: None,
     ) -> None:
-        """`aside`: called after each forward pass, something to be added to the loss."""
+        """`aside`: called after each forward pass, something to be added to the loss; `total`: adds to each tensor, in
+        place, what the other workers have there.
+        """
         self._model, self.weights, self._settings = model, chosen, settings
-        self._aside = aside
+        self._aside, self._total = aside, total
         self._device = next(model.parameters()).device
         self.step = 0
         """Steps that were made."""
@@ -106,8 +109,8 @@ class Training:
         """Whether the version before is asked at each step."""
         return self._settings.beta > 0
 
-    def train(self, rows_BT: torch.Tensor) -> Trained:
-        """One step over rows of token numbers, new ones and replayed ones.
+    def train(self, rows_BT: torch.Tensor, part: float = 1.0) -> Trained:
+        """One step over rows of token numbers, new ones and replayed ones; they are this `part` of all workers' rows.
 
         LearningError if the loss is not a number: nothing is changed then.
         """
@@ -126,12 +129,15 @@ class Training:
         loss = cross_entropy + settings.beta * divergence
         if (more := self._aside()) is not None:
             loss = loss + more
-        if not torch.isfinite(loss):
+        seen = torch.stack((loss, cross_entropy, divergence)).detach() * part
+        self._total([seen])
+        if not torch.isfinite(seen[0]):
             raise LearningError(
-                f"step {self.step + 1}: the loss is {loss.item()}", "look at the text, or lower the rate"
+                f"step {self.step + 1}: the loss is {seen[0].item()}", "look at the text, or lower the rate"
             )
-        loss.backward()
+        (loss * part).backward()
         self.weights.take_gradients()
+        self._total([m.grad for m in self.weights.masters.values() if m.grad is not None])
         bound = settings.clip * median(self._norms) if len(self._norms) >= _NORMS // 5 else math.inf
         norm = float(nn.utils.clip_grad_norm_(self.weights.masters.values(), bound))
         # A norm beyond the bound does not widen the next bound beyond measure.
@@ -141,7 +147,8 @@ class Training:
         self._optimiser.step()
         self.weights.write()
         self.step += 1
-        return Trained(self.step, loss.item(), cross_entropy.item(), divergence.item(), norm)
+        summed, of_text, of_pull = seen.tolist()
+        return Trained(self.step, summed, of_text, of_pull, norm)
 
     def _logits(self, rows_BT: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self._model(input_ids=rows_BT, use_cache=False).logits.float()

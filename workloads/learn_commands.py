@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import json
 import os
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,18 +20,36 @@ from rich.table import Table
 
 from cluster.config import Config, load_config
 from cluster.errors import LearningError
+from cluster.messages import StoreAddress
 from workloads.console import console
 from workloads.options import ConfigFile, Json, Model
 
 if TYPE_CHECKING:
+    from cluster.checkpoint import Checkpoint
     from cluster.learning.records import Record
     from cluster.learning.stream import Stream
+    from workloads.learn_workshop import Progress, Workshop
 
 learn_app = typer.Typer(help="What the mesh learns from.", no_args_is_help=True)
 out = console()
 err = Console(stderr=True)
 
 StreamUrl = Annotated[str | None, typer.Option("--stream", help="Folder or URL (default: learning.stream).")]
+StoreUrl = Annotated[
+    str | None, typer.Option("--store", help="Folder or URL of versions (default: versions.store).")
+]
+# Of one command instead of what learning.training says.
+Reach = Annotated[
+    float | None,
+    typer.Option(help="Part of what is asked for more that the chosen experts make up, per layer."),
+]
+Steps = Annotated[int | None, typer.Option(help="Of training.")]
+Rows = Annotated[int | None, typer.Option(help="Rows of a step.")]
+Length = Annotated[int | None, typer.Option(help="Tokens of a row.")]
+Replay = Annotated[float | None, typer.Option(help="Share of rows of what is known.")]
+Rate = Annotated[float | None, typer.Option(help="Largest learning rate.")]
+Beta = Annotated[float | None, typer.Option(help="Weight of the pull towards the version before.")]
+Workers = Annotated[int | None, typer.Option(help="Processes that train; 0: this one.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +90,7 @@ def ingest(
 
     if not domain.strip():
         raise LearningError("the domain has no name", "such as --domain law")
-    settings = _config(config, model, stream)
+    settings = configured(config, model, stream)
     files = files_of([path.expanduser() for path in paths])
     at = time.time()
     records: list[Record] = []
@@ -101,7 +122,7 @@ def stream_(
     config: ConfigFile = None, model: Model = None, stream: StreamUrl = None, json_: Json = False
 ) -> None:
     """What the stream holds."""
-    settings = _config(config, model, stream)
+    settings = configured(config, model, stream)
     found = state_of(open_stream(settings), settings.learning.holdout)
     if json_:
         print(json.dumps(asdict(found), indent=2))
@@ -150,7 +171,7 @@ def experts(
     from workloads.progress import stages
     from workloads.serve import open_model
 
-    settings = _config(config, model, stream)
+    settings = configured(config, model, stream)
     if png is not None:
         check_plot(png)
     found_domains = domains_of(open_stream(settings), settings.learning.holdout)
@@ -188,55 +209,48 @@ def run(
     against: Annotated[
         list[str] | None, typer.Option(help="Domain that is known; may be repeated (default: all others).")
     ] = None,
-    reach: Annotated[
-        float, typer.Option(help="Part of what is asked for more that the chosen experts make up, per layer.")
-    ] = 0.2,
-    steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 100,
-    rows: Annotated[int, typer.Option(min=2, help="Rows of a step.")] = 8,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 128,
-    replay: Annotated[float, typer.Option(min=0, max=0.9, help="Share of rows of what is known.")] = 0.25,
-    rate: Annotated[float, typer.Option(help="Largest learning rate.")] = 1e-3,
-    beta: Annotated[float, typer.Option(min=0, help="Weight of the pull towards the version before.")] = 0.1,
+    reach: Reach = None,
+    steps: Steps = None,
+    rows: Rows = None,
+    length: Length = None,
+    replay: Replay = None,
+    rate: Rate = None,
+    beta: Beta = None,
+    workers: Workers = None,
     seed: Annotated[int, typer.Option(help="Of all that is by lot.")] = 0,
     config: ConfigFile = None,
     model: Model = None,
     stream: StreamUrl = None,
-    store: Annotated[
-        str | None, typer.Option("--store", help="Folder or URL of versions (default: versions.store).")
-    ] = None,
+    store: StoreUrl = None,
     json_: Json = False,
 ) -> None:
     """Learn a domain of the stream: choose experts, train them, and publish what passes the gate."""
-    import getpass
-
-    from actors.expert_training import TrainSettings
-    from actors.trainable_version import open_encoder, open_version
-    from cluster.versions.store import Store
-    from workloads.learn_run import RunSettings, learn, material_of, outcome_json, outcome_text
+    from cluster.learning.judge import GateSettings
+    from workloads.learn_run import learn, material_of, outcome_json, outcome_text
     from workloads.progress import stages
     from workloads.serve import open_model
 
-    settings = _config(config, model, stream, store)
-    wanted = RunSettings(
-        domain, tuple(against or ()), reach, rows=rows, length=length, replay=replay, seed=seed
+    settings = configured(
+        config,
+        model,
+        stream,
+        store,
+        reach=reach,
+        steps=steps,
+        rows=rows,
+        length=length,
+        replay=replay,
+        rate=rate,
+        beta=beta,
+        workers=workers,
     )
-    material = material_of(open_stream(settings), settings.learning.holdout, wanted)
+    learning = settings.learning
+    kept = open_stream(settings)
+    material = material_of(kept, learning.holdout, domain, against or (), GateSettings().fewest_texts)
     with stages(err) as progress:
         checkpoint = open_model(settings, progress)[0]
-        versions = Store(settings.versions.url(checkpoint.digest), settings.versions.options)
-        progress("loading the model", 0.0)
-        trainable, encode = open_version(checkpoint), open_encoder(checkpoint)
-        outcome = learn(
-            checkpoint,
-            trainable,
-            encode,
-            material,
-            versions,
-            wanted,
-            TrainSettings(steps, rate, max(1, steps // 10), beta),
-            author=getpass.getuser(),
-            progress=progress,
-        )
+        with ray_for_training(settings):
+            outcome = learn(workshop_of(settings, checkpoint, progress), material, seed)
     if json_:
         print(json.dumps(outcome_json(outcome)))
     else:
@@ -257,20 +271,31 @@ def forget(
     model: Model = None,
     stream: StreamUrl = None,
 ) -> None:
-    """Take all that was kept of one API key's requests out of the stream, with what was said of them."""
+    """Take all that was kept of one API key's requests, and what was said of them, out of the stream and of replay."""
+    from cluster.learning.journal import forget as forget_replayed
     from cluster.learning.records import owner
+    from cluster.versions.files import Files
 
     if not key.strip():
         raise LearningError("the key is empty", "give the API key whose records are to go")
-    kept = open_stream(_config(config, model, stream))
+    settings = configured(config, model, stream)
+    kept = open_stream(settings)
     count = kept.forget(owner(key.strip()))
-    out.print(f"{count} records taken out of {kept.url}", highlight=False, soft_wrap=True)
+    replayed = sum(
+        forget_replayed(Files(url, **settings.learning.options), owner(key.strip()))
+        for url in settings.learning.state_urls()
+    )
+    out.print(
+        f"{count} records taken out of {kept.url}, {replayed} samples out of what is replayed",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @learn_app.command()
 def expire(config: ConfigFile = None, model: Model = None, stream: StreamUrl = None) -> None:
     """Take shards out of the stream that are older than learning.retention; routers do so as well."""
-    settings = _config(config, model, stream)
+    settings = configured(config, model, stream)
     kept = open_stream(settings)
     count = kept.expire(time.time() - settings.learning.retention)
     out.print(f"{count} shards taken out of {kept.url}", highlight=False, soft_wrap=True)
@@ -317,10 +342,50 @@ def open_stream(config: Config) -> Stream:
     return Stream(config.learning.url(digest), **config.learning.options)
 
 
-def _config(file: Path | None, model: str | None, stream: str | None, store: str | None = None) -> Config:
+def workshop_of(
+    config: Config,
+    checkpoint: Checkpoint,
+    progress: Progress,
+    pausing: Callable[[], bool] = lambda: False,
+) -> Workshop:
+    """Where the configured model learns."""
+    from workloads.learn_workshop import Workshop
+    from workloads.version_store import store_address
+
+    state = StoreAddress(config.learning.state_url(checkpoint.digest), dict(config.learning.options))
+    return Workshop(
+        checkpoint,
+        store_address(config, checkpoint),
+        config.versions.alias,
+        state,
+        config.learning,
+        getpass.getuser(),
+        progress,
+        pausing=pausing,
+    )
+
+
+@contextlib.contextmanager
+def ray_for_training(config: Config) -> Iterator[None]:
+    """Within the block there is a cluster for workers, if there are to be any."""
+    from cluster.ray_cluster import connected
+
+    with connected(config.ray) if config.learning.training.workers else contextlib.nullcontext():
+        yield
+
+
+def configured(
+    file: Path | None,
+    model: str | None,
+    stream: str | None,
+    store: str | None = None,
+    **training: float | None,
+) -> Config:
+    """The configuration, with what a command's options say instead."""
     names = {"model.path": "--model", "learning.stream": "--stream", "versions.store": "--store"}
     flags = {"model.path": model, "learning.stream": stream, "versions.store": store}
-    return load_config(file, flags, os.environ, names).config
+    own = {f"learning.training.{name}": value for name, value in training.items()}
+    return load_config(file, {**flags, **own}, os.environ, names).config
 
 
 def _when(at: float) -> str:

@@ -1,64 +1,28 @@
 """`expertmesh learn run`: from a domain of the stream to a version of the model, if the gate lets it through.
 
-1. samples are split: what is held out judges, the rest is learnt
-2. the experts that the domain is about are chosen
-3. they are trained on it, with what is known beside it
-4. the gate compares bits per byte before and after, in the domain and in all others
-5. what passes is published, with the gate's numbers; nothing serves it yet
+Samples are split first: what is held out judges, the rest is learnt. The phases are those of `learn_workshop`; begun
+again after it was killed, the same run goes on where its training was put down.
 """
 
 from __future__ import annotations
 
-import random
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
 
-from cluster.checkpoint import Checkpoint
 from cluster.errors import LearningError
 from cluster.learning.filters import FilterSettings, filtered
-from cluster.learning.judge import GateSettings, GateVerdict, Judged, judge
+from cluster.learning.judge import GateVerdict
 from cluster.learning.records import Record, with_feedback
 from cluster.learning.reservoir import Reservoir
 from cluster.learning.split import holdout_of
 from cluster.learning.stream import Stream
-from cluster.versions.publish import publish
-from cluster.versions.store import Store
-from workloads.learn_experts import ExpertChoice, Samples, domains_of, experts_for, samples_for
+from workloads.learn_experts import ExpertChoice, Samples, domains_of, samples_for
+from workloads.learn_workshop import Workshop
 
 if TYPE_CHECKING:
-    import torch
-
-    from actors.expert_slices import ChosenExperts
-    from actors.expert_training import Trained, TrainSettings
-
-Progress = Callable[[str, float], None]
-
-# Held-out texts of a domain that are judged by, and tokens of each.
-_MOST_JUDGED: Final = 48
-_JUDGED_TOKENS: Final = 256
-
-
-@dataclass(frozen=True, slots=True)
-class RunSettings:
-    """How a domain is learnt."""
-
-    domain: str
-    against: tuple[str, ...] = ()
-    reach: float = 0.2
-    count_tokens: int = 20_000
-    """Of each side, by which experts are chosen."""
-    rows: int = 8
-    """Of a step."""
-    length: int = 128
-    """Tokens of a row."""
-    replay: float = 0.25
-    """Share of the rows that are of what is known."""
-    reservoir: int = 2000
-    seed: int = 0
-    gate: GateSettings = field(default_factory=GateSettings)
+    from actors.expert_training import Trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,89 +47,46 @@ class Material:
     """By domain, of the new one and the old ones: what judges."""
 
 
-def material_of(stream: Stream, holdout: float, settings: RunSettings) -> Material:
+def material_of(
+    stream: Stream, holdout: float, domain: str, against: Sequence[str], fewest_texts: int
+) -> Material:
     """What the stream has for a run; looked at before a model is loaded.
 
     LearningError if there is too little of anything.
     """
-    samples = samples_for(domains_of(stream, holdout), settings.domain, settings.against)
+    samples = samples_for(domains_of(stream, holdout), domain, against)
     held = held_out(stream, holdout)
-    needed = settings.gate.fewest_texts
-    for name in (settings.domain, *samples.old):
-        if (count := len(held.get(name, ()))) < needed:
-            raise LearningError(
-                f"{count} held-out texts of {name} say too little, {needed} are asked for",
-                "add more texts of it to the stream, or hold out a larger share (learning.holdout)",
-            )
-    return Material(samples, {name: held[name] for name in (settings.domain, *samples.old)})
-
-
-def learn(
-    checkpoint: Checkpoint,
-    model: Any,
-    encode: Callable[[str], list[int]],
-    material: Material,
-    store: Store,
-    settings: RunSettings,
-    training: TrainSettings,
-    *,
-    author: str,
-    progress: Progress,
-) -> Outcome:
-    """Learn a domain once, from the base checkpoint."""
-    from actors.expert_slices import ChosenExperts
-    from actors.expert_training import Training, divergence
-    from actors.text_routing import choices
-
-    samples = material.samples
-    choice = experts_for(
-        model,
-        encode,
-        samples,
-        reach=settings.reach,
-        tokens=settings.count_tokens,
-        seed=settings.seed,
-        progress=progress,
-    )
-    judged = {name: _for_gate(records, encode, settings) for name, records in material.held.items()}
-    chosen = ChosenExperts(model, [(one.layer, one.expert) for one in choice.chosen])
-    old = Reservoir(settings.reservoir, settings.seed)
-    old.add(record for records in samples.old.values() for record in records)
-    rows = _rows(samples.new, old, encode, settings)
-    learner = Training(model, chosen, training)
-    model.train()
-    steps = []
-    for number in range(training.steps):
-        steps.append(learner.train(next(rows)))
-        progress("training", (number + 1) / training.steps)
-    model.eval()
-    progress("the gate", 0.0)
-    known = [tokens for name in choice.against for _, tokens in judged[name]]
-    with chosen.as_before():
-        before = choices(model, known)
-    verdict = judge(
-        settings.domain,
-        _compared(model, chosen, judged, progress),
-        settings.gate,
-        divergence=divergence(model, chosen, known),
-        imbalance=_imbalance(before, choices(model, known)),
-    )
-    if not verdict.passed:
-        return Outcome(choice, chosen.share, tuple(steps), verdict)
-    from safetensors.torch import save_file
-
-    with tempfile.TemporaryDirectory(prefix="expertmesh-learn-") as folder:
-        file = Path(folder) / "learnt.safetensors"
-        save_file(chosen.tensors(checkpoint), file)
-        made = publish(
-            store,
-            checkpoint,
-            file,
-            author=author,
-            reason=f"learnt {settings.domain}",
-            metrics={**verdict.metrics, "trained_share": chosen.share},
+    if (short := too_few(held, (domain, *samples.old), fewest_texts)) is not None:
+        raise LearningError(
+            short, "add more texts of it to the stream, or hold out a larger share (learning.holdout)"
         )
-    return Outcome(choice, chosen.share, tuple(steps), verdict, made.digest)
+    return Material(samples, {name: held[name] for name in (domain, *samples.old)})
+
+
+def too_few(held: Mapping[str, Sequence[Record]], domains: Sequence[str], fewest: int) -> str | None:
+    """Of which domain there are too few held-out texts to judge by; None where there are enough of all."""
+    for name in domains:
+        if (count := len(held.get(name, ()))) < fewest:
+            return f"{count} held-out texts of {name} say too little, {fewest} are asked for"
+    return None
+
+
+def learn(workshop: Workshop, material: Material, seed: int) -> Outcome:
+    """Learn a domain once, from the version that serves."""
+    from actors.training_job import told
+
+    parent, samples = workshop.serving(), material.samples
+    workshop.check_room()
+    old = Reservoir(workshop.settings.reservoir, seed)
+    old.add(record for records in samples.old.values() for record in records)
+    samples = Samples(samples.domain, samples.new, old.kept)
+    choice = workshop.choose(samples, parent, seed)
+    name = _name(workshop, samples, choice, parent, seed)
+    job = workshop.begin(name, samples, choice, parent, seed)
+    saved = workshop.train(name)
+    found = workshop.judge(job, saved, samples.domain, material.held, seed=seed)
+    workshop.files(name).discard()
+    return Outcome(choice, found.trained_share, told(saved), found.verdict, found.manifest)
 
 
 def outcome_json(outcome: Outcome) -> dict[str, Any]:
@@ -197,9 +118,10 @@ def outcome_text(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def held_out(stream: Stream, holdout: float) -> dict[str, list[Record]]:
-    """Domain → samples that are never learnt from."""
-    samples = with_feedback(record for _, shard in stream.after(0) for record in shard)
+def held_out(stream: Stream, holdout: float, upto: int | None = None) -> dict[str, list[Record]]:
+    """Domain → samples that are never learnt from, of all shards or those up to one."""
+    shards = (shard for number, shard in stream.after(0) if upto is None or number <= upto)
+    samples = with_feedback(record for shard in shards for record in shard)
     kept = [r for r in samples if holdout and holdout_of(r.text, holdout, 1) is not None]
     found: dict[str, list[Record]] = {}
     for record in filtered(kept, FilterSettings(most_of_one=len(kept) + 1)).kept:
@@ -207,71 +129,13 @@ def held_out(stream: Stream, holdout: float) -> dict[str, list[Record]]:
     return found
 
 
-def _for_gate(
-    records: Sequence[Record], encode: Callable[[str], list[int]], settings: RunSettings
-) -> list[tuple[str, list[int]]]:
-    """Texts with their tokens."""
-    picked = random.Random(settings.seed).sample(list(records), min(_MOST_JUDGED, len(records)))
-    found = [(record.text, encode(record.text)) for record in picked]
-    return [(text, tokens[:_JUDGED_TOKENS]) for text, tokens in found if len(tokens) > 1]
-
-
-def _rows(
-    new: Sequence[Record], old: Reservoir, encode: Callable[[str], list[int]], settings: RunSettings
-) -> Iterator[torch.Tensor]:
-    """Steps of rows [B, T]: packed from whole samples by lot, a share of them of what is known."""
-    import torch
-
-    replayed = round(settings.rows * settings.replay)
-    if settings.replay and not replayed:
-        replayed = 1
-    dice = random.Random(settings.seed)
-    fresh = _packed(lambda: dice.choice(new).text, encode, settings.length)
-    known = _packed(lambda: old.draw(1)[0].text, encode, settings.length)
-    while True:
-        rows = [next(fresh) for _ in range(settings.rows - replayed)] + [next(known) for _ in range(replayed)]
-        yield torch.tensor(rows)
-
-
-def _packed(draw: Callable[[], str], encode: Callable[[str], list[int]], length: int) -> Iterator[list[int]]:
-    waiting: list[int] = []
-    empty = 0
-    while True:
-        while len(waiting) < length:
-            tokens = encode(draw())
-            empty = 0 if tokens else empty + 1
-            if empty > 1000:
-                raise LearningError("the samples have no tokens", "look at the texts and the tokenizer")
-            waiting += tokens
-        yield waiting[:length]
-        waiting = waiting[length:]
-
-
-def _compared(
-    model: Any,
-    chosen: ChosenExperts,
-    judged: Mapping[str, Sequence[tuple[str, list[int]]]],
-    progress: Progress,
-) -> dict[str, list[Judged]]:
-    """Bits of every held-out text, by the version before and by what was learnt."""
-    from actors.expert_training import bits_of
-
-    found: dict[str, list[Judged]] = {}
-    for number, (name, texts) in enumerate(judged.items(), 1):
-        with chosen.as_before():
-            before = [bits_of(model, tokens) for _, tokens in texts]
-        after = [bits_of(model, tokens) for _, tokens in texts]
-        found[name] = [
-            Judged(len(text.encode()), one, other)
-            for (text, _), one, other in zip(texts, before, after, strict=True)
-        ]
-        progress("the gate", number / len(judged))
-    return found
-
-
-def _imbalance(before: Mapping[int, Sequence[int]], after: Mapping[int, Sequence[int]]) -> float:
-    """The largest rise of a layer's largest share, as a factor."""
-    return max(
-        (max(after[layer]) / sum(after[layer])) / (max(before[layer]) / sum(before[layer]))
-        for layer in before
-    )
+def _name(workshop: Workshop, samples: Samples, choice: ExpertChoice, parent: str, seed: int) -> str:
+    """The same for the same run: what is begun again goes on."""
+    said = [
+        parent,
+        seed,
+        workshop.settings.training.model_dump_json(),
+        [(one.layer, one.expert) for one in choice.chosen],
+        [astuple(record) for records in (samples.new, *samples.old.values()) for record in records],
+    ]
+    return f"run-{sha256(repr(said).encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"

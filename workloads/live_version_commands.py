@@ -43,7 +43,7 @@ def stage(
     """Have the hosts load a version beside the one that serves, so that it can be promoted."""
     started = time.monotonic()
     with running_controller(configured(config), url) as controller:
-        staged = _when_free(controller, version, timeout)
+        staged = stage_when_free(controller, version, timeout)
         wait_until_live(controller, staged.manifest, timeout)
     found = {**asdict(staged), "seconds": time.monotonic() - started}
     loaded = sum(staged.bytes_by_host.values())
@@ -157,6 +157,18 @@ def wait_until_live(controller: RunningController, manifest: str, timeout_s: flo
         time.sleep(_POLL_S)
 
 
+def stage_when_free(controller: RunningController, version: str, timeout_s: float) -> Any:
+    """What staging says; waits for a change of the placement that is under way."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return controller.ask("stage", version)
+        except HostError as error:
+            if "being changed already" not in error.message or time.monotonic() > deadline:
+                raise
+        time.sleep(_POLL_S)
+
+
 def _try_out(
     version: str, shares: str, every: str, alpha: float, config: Path | None, url: str | None, json_: bool
 ) -> None:
@@ -177,18 +189,6 @@ def _try_out(
         status = controller.ask("versions")
     text = f"{status.candidate}\n  gets {status.share:.3g} of new requests; see `expertmesh versions live`"
     _tell(asdict(status), text, json_)
-
-
-def _when_free(controller: RunningController, version: str, timeout_s: float) -> Any:
-    """What staging says; waits for a change of the placement that is under way."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            return controller.ask("stage", version)
-        except HostError as error:
-            if "being changed already" not in error.message or time.monotonic() > deadline:
-                raise
-        time.sleep(_POLL_S)
 
 
 def _tell_promoted(promoted: Any, json_: bool) -> None:

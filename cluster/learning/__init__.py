@@ -8,7 +8,9 @@
     choose.py       which experts the new samples are about
     text_files.py   text files, and what is in them
     sources.py      the same as records
+    backlog.py      what waits to be learnt, and what of it is next
+    journal.py      how far a loop is: the round that goes on, what was used, what is replayed
     judge.py        whether what was learnt may be served
 
-All but the stream are pure functions and values; nothing here needs torch or Ray.
+All but the stream and the journal are pure functions and values; nothing here needs torch or Ray.
 """

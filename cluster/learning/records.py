@@ -73,7 +73,9 @@ def to_parquet(records: Sequence[Record]) -> bytes:
 def from_parquet(data: bytes, what: str) -> list[Record]:
     """The records of a shard; `what` names it in errors. LearningError if it is torn, or no shard."""
     try:
-        table = pq.read_table(BytesIO(data), columns=_SCHEMA.names).cast(_SCHEMA)
+        # In this thread: of pyarrow's own some were seen to be left when a short command ended, which abort it then.
+        file = pq.ParquetFile(BytesIO(data), pre_buffer=False)
+        table = file.read(columns=_SCHEMA.names, use_threads=False).cast(_SCHEMA)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise LearningError(
             f"{what} is no shard of the stream: {str(error).splitlines()[0]}", "take it away"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final
@@ -44,6 +44,11 @@ class Reservoir:
     def sizes(self) -> Mapping[str, int]:
         """Domain → samples of it that are kept."""
         return {name: len(domain.kept) for name, domain in sorted(self._domains.items())}
+
+    @property
+    def kept(self) -> Mapping[str, Sequence[Record]]:
+        """Domain → samples of it that are kept."""
+        return {name: tuple(domain.kept) for name, domain in sorted(self._domains.items()) if domain.kept}
 
     def add(self, records: Iterable[Record]) -> None:
         """Have seen these."""

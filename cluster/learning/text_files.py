@@ -91,7 +91,11 @@ def _of_parquet(file: Path) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     try:
-        column = pq.read_table(file, columns=["text"]).column("text").cast(pa.string())
+        # In this thread: those of pyarrow's own may abort a short command as it ends.
+        table = pq.ParquetFile(file, pre_buffer=False).read(columns=["text"], use_threads=False)
+        if "text" not in table.column_names:
+            raise ValueError("it has no column text")
+        column = table.column("text").cast(pa.string())
     except pa.ArrowException as error:
         raise ValueError(str(error)) from error
     yield from column.drop_null().to_pylist()

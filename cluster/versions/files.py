@@ -151,6 +151,19 @@ class Files:
                 return 0
         return size
 
+    def arrow(self) -> tuple[Any, str]:
+        """The folder for what knows pyarrow alone: its file system (None: this machine's disks), and the path there."""
+        if self._local:
+            return None, self._root
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+        return PyFileSystem(FSSpecHandler(self._system)), self._root
+
+    def remove_folder(self, name: str) -> None:
+        """Take a folder away with all that is in it, if it is there."""
+        with self._writing(name), contextlib.suppress(FileNotFoundError):
+            self._system.rm(self._path(name), recursive=True)
+
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
 from actors import trainable_version
@@ -22,10 +26,12 @@ from cluster.errors import LearningError
 from cluster.learning.judge import GateVerdict, judge
 from cluster.learning.records import Record
 from cluster.learning.stream import Stream
+from cluster.versions.aliases import Move
+from cluster.versions.manifest import Manifest
 from cluster.versions.store import Store
 from tests.tiny_dense import make_tiny_dense
 from tests.tiny_models import make_tiny
-from workloads import cli, learn_run
+from workloads import cli, learn_workshop
 from workloads.models.upcycle import upcycle
 
 pytestmark = pytest.mark.slow
@@ -64,7 +70,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         records = [Record("text", f"{domain}{n}", 1.0, domain=domain, answer=t) for n, t in enumerate(texts)]
         stream.append(records)
     (folder / "mesh.yaml").write_text(
-        f"model: {{path: {folder}/model}}\nlearning: {{stream: {folder}/stream, holdout: 0.2}}\n"
+        f"model: {{path: {folder}/model}}\n"
+        f"learning: {{stream: {folder}/stream, state: {folder}/state, holdout: 0.2, known: [code], least: 40,\n"
+        "  training: {workers: 0, gentle: false, steps: 40, length: 32, reach: 0.6, rate: 0.01}}\n"
         f"versions: {{store: {folder}/store}}\n"
     )
     return folder
@@ -78,6 +86,8 @@ def run(
         if name.startswith("EXPERTMESH"):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
+    # No server of somebody else's is to be learnt beside.
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
 
     def call(*arguments: str, code: int = 0) -> str:
         capsys.readouterr()
@@ -111,8 +121,7 @@ def test_the_command_says_which_experts_and_draws_them(run: Run, tmp_path: Path)
 
 
 def test_a_domain_is_learnt_and_published_if_nothing_is_forgotten(run: Run, folder: Path) -> None:
-    small = ("--steps", "40", "--length", "32", "--reach", "0.6", "--rate", "0.01", "--json")
-    made = json.loads(run("run", "--domain", "law", *small))
+    made = json.loads(run("run", "--domain", "law", "--json"))
     metrics = made["metrics"]
     assert made["passed"] and made["reasons"] == [] and metrics["rise.law.high"] < 0
     assert metrics["bits_per_byte.law.after"] < metrics["bits_per_byte.law.before"]
@@ -133,8 +142,8 @@ def test_what_the_gate_stops_is_not_published_and_says_why(
     def stop(*args: Any, **more: Any) -> GateVerdict:
         return replace(judge(*args, **more), passed=False, reasons=("code: +3.00% bits per byte",))
 
-    monkeypatch.setattr(learn_run, "judge", stop)
-    small = ("run", "--domain", "law", "--steps", "2", "--length", "32", "--reach", "0.6")
+    monkeypatch.setattr(learn_workshop, "judge", stop)
+    small = ("run", "--domain", "law", "--steps", "2")
     made = json.loads(run(*small, "--json", code=1))
     assert not made["passed"] and made["manifest"] == "" and made["reasons"] == ["code: +3.00% bits per byte"]
     assert Store(str(folder / "store")).manifests.all() == before
@@ -149,3 +158,48 @@ def test_too_little_to_judge_by_is_told_before_a_model_is_loaded(
     assert "0 held-out texts of alone say too little, 8 are asked for" in run(
         "run", "--domain", "alone", "--against", "law", code=1
     )
+
+
+def test_the_loop_learns_what_is_new_once_and_from_what_serves(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
+    store = Store(str(folder / "store"))
+    assert "round 1, " in (said := run("serve", "--until-idle", "--publish-only")) and "published" in said
+    first = json.loads(run("status", "--json"))["rounds"][0]
+    assert first["domain"] == "law" and first["phase"] == "published"
+    assert store.manifests.get(first["manifest"]).parent == ""
+    assert first["metrics"]["rise.law.high"] < 0 and "rise.code.high" in first["metrics"]
+    assert run("serve", "--until-idle") == "", "nothing is learnt twice"
+    store.aliases.move("production", Move(1, first["manifest"], 1.0))
+    dice = random.Random(7)
+    texts = [f"{' '.join(dice.choices(WORDS['law'], k=24))} more {number}" for number in range(120)]
+    stream = Stream(str(folder / "stream"))
+    stream.append([Record("text", t, 1.0, domain="law", answer=t) for t in texts])
+    assert "round 2, " in run("serve", "--once")
+    second = json.loads(run("status", "--json"))["rounds"][1]
+    assert second["parent"] == first["manifest"] and second["part"] == 1
+    assert "bits_per_byte.law before.after" in second["metrics"], "what was known of it is judged by itself"
+    if second["manifest"]:
+        assert store.manifests.get(second["manifest"]).parent == first["manifest"]
+    assert not list((folder / "state" / "jobs").glob("*/*"))
+
+
+def test_what_can_not_be_learnt_is_told_before_anything_begins(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FileLock(folder / "state" / "lock"):
+        assert "another `expertmesh learn serve` runs" in run("serve", "--once", code=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20))
+        assert "GiB too little" in run("serve", "--once", code=1)
+        assert "GiB too little" in run("run", "--domain", "law", "--against", "code", code=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1))
+        assert "of disk at" in run("serve", "--once", code=1)
+    foreign = Store(str(tmp_path / "foreign"))
+    digest = foreign.manifests.put(Manifest("another model"))
+    foreign.aliases.move("production", Move(1, digest, 1.0))
+    elsewhere = ("--store", str(tmp_path / "foreign"))
+    assert "is of another model" in run("serve", "--once", *elsewhere, code=1)
+    assert "is of another model" in run("run", "--domain", "law", "--against", "code", *elsewhere, code=1)
+    assert "no expertmesh server" in run("serve", "--once", "--url", "http://127.0.0.1:9", code=1)

@@ -14,12 +14,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.learning.journal import Journal, LoopState, begun, ended, known
 from cluster.learning.records import Record, owner
+from cluster.learning.split import holdout_of
 from cluster.learning.stream import Stream
 from cluster.learning.text_files import pieces
+from cluster.versions.files import Files
 from workloads import cli
+from workloads.learn_status import Teller
 
 Run = Callable[..., str]
+BITS = {"bits_per_byte.law.before": 2.0, "bits_per_byte.law.after": 2.5}
 
 
 @pytest.fixture
@@ -29,7 +34,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "expertmesh.yaml").write_text("learning: {stream: kept, holdout: 0.5}\n")
+    (tmp_path / "expertmesh.yaml").write_text("learning: {stream: kept, state: state, holdout: 0.5}\n")
 
     def call(*arguments: str, code: int = 0) -> str:
         capsys.readouterr()
@@ -64,7 +69,8 @@ def test_texts_are_ingested_told_of_and_forgotten(tmp_path: Path, run: Run) -> N
     assert (state["shards"], state["last"], state["owners"], state["oldest"]) == (3, 3, 1, 5.0)
     assert state["records"] == {"law": {"text": 4}, "traffic": {"request": 1}} and 0 < state["held_out"] < 5
     assert "3 shards" in run("stream") and "law" in run("stream")
-    assert "1 records taken out" in run("forget", "--key", "my key")
+    said = run("forget", "--key", "my key")
+    assert "1 records taken out" in said and "0 samples out of what is replayed" in said
     assert "0 shards taken out" in run("expire")
     assert json.loads(run("stream", "--json"))["records"] == {"law": {"text": 4}}
 
@@ -107,3 +113,47 @@ def test_pieces_end_with_paragraphs_where_they_can() -> None:
     text = "one one\n\ntwo two\n\nthree three"
     assert list(pieces(text, 20)) == ["one one\n\ntwo two", "three three"]
     assert list(pieces("a" * 25, 10)) == ["a" * 10, "a" * 10, "a" * 5]
+
+
+def test_the_status_of_a_loop(tmp_path: Path, run: Run) -> None:
+    assert "nothing was learnt yet" in run("status")
+    stream = Stream(str(tmp_path / "kept"))
+    texts = [f"text {number}" for number in range(40)]
+    stream.append([Record("text", t, 5.0, domain="law", answer=t) for t in texts])
+    files = Files(str(tmp_path / "state"))
+    journal = Journal(files)
+    state = begun(LoopState(), "law", 1, parent="p", seed=0, parts=2, now=60.0)
+    done = ended(state, "refused", 120.0, reasons=("it is worse",), metrics=BITS)
+    stream.append([Record("text", "new", 5.0, domain="law", answer=texts[0]) for _ in range(3)])
+    reservoir = journal.replayed(journal.load(), 9)
+    reservoir.add([Record("text", "old", 5.0, domain="code", answer="old")])
+    state = known(done, "code", 1, journal.keep(reservoir))
+    journal.save(begun(state, "art", 2, parent="p", seed=0, parts=2, now=180.0))
+    Teller(files)("training", 0.25, {"maths": "too few"})
+    shown = run("status")
+    for words in (
+        "round 2: art, gathering",
+        "training 25%",
+        "maths waits: too few",
+        "it is worse",
+        "2.0000 → 2.5000",
+    ):
+        assert words in shown, shown
+    found = json.loads(run("status", "--json"))
+    assert found["replayed"] == {"code": 1} and found["offsets"] == {"law": 1, "code": 1}
+    assert found["round"]["domain"] == "art" and found["rounds"][0]["phase"] == "refused"
+    assert found["doing"]["what"] == "training"
+    held = holdout_of(texts[0], 0.5, 1) is not None
+    assert ("law" in found["waiting"]) == (not held)
+
+
+def test_a_damaged_stream_or_journal_is_told(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "kept" / "shards").mkdir(parents=True)
+    (tmp_path / "kept" / "shards" / "000000000001").write_bytes(b"torn")
+    assert "is no shard of the stream" in run("status", code=1)
+    assert "is no shard of the stream" in run("run", "--domain", "law", code=1)
+    (tmp_path / "kept" / "shards" / "000000000001").unlink()
+    assert "holds nothing to learn from" in run("run", "--domain", "law", code=1)
+    (tmp_path / "state" / "journal").mkdir(parents=True)
+    (tmp_path / "state" / "journal" / "000000000001").write_bytes(b"{")
+    assert "makes no sense" in run("status", code=1)
