@@ -7,6 +7,7 @@ knows nothing of the experts that stay, and what was before can be put in its pl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
@@ -20,7 +21,9 @@ from cluster.errors import LearningError
 
 GATE_UP: Final = "gate_up_proj"
 DOWN: Final = "down_proj"
-_DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+_FIRST: Final = re.compile(r"experts\.0\.")
 
 
 class Slice(NamedTuple):
@@ -107,9 +110,20 @@ class ChosenExperts:
             gate, up = self.masters[Slice(layer, expert, GATE_UP)].data.chunk(2)
             parts = {"gate": gate, "up": up, "down": self.masters[Slice(layer, expert, DOWN)].data}
             for part, tensor in parts.items():
-                name = layout.tensor_name(part, expert)
-                found[name] = tensor.to(_DTYPES[checkpoint.tensors[name].dtype]).contiguous()
+                first = layout.tensor_name(part, 0)
+                # One that was added is named as if the checkpoint had it.
+                name = _FIRST.sub(f"experts.{expert}.", first)
+                found[name] = tensor.to(DTYPES[checkpoint.tensors[first].dtype]).contiguous()
         return found
+
+    def round_to(self, checkpoint: Checkpoint) -> None:
+        """Have the masters be numbers that the checkpoint's dtypes can hold: those that will serve."""
+        for (layer, _, name), master in self.masters.items():
+            layout = checkpoint.layout(layer)
+            part = "down" if name == DOWN else next(part for part in layout.parts if part != "down")
+            dtype = DTYPES[checkpoint.tensors[layout.tensor_name(part, 0)].dtype]
+            master.data.copy_(master.data.to(dtype))
+        self.write()
 
     def state(self) -> dict[str, torch.Tensor]:
         """The masters, to be put down."""

@@ -10,7 +10,7 @@ Shape suffixes: N = tokens, H = hidden size, E = experts, K = top-k.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -18,37 +18,49 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from actors.expert_slices import DOWN, GATE_UP
+from actors.expert_slices import DOWN, DTYPES, GATE_UP
 from actors.text_routing import batches, expert_modules
 from actors.trainable_version import add_expert, router_modules
 from actors.whole_weights import WholeWeights
+from cluster.checkpoint import Checkpoint
+from cluster.versions.growth import routers
 
 # Tokens of each side that a clone's row is found from.
-_MOST_TOKENS: Final = 4096
+_MOST_TOKENS: Final = 16_384
 # Of the ridge regression, as a share of the mean of the squared features.
 _RIDGE: Final = 0.1
 
 
-def add_clones(
+def clone_rows(
     model: nn.Module,
     originals: Collection[tuple[int, int]],
     new: Sequence[Sequence[int]],
     old: Sequence[Sequence[int]],
-    margin: float = 1.0,
-) -> dict[tuple[int, int], int]:
-    """Have a copy of each of these experts (layer, expert) that new text prefers and old text avoids; their numbers.
+    margin: float = 6.0,
+) -> dict[tuple[int, int], torch.Tensor]:
+    """(Layer, expert) → the row [H] of the router with which a copy of it is preferred by new text and avoided by old.
 
     `new`, `old`: texts as token numbers; `margin`: by how much, in standard deviations of the router's logits.
     """
+    if not originals:
+        return {}
     inputs = [_router_inputs(model, texts) for texts in (new, old)]
-    experts, routers = expert_modules(model), router_modules(model)
-    found: dict[tuple[int, int], int] = {}
+    routers = router_modules(model)
+    found: dict[tuple[int, int], torch.Tensor] = {}
     for layer, expert in sorted(originals):
         new_NH, old_NH = inputs[0][layer], inputs[1][layer]
         weight_EH = routers[layer].weight.data.float()
         spread = float((torch.cat((new_NH, old_NH)) @ weight_EH.T).std(dim=-1).mean())
-        row_H = weight_EH[expert] + direction(new_NH, old_NH) * margin * spread
-        tensors = {name: getattr(experts[layer], name).data[expert] for name in (GATE_UP, DOWN)}
+        found[layer, expert] = weight_EH[expert] + direction(new_NH, old_NH) * margin * spread
+    return found
+
+
+def add_clones(model: nn.Module, rows: Mapping[tuple[int, int], torch.Tensor]) -> dict[tuple[int, int], int]:
+    """Have a copy of each of these experts (layer, expert) with this row of the router; the copies' numbers."""
+    found: dict[tuple[int, int], int] = {}
+    for (layer, expert), row_H in sorted(rows.items()):
+        module = expert_modules(model)[layer]
+        tensors = {name: getattr(module, name).data[expert] for name in (GATE_UP, DOWN)}
         found[layer, expert] = add_expert(model, layer, row_H, tensors)
     return found
 
@@ -70,6 +82,18 @@ def direction(new_NH: torch.Tensor, old_NH: torch.Tensor) -> torch.Tensor:
 def router_weights(model: nn.Module) -> WholeWeights:
     """All routers of a model, to be trained."""
     return WholeWeights(model, {f"{layer}": router.weight for layer, router in router_modules(model).items()})
+
+
+def router_tensors(
+    model: nn.Module, checkpoint: Checkpoint, layers: Collection[int]
+) -> dict[str, torch.Tensor]:
+    """Whole routers of some layers, by the checkpoint's names and in its dtypes."""
+    modules = router_modules(model)
+    return {
+        name: modules[layer].weight.data.to(DTYPES[checkpoint.tensors[name].dtype]).contiguous()
+        for name, layer in routers(checkpoint).items()
+        if layer in layers
+    }
 
 
 class Balance:

@@ -1,6 +1,7 @@
 """A training job: what is to be trained on what, put down where all its workers find it, and the steps of one worker.
 
     jobs/NAME/new, old    samples, as shards of the stream are written
+    jobs/NAME/rows        rows of routers, of the experts that are cloned
     jobs/NAME/job         the job; written last, so that whoever finds it finds its samples
     jobs/NAME/progress    how far it is
     jobs/NAME/pause       there for as long as it is to wait
@@ -20,9 +21,11 @@ from typing import Any, Final
 
 import torch
 from pydantic import TypeAdapter
+from safetensors.torch import load, save
 
 from actors.expert_slices import ChosenExperts
 from actors.expert_training import Trained, Training, TrainSettings
+from actors.router_review import add_clones
 from actors.trainable_version import Encode, open_encoder, open_version
 from actors.training_rows import Rows, RowSettings, part_of
 from cluster.checkpoint import Checkpoint
@@ -46,7 +49,7 @@ class TrainingJob:
     parent: str
     """Digest of the version from which on; "": the base checkpoint."""
     chosen: tuple[tuple[int, int], ...]
-    """(Layer, expert)."""
+    """(Layer, expert) of the parent."""
     settings: TrainSettings
     rows: RowSettings = field(default_factory=RowSettings)
     keep_every: int = 20
@@ -56,6 +59,8 @@ class TrainingJob:
     threads: int = 1
     gentle: bool = True
     """Whether cores that somebody else wants are left to them."""
+    clones: tuple[tuple[int, int], ...] = ()
+    """Those of `chosen` of which copies are trained in their place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +87,21 @@ class JobFiles:
         self._files, self._folder = files, f"jobs/{name}"
 
     def begin(
-        self, job: TrainingJob, new: Sequence[Record], old: Mapping[str, Sequence[Record]]
+        self,
+        job: TrainingJob,
+        new: Sequence[Record],
+        old: Mapping[str, Sequence[Record]],
+        rows: Mapping[tuple[int, int], torch.Tensor] | None = None,
     ) -> TrainingJob:
-        """Put a job down; the one that was begun under its name, if one was."""
+        """Put a job down; the one that was begun under its name, if one was. `rows`: of what is cloned."""
         if self.begun:
             return self.job()
         self._files.renew(f"{self._folder}/new", to_parquet(new))
         known = [record for _, records in sorted(old.items()) for record in records]
         self._files.renew(f"{self._folder}/old", to_parquet(known))
+        if rows:
+            named = {f"{layer}.{expert}": row.contiguous() for (layer, expert), row in rows.items()}
+            self._files.renew(f"{self._folder}/rows", save(named))
         self._files.renew(f"{self._folder}/job", _JOB.dump_json(job))
         return job
 
@@ -112,6 +124,13 @@ class JobFiles:
         for record in known:
             old.setdefault(record.domain, []).append(record)
         return new, old
+
+    def rows(self) -> dict[tuple[int, int], torch.Tensor]:
+        """(Layer, expert) → the row of the router of its clone; the same for all workers, to the bit."""
+        if not self._files.has(f"{self._folder}/rows"):
+            return {}
+        found = load(self._files.read(f"{self._folder}/rows"))
+        return {(int(name.split(".")[0]), int(name.split(".")[1])): row for name, row in found.items()}
 
     def tell(self, progress: Progress) -> None:
         """Say how far it is."""
@@ -160,6 +179,16 @@ class Worker:
     """See `actors.expert_training.Training`."""
 
 
+def open_job(job: TrainingJob, files: JobFiles) -> tuple[Any, ChosenExperts]:
+    """The model from which on is trained, with its clones, and what of it is trained."""
+    model = open_version(
+        Checkpoint.open(Path(job.model)), Store(job.store.url, job.store.options), job.parent
+    )
+    clones = add_clones(model, files.rows())
+    chosen = [(layer, clones.get((layer, expert), expert)) for layer, expert in job.chosen]
+    return model, ChosenExperts(model, chosen)
+
+
 def run_steps(
     job: TrainingJob,
     files: JobFiles,
@@ -177,8 +206,8 @@ def run_steps(
     torch.set_num_threads(job.threads)
     checkpoint = Checkpoint.open(Path(job.model))
     rows = _rows(job, files, open_encoder(checkpoint))
-    model = open_version(checkpoint, Store(job.store.url, job.store.options), job.parent)
-    learner = Training(model, ChosenExperts(model, job.chosen), job.settings, total=worker.total)
+    model, chosen = open_job(job, files)
+    learner = Training(model, chosen, job.settings, total=worker.total)
     told: list[list[float]] = []
     if saved is not None:
         learner.load(saved["training"])

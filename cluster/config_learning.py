@@ -48,13 +48,17 @@ class CaptureConfig(BaseModel):
 class TrainingConfig(BaseModel):
     """How experts are trained, and by whom.
 
-    ``reach``: part of what a domain asks for more that the chosen experts make up, per layer; ``workers``: processes of
-    Ray Train, 0 for none but the command's own; ``max_workers``: as many of them as are possible, up to this.
+    ``reach``: part of what a domain asks for more that the chosen experts make up, per layer; ``most``: of all weights
+    that one round trains; ``clones``: experts that a layer may get beside its own, copies of those that what is known
+    needs as they are; ``workers``: processes of Ray Train, 0 for none but the command's own; ``max_workers``: as many
+    of them as are possible, up to this.
     """
 
     model_config = SECTION
 
     reach: Annotated[float, Field(gt=0, le=1)] = 0.2
+    most: Annotated[float, Field(gt=0, le=1)] = 0.15
+    clones: Annotated[int, Field(ge=0)] = 0
     steps: Count = 100
     rows: Annotated[int, Field(ge=2)] = 8
     length: Annotated[int, Field(ge=2)] = 128

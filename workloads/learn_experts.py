@@ -99,8 +99,12 @@ def experts_for(
     tokens: int,
     seed: int,
     progress: Callable[[str, float], None],
+    most: int | None = None,
 ) -> ExpertChoice:
-    """Which experts the new samples are about, more than the old ones, counted over so many tokens of each."""
+    """Which experts the new samples are about, more than the old ones, counted over so many tokens of each.
+
+    `most`: experts of all layers together.
+    """
     from actors.text_routing import choices
 
     dice = random.Random(seed)
@@ -114,11 +118,37 @@ def experts_for(
         tuple(samples.old),
         (sum(map(len, new)), sum(map(len, old))),
         reach,
-        choose(counts, background, reach=reach),
+        choose(counts, background, reach=reach, most=most),
         sum(map(len, counts.values())),
         counts,
         background,
     )
+
+
+def clones_for(
+    model: Any,
+    encode: Callable[[str], list[int]],
+    samples: Samples,
+    choice: ExpertChoice,
+    room: Callable[[int], int],
+    *,
+    tokens: int,
+    seed: int,
+) -> dict[tuple[int, int], Any]:
+    """(Layer, expert) → the row of the router of its clone, of those that what is known needs as they are.
+
+    `room`: how many a layer may still have, those that are asked for most go first.
+    """
+    from actors.router_review import clone_rows
+
+    wanted: list[tuple[int, int]] = []
+    for layer in choice.counts:
+        heavy = [one for one in choice.chosen if one.layer == layer and one.clone]
+        heavy.sort(key=lambda one: -one.gain)
+        wanted += [(layer, one.expert) for one in heavy[: room(layer)]]
+    dice = random.Random(seed)
+    new = _drawn([samples.new], encode, tokens, dice)
+    return clone_rows(model, wanted, new, _drawn(list(samples.old.values()), encode, tokens, dice))
 
 
 def as_json(choice: ExpertChoice) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class Outcome:
     verdict: GateVerdict
     manifest: str = ""
     """Of the version; "" where the gate did not let it through."""
+    clones: tuple[tuple[int, int], ...] = ()
+    """Those of the chosen of which copies were trained in their place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +82,13 @@ def learn(workshop: Workshop, material: Material, seed: int) -> Outcome:
     old = Reservoir(workshop.settings.reservoir, seed)
     old.add(record for records in samples.old.values() for record in records)
     samples = Samples(samples.domain, samples.new, old.kept)
-    choice = workshop.choose(samples, parent, seed)
+    choice, rows = workshop.choose(samples, parent, seed)
     name = _name(workshop, samples, choice, parent, seed)
-    job = workshop.begin(name, samples, choice, parent, seed)
+    job = workshop.begin(name, samples, choice, rows, parent, seed)
     saved = workshop.train(name)
     found = workshop.judge(job, saved, samples.domain, material.held, seed=seed)
     workshop.files(name).discard()
-    return Outcome(choice, found.trained_share, told(saved), found.verdict, found.manifest)
+    return Outcome(choice, found.trained_share, told(saved), found.verdict, found.manifest, job.clones)
 
 
 def outcome_json(outcome: Outcome) -> dict[str, Any]:
@@ -98,6 +100,7 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
         "metrics": dict(outcome.verdict.metrics),
         "trained_share": outcome.trained_share,
         "experts": [[one.layer, one.expert] for one in outcome.choice.chosen],
+        "clones": [list(one) for one in outcome.clones],
         "steps": [asdict(step) for step in outcome.steps],
     }
 
@@ -107,7 +110,8 @@ def outcome_text(outcome: Outcome) -> str:
     metrics, first, last = outcome.verdict.metrics, outcome.steps[0], outcome.steps[-1]
     lines = [
         f"{len(outcome.choice.chosen)} of {outcome.choice.experts} experts, {outcome.trained_share:.1%} of weights, "
-        f"{last.step} steps: {first.cross_entropy:.3f} to {last.cross_entropy:.3f} nats a token"
+        + (f"copies of {len(outcome.clones)} in their place, " if outcome.clones else "")
+        + f"{last.step} steps: {first.cross_entropy:.3f} to {last.cross_entropy:.3f} nats a token"
     ]
     for name in (outcome.choice.domain, *outcome.choice.against):
         before, after = (metrics[f"bits_per_byte.{name}.{when}"] for when in ("before", "after"))

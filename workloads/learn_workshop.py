@@ -26,17 +26,22 @@ from cluster.learning.needs import check_room, needs
 from cluster.learning.records import Record
 from cluster.messages import StoreAddress
 from cluster.versions.files import Files
+from cluster.versions.growth import routers
 from cluster.versions.publish import base_manifest, publish
 from cluster.versions.store import Store
-from workloads.learn_experts import ExpertChoice, Samples, experts_for
+from workloads.learn_experts import ExpertChoice, Samples, clones_for, experts_for
 
 if TYPE_CHECKING:
+    import torch
+
     from actors.expert_slices import ChosenExperts
     from actors.ray_training import Workers
     from actors.training_job import Encode, JobFiles, Saved, TrainingJob
     from actors.training_job import Progress as TrainingProgress
 
 Progress = Callable[[str, float], None]
+CloneRows = Mapping[tuple[int, int], "torch.Tensor"]
+"""(Layer, expert) → the row of the router of its clone."""
 
 # Held-out texts of a domain that are judged by, and tokens of each.
 _MOST_JUDGED: Final = 48
@@ -120,21 +125,38 @@ class Workshop:
                     place = place.parent
                 check_room(found.disk, shutil.disk_usage(place).free, f"disk at {place}", "make room there")
 
-    def choose(self, samples: Samples, parent: str, seed: int) -> ExpertChoice:
-        """The experts that the new samples are about. LearningError if there are none."""
+    def choose(self, samples: Samples, parent: str, seed: int) -> tuple[ExpertChoice, CloneRows]:
+        """The experts that the new samples are about, and rows of routers of those that are to be cloned.
+
+        LearningError if there are none.
+        """
+        from actors.text_routing import expert_modules
         from actors.trainable_version import open_encoder, open_version
 
         self.progress("loading the model", 0.0)
         model = open_version(self.checkpoint, self.store, self._own(parent))
+        wanted, encode = self.settings.training, open_encoder(self.checkpoint)
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        largest = max(layout.expert_parameters for layout in self.checkpoint.layouts.values())
         found = experts_for(
             model,
-            open_encoder(self.checkpoint),
+            encode,
             samples,
-            reach=self.settings.training.reach,
+            reach=wanted.reach,
             tokens=_COUNTED_TOKENS,
             seed=seed,
             progress=self.progress,
+            most=max(1, int(wanted.most * weights / largest)),
         )
+        rows: CloneRows = {}
+        if wanted.clones:
+            sizes = {layer: int(module.num_experts) for layer, module in expert_modules(model).items()}
+
+            def room(layer: int) -> int:
+                return max(0, wanted.clones - sizes[layer] + self.checkpoint.layout(layer).num_experts)
+
+            rows = clones_for(model, encode, samples, found, room, tokens=_COUNTED_TOKENS, seed=seed)
+            rows = {which: self._rounded(which[0], row) for which, row in rows.items()}
         del model
         gc.collect()
         if not found.chosen:
@@ -142,9 +164,24 @@ class Workshop:
                 f"no expert is asked for {samples.domain} more than for what is known",
                 "it may be known already; or give more text of it",
             )
-        return found
+        return found, rows
 
-    def begin(self, name: str, samples: Samples, choice: ExpertChoice, parent: str, seed: int) -> TrainingJob:
+    def _rounded(self, layer: int, row_H: torch.Tensor) -> torch.Tensor:
+        """As the checkpoint's dtype can hold it: what will serve."""
+        from actors.expert_slices import DTYPES
+
+        name = next(name for name, of in routers(self.checkpoint).items() if of == layer)
+        return row_H.to(DTYPES[self.checkpoint.tensors[name].dtype]).float()
+
+    def begin(
+        self,
+        name: str,
+        samples: Samples,
+        choice: ExpertChoice,
+        rows: CloneRows,
+        parent: str,
+        seed: int,
+    ) -> TrainingJob:
         """Put a job down, with its samples; the one that was begun under this name, if one was."""
         from actors.expert_training import TrainSettings
         from actors.training_job import RowSettings, TrainingJob
@@ -162,8 +199,9 @@ class Workshop:
             wanted.bfloat16,
             wanted.threads,
             wanted.gentle,
+            tuple(sorted(rows)),
         )
-        return self.files(name).begin(job, samples.new, samples.old)
+        return self.files(name).begin(job, samples.new, samples.old, rows)
 
     def train(self, name: str) -> Saved:
         """Do a job that was put down, from where it was; what it comes to, which is put down as well.
@@ -209,17 +247,18 @@ class Workshop:
 
         Published twice with the same `created` (seconds since 1970) it is the same version.
         """
-        from actors.expert_slices import ChosenExperts
         from actors.expert_training import divergence
         from actors.text_routing import choices
-        from actors.trainable_version import open_encoder, open_version
+        from actors.trainable_version import open_encoder
+        from actors.training_job import open_job
 
         self.progress("the gate", 0.0)
         encode = open_encoder(self.checkpoint)
         judged = {name: _for_gate(records, encode, seed) for name, records in held.items()}
-        model = open_version(self.checkpoint, self.store, job.parent)
-        chosen = ChosenExperts(model, job.chosen)
+        model, chosen = open_job(job, self.files(job.name))
         chosen.load(saved["training"]["masters"])
+        # What is judged is what will serve, and not what was still finer.
+        chosen.round_to(self.checkpoint)
         known = [tokens for name in held if name != domain for _, tokens in judged[name]]
         with chosen.as_before():
             before = choices(model, known)
@@ -231,13 +270,14 @@ class Workshop:
             imbalance=_imbalance(before, choices(model, known)),
         )
         share = chosen.share
-        manifest = self._publish(chosen, job, domain, verdict, created) if verdict.passed else ""
+        manifest = self._publish(model, chosen, job, domain, verdict, created) if verdict.passed else ""
         del model, chosen
         gc.collect()
         return Judgement(verdict, share, manifest)
 
     def _publish(
         self,
+        model: Any,
         chosen: ChosenExperts,
         job: TrainingJob,
         domain: str,
@@ -246,9 +286,14 @@ class Workshop:
     ) -> str:
         from safetensors.torch import save_file
 
+        from actors.router_review import router_tensors
+
+        tensors = chosen.tensors(self.checkpoint)
+        if job.clones:
+            tensors |= router_tensors(model, self.checkpoint, {layer for layer, _ in job.clones})
         with tempfile.TemporaryDirectory(prefix="expertmesh-learn-") as folder:
             file = Path(folder) / "learnt.safetensors"
-            save_file(chosen.tensors(self.checkpoint), file)
+            save_file(tensors, file)
             return publish(
                 self.store,
                 self.checkpoint,

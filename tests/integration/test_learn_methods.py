@@ -14,7 +14,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from actors.expert_slices import ChosenExperts
 from actors.expert_training import Training, TrainSettings
-from actors.router_review import Balance, add_clones, direction, router_weights
+from actors.router_review import Balance, add_clones, clone_rows, direction, router_weights
 from actors.text_routing import choices, expert_modules
 from actors.trainable_version import router_modules
 from actors.whole_weights import WholeWeights
@@ -82,7 +82,7 @@ def test_each_way_learns_and_is_counted(model: Any, method: Any) -> None:
 def test_a_clone_is_chosen_by_what_is_new_and_not_by_what_is_known(model: Any) -> None:
     new = [DOMAINS[0].learnt[start : start + 24].tolist() for start in range(0, 480, 24)]
     old = [GENERAL.learnt[start : start + 24].tolist() for start in range(0, 480, 24)]
-    made = add_clones(model, [(0, 2), (1, 5)], new, old, margin=6.0)
+    made = add_clones(model, clone_rows(model, [(0, 2), (1, 5)], new, old))
     assert made == {(0, 2): 8, (1, 5): 8}
     for layer in (0, 1):
         assert choices(model, new)[layer][8] > 0.3 * 480, "of 480 tokens, each of which has two"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from actors.expert_slices import ChosenExperts
 from actors.expert_training import Training, TrainSettings, Weights
-from actors.router_review import Balance, add_clones, router_weights
+from actors.router_review import Balance, add_clones, clone_rows, router_weights
 from actors.text_routing import choices, expert_modules
 from actors.whole_weights import WholeWeights
 from cluster.learning.choose import choose
@@ -229,7 +229,7 @@ class _Run:
         cloned = {}
         if method.clones:
             heavy = {(one.layer, one.expert) for one in found if one.clone}
-            cloned = add_clones(model, heavy & set(picked), new, old, settings.margin)
+            cloned = add_clones(model, clone_rows(model, heavy & set(picked), new, old, settings.margin))
         experts = [(layer, cloned.get((layer, expert), expert)) for layer, expert in picked]
         weights = ChosenExperts(model, experts)
         self._note(weights.share, sum(m.numel() for m in weights.masters.values()))
