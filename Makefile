@@ -29,6 +29,10 @@ serve: setup
 
 test: setup lint unit integration
 
+# Byte code is kept, even where the environment says otherwise: tests start hundreds of processes, and what pytest
+# makes of the tests' own code costs each of its workers 4 s anew.
+unit integration: export PYTHONDONTWRITEBYTECODE :=
+
 unit: setup
 	$(VENV)/bin/python -m pytest -n auto tests/unit $(ARGS)
 

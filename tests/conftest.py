@@ -48,6 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()
+    # What tests import later stays as well, and Hypothesis makes and drops millions of small objects.
+    gc.set_threshold(50_000, 20, 100)
     gc.enable()
 
 

@@ -7,5 +7,5 @@ from tests.unit.cluster.test_repair_simulated import HISTORIES
 
 
 def test_many_more_random_histories() -> None:
-    for seed in range(HISTORIES, HISTORIES + 15_000):
+    for seed in range(HISTORIES, HISTORIES + 17_500):
         live(seed)

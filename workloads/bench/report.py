@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,7 @@ def cpu_model() -> str:
     return next(names, platform.machine())
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

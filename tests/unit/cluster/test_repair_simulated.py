@@ -22,9 +22,9 @@ from cluster.repair_state import (
 )
 from tests.unit.cluster.repair_simulator import Broken, Step, live
 
-# 1 ms each on one core, so no more of them here than find, 95 times in 100, what 6 of 10,000 show. Of the rules
-# broken below each shows in 200 or more. As many again and more are lived through in the integration tests.
-HISTORIES, PARTS = 5_000, 10
+# 1 to 2 ms each on one core, so no more of them here than find, 95 times in 100, what 12 of 10,000 show. Of the
+# rules broken below each shows in 200 or more. Seven times as many are lived through in the integration tests.
+HISTORIES, PARTS = 2_500, 5
 
 
 @pytest.mark.parametrize("part", range(PARTS))

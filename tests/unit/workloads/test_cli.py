@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return call
 
 
+@cache
 def all_commands() -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
 
@@ -95,26 +97,28 @@ def test_the_readme_names_every_command() -> None:
 
 
 def test_help_and_mistakes_load_neither_torch_nor_ray(tmp_path: Path) -> None:
+    # One process for all: what one loads stays for those behind it.
     code = (
         "import sys\n"
         "from workloads import cli\n"
-        "try:\n"
-        "    cli.app(sys.argv[1:])\n"
-        "except SystemExit:\n"
-        "    pass\n"
-        "heavy = [m for m in ('torch', 'ray', 'vllm', 'transformers', 'openai') if m in sys.modules]\n"
-        "print('HEAVY', heavy)\n"
+        "for arguments in (['--help'], ['serve', '--help'], ['config', 'show']):\n"
+        "    try:\n"
+        "        cli.app(arguments)\n"
+        "    except SystemExit:\n"
+        "        pass\n"
+        "    heavy = [m for m in ('torch', 'ray', 'vllm', 'transformers', 'openai') if m in sys.modules]\n"
+        "    print('HEAVY', arguments, heavy)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     for arguments in (["--help"], ["serve", "--help"], ["config", "show"]):
-        run = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert "HEAVY []" in run.stdout, arguments
+        assert f"HEAVY {arguments} []" in run.stdout, run.stderr
 
 
 @pytest.mark.parametrize(
