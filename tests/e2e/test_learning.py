@@ -198,7 +198,9 @@ def test_a_loop_that_is_interrupted_or_killed_goes_on_with_its_round(mesh: Mesh,
         loop.wait()
     finally:
         loop.kill()
-    learn(mesh, tmp_path / "third", "serve", "--once", "--url", mesh.server.url)
+    # Where the gate lets it through, it is tried out on somebody.
+    with Users(mesh):
+        learn(mesh, tmp_path / "third", "serve", "--once", "--url", mesh.server.url)
     found = status(mesh, tmp_path / "after")
     (one,) = found["rounds"][rounds:]
     assert (
