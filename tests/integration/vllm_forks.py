@@ -19,7 +19,9 @@ class VllmForks:
     def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
         self._process, self._folder = process, folder
 
-    def run(self, module: str, *arguments: str, timeout_s: float = 1200.0) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, module: str, *arguments: str, timeout_s: float = 1200.0
+    ) -> subprocess.CompletedProcess[str]:
         """As `python -m module` with these arguments would run."""
         assert self._process.stdin is not None and self._process.stdout is not None
         out, err = self._folder / "out", self._folder / "err"
