@@ -177,31 +177,3 @@ def rate(settings: TrainSettings, step: int) -> float:
         return settings.rate * (step + 1) / settings.warm_steps
     done = (step - settings.warm_steps) / max(1, settings.steps - settings.warm_steps)
     return settings.rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-
-
-def bits_of(model: nn.Module, tokens: Sequence[int]) -> float:
-    """Bits that a model takes for a text, given as token numbers, after its first."""
-    rows_1T = _row(model, tokens)
-    with torch.inference_mode():
-        logits_TV = model(input_ids=rows_1T, use_cache=False).logits[0, :-1].float()
-        return F.cross_entropy(logits_TV, rows_1T[0, 1:], reduction="sum").item() / math.log(2)
-
-
-def divergence(model: nn.Module, chosen: Weights, texts: Sequence[Sequence[int]]) -> float:
-    """KL from the version before to what was learnt, nats per token of these texts. LearningError for none."""
-    nats, count = 0.0, 0
-    with torch.inference_mode():
-        for tokens in texts:
-            rows_1T = _row(model, tokens)
-            with chosen.as_before():
-                before_TV = F.log_softmax(model(input_ids=rows_1T, use_cache=False).logits[0].float(), dim=-1)
-            now_TV = F.log_softmax(model(input_ids=rows_1T, use_cache=False).logits[0].float(), dim=-1)
-            nats += F.kl_div(now_TV, before_TV, log_target=True, reduction="sum").item()
-            count += len(tokens)
-    if not count:
-        raise LearningError("there is no text to be compared on", "give some of what is known")
-    return nats / count
-
-
-def _row(model: nn.Module, tokens: Sequence[int]) -> torch.Tensor:
-    return torch.tensor([list(tokens)], device=next(model.parameters()).device)

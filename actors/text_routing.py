@@ -56,12 +56,19 @@ def expert_modules(model: nn.Module) -> dict[int, Any]:
 
 
 @contextmanager
-def counted(model: nn.Module) -> Iterator[dict[int, torch.Tensor]]:
-    """Within the block, layer index → int64 [E] of choices so far, whatever runs the model."""
+def counted(
+    model: nn.Module, counts: dict[int, torch.Tensor] | None = None
+) -> Iterator[dict[int, torch.Tensor]]:
+    """Within the block, layer index → int64 [E] of choices so far, whatever runs the model.
+
+    `counts`: of an earlier block, to be added to.
+    """
     modules = expert_modules(model)
-    counts = {
-        layer: torch.zeros(int(module.num_experts), dtype=torch.int64) for layer, module in modules.items()
-    }
+    if counts is None:
+        counts = {
+            layer: torch.zeros(int(module.num_experts), dtype=torch.int64)
+            for layer, module in modules.items()
+        }
     hooks = [
         module.register_forward_pre_hook(_counter(counts[layer]), with_kwargs=True)
         for layer, module in modules.items()

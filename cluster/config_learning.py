@@ -49,7 +49,8 @@ class TrainingConfig(BaseModel):
     """How experts are trained, and by whom.
 
     ``reach``: part of what a domain asks for more that the chosen experts make up, per layer; ``most``: of all weights
-    that one round trains; ``clones``: experts that a layer may get beside its own, copies of those that what is known
+    that one round trains; ``counted``: tokens of the new samples, and of what is known, that experts are chosen by;
+    ``clones``: experts that a layer may get beside its own, copies of those that what is known
     needs as they are; ``workers``: processes of Ray Train, 0 for none but the command's own; ``max_workers``: as many
     of them as are possible, up to this.
     """
@@ -58,6 +59,7 @@ class TrainingConfig(BaseModel):
 
     reach: Annotated[float, Field(gt=0, le=1)] = 0.2
     most: Annotated[float, Field(gt=0, le=1)] = 0.15
+    counted: Count = 20_000
     clones: Annotated[int, Field(ge=0)] = 0
     steps: Count = 100
     rows: Annotated[int, Field(ge=2)] = 8
@@ -82,6 +84,34 @@ class TrainingConfig(BaseModel):
         if most is not None and least is not None and not 1 <= least <= most:
             raise BadValue(f"is below workers, {least}" if least else "needs at least one of workers")
         return most
+
+
+class GateConfig(BaseModel):
+    """What is asked of what was learnt before it is published.
+
+    ``level``: of the one-sided bounds; ``most_rise``: of a known domain's bits per byte, as a share;
+    ``most_divergence``: from the version before, nats per token of known text; ``most_imbalance``: factor by which the
+    largest share of a layer that one expert gets may rise; ``fewest`` and ``texts``: held-out texts of each domain that
+    are read, at least and at most; ``tokens``: of each.
+    """
+
+    model_config = SECTION
+
+    level: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    most_rise: NonNegative = 0.01
+    most_divergence: Positive = 0.5
+    most_imbalance: Annotated[float, Field(ge=1)] = 1.5
+    fewest: Annotated[int, Field(ge=2)] = 8
+    texts: Annotated[int, Field(ge=2)] = 48
+    tokens: Annotated[int, Field(ge=2)] = 256
+
+    @field_validator("texts")
+    @classmethod
+    def _enough(cls, texts: int, info: ValidationInfo) -> int:
+        fewest = info.data.get("fewest")
+        if fewest is not None and texts < fewest:
+            raise BadValue(f"is below fewest, {fewest}")
+        return texts
 
 
 class LearningConfig(BaseModel):
@@ -111,6 +141,7 @@ class LearningConfig(BaseModel):
     canary_give_up: Duration = 86400.0
     capture: CaptureConfig = CaptureConfig()
     training: TrainingConfig = TrainingConfig()
+    gate: GateConfig = GateConfig()
 
     @field_validator("canary")
     @classmethod

@@ -225,7 +225,6 @@ def run(
     json_: Json = False,
 ) -> None:
     """Learn a domain of the stream: choose experts, train them, and publish what passes the gate."""
-    from cluster.learning.judge import GateSettings
     from workloads.learn_run import learn, material_of, outcome_json, outcome_text
     from workloads.progress import stages
     from workloads.serve import open_model
@@ -246,7 +245,7 @@ def run(
     )
     learning = settings.learning
     kept = open_stream(settings)
-    material = material_of(kept, learning.holdout, domain, against or (), GateSettings().fewest_texts)
+    material = material_of(kept, learning.holdout, domain, against or (), learning.gate.fewest)
     with stages(err) as progress:
         checkpoint = open_model(settings, progress)[0]
         with ray_for_training(settings):

@@ -14,14 +14,14 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from cluster.checkpoint import Checkpoint
 from cluster.config_learning import LearningConfig
 from cluster.errors import LearningError
-from cluster.learning.judge import GateSettings, GateVerdict, Judged, judge
+from cluster.learning.judge import GateSettings, GateVerdict, Judged, imbalance, judge
 from cluster.learning.needs import check_room, needs
 from cluster.learning.records import Record
 from cluster.messages import StoreAddress
@@ -38,15 +38,12 @@ if TYPE_CHECKING:
     from actors.ray_training import Workers
     from actors.training_job import Encode, JobFiles, Saved, TrainingJob
     from actors.training_job import Progress as TrainingProgress
+    from actors.version_comparison import Comparison
 
 Progress = Callable[[str, float], None]
 CloneRows = Mapping[tuple[int, int], "torch.Tensor"]
 """(Layer, expert) → the row of the router of its clone."""
 
-# Held-out texts of a domain that are judged by, and tokens of each.
-_MOST_JUDGED: Final = 48
-_JUDGED_TOKENS: Final = 256
-_COUNTED_TOKENS: Final = 20_000
 _PAUSE_S: Final = 0.5
 
 
@@ -74,9 +71,16 @@ class Workshop:
     settings: LearningConfig
     author: str
     progress: Progress
-    gate: GateSettings = field(default_factory=GateSettings)
     pausing: Callable[[], bool] = lambda: False
     """Whether training is to wait; asked several times a second."""
+
+    @property
+    def gate(self) -> GateSettings:
+        """What is asked of what was learnt."""
+        wanted = self.settings.gate
+        return GateSettings(
+            wanted.level, wanted.most_rise, wanted.most_divergence, wanted.most_imbalance, wanted.fewest
+        )
 
     @property
     def store(self) -> Store:
@@ -143,7 +147,7 @@ class Workshop:
             encode,
             samples,
             reach=wanted.reach,
-            tokens=_COUNTED_TOKENS,
+            tokens=wanted.counted,
             seed=seed,
             progress=self.progress,
             most=max(1, int(wanted.most * weights / largest)),
@@ -155,7 +159,7 @@ class Workshop:
             def room(layer: int) -> int:
                 return max(0, wanted.clones - sizes[layer] + self.checkpoint.layout(layer).num_experts)
 
-            rows = clones_for(model, encode, samples, found, room, tokens=_COUNTED_TOKENS, seed=seed)
+            rows = clones_for(model, encode, samples, found, room, tokens=wanted.counted, seed=seed)
             rows = {which: self._rounded(which[0], row) for which, row in rows.items()}
         del model
         gc.collect()
@@ -247,27 +251,25 @@ class Workshop:
 
         Published twice with the same `created` (seconds since 1970) it is the same version.
         """
-        from actors.expert_training import divergence
-        from actors.text_routing import choices
         from actors.trainable_version import open_encoder
         from actors.training_job import open_job
 
         self.progress("the gate", 0.0)
         encode = open_encoder(self.checkpoint)
-        judged = {name: _for_gate(records, encode, seed) for name, records in held.items()}
+        judged = {name: self._for_gate(records, encode, seed) for name, records in held.items()}
         model, chosen = open_job(job, self.files(job.name))
         chosen.load(saved["training"]["masters"])
         # What is judged is what will serve, and not what was still finer.
         chosen.round_to(self.checkpoint)
-        known = [tokens for name in held if name != domain for _, tokens in judged[name]]
-        with chosen.as_before():
-            before = choices(model, known)
+        found, read = self._compared(model, chosen, judged)
+        known = [read[name] for name in held if name != domain]
         verdict = judge(
             domain,
-            self._compared(model, chosen, judged),
+            found,
             self.gate,
-            divergence=divergence(model, chosen, known),
-            imbalance=_imbalance(before, choices(model, known)),
+            # Of domains with as many tokens each, near enough.
+            divergence=sum(one.divergence for one in known) / max(1, len(known)),
+            imbalance=imbalance([one.before for one in known], [one.after for one in known]),
         )
         share = chosen.share
         manifest = self._publish(model, chosen, job, domain, verdict, created) if verdict.passed else ""
@@ -305,30 +307,38 @@ class Workshop:
                 created=created,
             ).digest
 
+    def _for_gate(self, records: Sequence[Record], encode: Encode, seed: int) -> list[tuple[str, list[int]]]:
+        """Texts with their tokens."""
+        wanted = self.settings.gate
+        picked = random.Random(seed).sample(list(records), min(wanted.texts, len(records)))
+        found = [(record.text, encode(record.text)) for record in picked]
+        return [(text, tokens[: wanted.tokens]) for text, tokens in found if len(tokens) > 1]
+
     def _compared(
         self, model: Any, chosen: ChosenExperts, judged: Mapping[str, Sequence[tuple[str, list[int]]]]
-    ) -> dict[str, list[Judged]]:
-        """Bits of every held-out text, by the version before and by what was learnt."""
-        from actors.expert_training import bits_of
+    ) -> tuple[dict[str, list[Judged]], dict[str, Comparison]]:
+        """Every held-out text by the version before and by what was learnt, by domain."""
+        from actors.version_comparison import compare
 
-        found: dict[str, list[Judged]] = {}
-        count, done = 2 * sum(map(len, judged.values())), 0
+        count, done = sum(map(len, judged.values())), 0
 
-        def bits(tokens: list[int]) -> float:
+        def told() -> None:
             nonlocal done
             done += 1
             self.progress("the gate", done / count)
-            return bits_of(model, tokens)
 
-        for name, texts in judged.items():
-            with chosen.as_before():
-                before = [bits(tokens) for _, tokens in texts]
-            after = [bits(tokens) for _, tokens in texts]
-            found[name] = [
-                Judged(len(text.encode()), one, other)
-                for (text, _), one, other in zip(texts, before, after, strict=True)
+        read = {
+            name: compare(model, chosen, [tokens for _, tokens in texts], told)
+            for name, texts in judged.items()
+        }
+        found = {
+            name: [
+                Judged(len(text.encode()), *bits)
+                for (text, _), bits in zip(texts, read[name].bits, strict=True)
             ]
-        return found
+            for name, texts in judged.items()
+        }
+        return found, read
 
     def _made(self, fraction: float) -> None:
         """A step was made in this process, which waits where it is to."""
@@ -351,18 +361,3 @@ class Workshop:
             dict(wanted.labels),
             wanted.max_failures,
         )
-
-
-def _for_gate(records: Sequence[Record], encode: Encode, seed: int) -> list[tuple[str, list[int]]]:
-    """Texts with their tokens."""
-    picked = random.Random(seed).sample(list(records), min(_MOST_JUDGED, len(records)))
-    found = [(record.text, encode(record.text)) for record in picked]
-    return [(text, tokens[:_JUDGED_TOKENS]) for text, tokens in found if len(tokens) > 1]
-
-
-def _imbalance(before: Mapping[int, Sequence[int]], after: Mapping[int, Sequence[int]]) -> float:
-    """The largest rise of a layer's largest share, as a factor."""
-    return max(
-        (max(after[layer]) / sum(after[layer])) / (max(before[layer]) / sum(before[layer]))
-        for layer in before
-    )

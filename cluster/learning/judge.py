@@ -132,3 +132,24 @@ def rises(texts: Sequence[Judged], settings: GateSettings) -> Interval:
 def _bits(texts: Sequence[Judged]) -> tuple[float, float]:
     size = sum(text.size for text in texts)
     return sum(text.before for text in texts) / size, sum(text.after for text in texts) / size
+
+
+def imbalance(
+    before: Sequence[Mapping[int, Sequence[int]]], after: Sequence[Mapping[int, Sequence[int]]]
+) -> float:
+    """The largest rise of a layer's largest share of choices, as a factor; 1 where nothing was counted.
+
+    Of each text or domain: layer index → how often each expert was chosen.
+    """
+    found = [
+        now / then
+        for layer in (before[0] if before else ())
+        if (then := _largest(before, layer)) and (now := _largest(after, layer))
+    ]
+    return max(found, default=1.0)
+
+
+def _largest(counts: Sequence[Mapping[int, Sequence[int]]], layer: int) -> float:
+    """Share of a layer's choices that its busiest expert gets."""
+    of_experts = np.sum([one[layer] for one in counts], axis=0)
+    return float(of_experts.max() / max(1, of_experts.sum()))

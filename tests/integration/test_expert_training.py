@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from actors.expert_slices import ChosenExperts
-from actors.expert_training import Training, TrainSettings, bits_of, divergence, rate
-from actors.text_routing import expert_modules
+from actors.expert_training import Training, TrainSettings, rate
+from actors.text_routing import choices, expert_modules
+from actors.version_comparison import bits_of, compare
 from cluster.checkpoint import Checkpoint
 from cluster.errors import LearningError
 from cluster.versions.publish import publish
@@ -136,16 +137,28 @@ def test_rates_rise_and_fall() -> None:
     assert rates[4:] == sorted(rates[4:], reverse=True) and rates[-1] == pytest.approx(SETTINGS.rate / 10)
 
 
-def test_bits_and_divergence_are_of_what_was_predicted(checkpoint: Checkpoint) -> None:
+def test_versions_are_compared_in_one_reading(checkpoint: Checkpoint) -> None:
     model, chosen, learner = training(checkpoint)
     texts = [rows(0)[0].tolist(), rows(5)[1].tolist()]
-    assert divergence(model, chosen, texts) == pytest.approx(0.0, abs=1e-6)
+    assert compare(model, chosen, texts).divergence == pytest.approx(0.0, abs=1e-6)
     for step in range(3):
         learner.train(rows(step))
-    assert divergence(model, chosen, texts) > 1e-6
+    told: list[int] = []
+    found = compare(model, chosen, texts, lambda: told.append(1))
+    assert found.divergence > 1e-6 and len(told) == 2
+    assert found.after == choices(model, texts)
+    assert [after for _, after in found.bits] == pytest.approx([bits_of(model, text) for text in texts])
+    with chosen.as_before():
+        assert found.before == choices(model, texts)
+        assert [bits for bits, _ in found.bits] == pytest.approx([bits_of(model, text) for text in texts])
+    # KL divergence, as it is written in books.
+    one, other = (torch.log_softmax(model(torch.tensor([texts[0]])).logits[0], -1) for _ in (0, 1))
+    with chosen.as_before():
+        one = torch.log_softmax(model(torch.tensor([texts[0]])).logits[0], -1)
+    nats = (one.exp() * (one - other)).sum(-1).mean().item()
+    assert compare(model, chosen, texts[:1]).divergence == pytest.approx(nats, rel=1e-3)
     with torch.no_grad():
         model.lm_head.weight.zero_()
     even = torch.tensor(float(model.config.vocab_size)).log2().item()
     assert bits_of(model, list(range(11))) == pytest.approx(10 * even, rel=1e-4)
-    with pytest.raises(LearningError, match="no text to be compared on"):
-        divergence(model, chosen, [])
+    assert compare(model, chosen, []).divergence == 0.0

@@ -20,9 +20,9 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
 from actors import trainable_version
-from actors.expert_training import bits_of
 from actors.text_routing import choices
 from actors.trainable_version import open_encoder, open_version
+from actors.version_comparison import bits_of
 from cluster.checkpoint import Checkpoint
 from cluster.errors import LearningError
 from cluster.learning.judge import GateVerdict, judge

@@ -414,6 +414,39 @@ def learn(
         raise typer.Exit(1)
 
 
+@bench_app.command(name="learn-live")
+def learn_live(
+    json_: JsonFile = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Checkpoint folder, or 'default'.")
+    ] = None,
+    hosts: Annotated[int | None, typer.Option("--hosts", help="Number of expert hosts.")] = None,
+    domain: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of text to learn (default: a built-in domain).")
+    ] = None,
+    general: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of text that is known (default: a built-in one)."),
+    ] = None,
+    seed: Seed = 0,
+    check: Check = False,
+) -> None:
+    """How long a text in the stream takes to be a version that serves, under light load, and what it is worth."""
+    from workloads.bench.chaos_server import steadfast
+    from workloads.bench.learn_builtin import builtin_domains
+    from workloads.bench.learn_live import measure, show
+    from workloads.bench.learn_text import read_domain
+
+    builtin = {} if domain and general else builtin_domains()
+    name, found = read_domain(domain) if domain else ("unicode", builtin["unicode"])
+    texts = {name: found, "general": read_domain(general)[1] if general else builtin["general"]}
+    loaded, _, served = _own_server(config, model, hosts)
+    with steadfast():
+        report = measure(loaded, served, texts, seed, _note)
+    _end(report, json_, check, show)
+
+
 def _own_server(
     config: Path | None, model: str | None, hosts: int | None, dtype: str | None = None
 ) -> tuple[Config, Checkpoint, Model]:

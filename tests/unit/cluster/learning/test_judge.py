@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cluster.errors import LearningError
-from cluster.learning.judge import GateSettings, Judged, judge, rises
+from cluster.learning.judge import GateSettings, Judged, imbalance, judge, rises
 
 SETTINGS = GateSettings()
 
@@ -68,3 +68,10 @@ def test_bounds_hold_as_often_as_they_say() -> None:
     # 95 % each, with room for a bootstrap of 40 texts and chance.
     assert above >= 176 and below >= 176
     assert rises(texts(0.01), SETTINGS) == rises(texts(0.01), SETTINGS)
+
+
+def test_imbalance_is_of_the_layer_in_which_one_expert_gains_most() -> None:
+    before = [{0: [5, 5], 1: [2, 2]}, {0: [5, 5], 1: [1, 3]}]
+    assert imbalance(before, [{0: [5, 5], 1: [2, 2]}, {0: [5, 5], 1: [0, 4]}]) == pytest.approx(6 / 5)
+    assert imbalance(before, before) == 1.0 and imbalance([], []) == 1.0
+    assert imbalance([{0: [0, 0]}], [{0: [1, 0]}]) == 1.0, "nothing was counted"
