@@ -14,19 +14,23 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load, save
 
+from actors.distillation import Distillation, TeacherSettings, open_teacher
+from actors.expert_parallel import divide_experts, owners
 from actors.expert_slices import ChosenExperts
-from actors.expert_training import Trained, Training, TrainSettings
+from actors.expert_training import Trained, Training, TrainSettings, merged, rate
 from actors.router_review import add_clones
+from actors.text_routing import expert_modules
 from actors.trainable_version import Encode, open_encoder, open_version
+from actors.training_curves import Curves
 from actors.training_rows import Rows, RowSettings, part_of
 from cluster.checkpoint import Checkpoint
 from cluster.learning.records import Record, from_parquet, to_parquet
@@ -35,6 +39,12 @@ from cluster.versions.files import Files
 from cluster.versions.store import Store
 
 _PAUSE_S: Final = 0.5
+
+
+Parallel = Literal["rows", "experts", "sharded"]
+"""What several workers divide: the rows of a step; each layer's experts as well, where as many are trained as there are
+workers; or all else too.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +71,10 @@ class TrainingJob:
     """Whether cores that somebody else wants are left to them."""
     clones: tuple[tuple[int, int], ...] = ()
     """Those of `chosen` of which copies are trained in their place."""
+    parallel: Parallel = "rows"
+    curves: str = ""
+    """Folder or URL for TensorBoard's curves of this job; "": none."""
+    teacher: TeacherSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,15 +192,27 @@ class Worker:
     total: Callable[[Sequence[torch.Tensor]], None] = lambda tensors: None
     """See `actors.expert_training.Training`."""
 
+    def apart(self, job: TrainingJob) -> bool:
+        """Whether each worker has experts of its own, so that a state is of them all together."""
+        return self.workers > 1 and job.parallel != "rows" and len(set(job.chosen)) >= self.workers
 
-def open_job(job: TrainingJob, files: JobFiles) -> tuple[Any, ChosenExperts]:
-    """The model from which on is trained, with its clones, and what of it is trained."""
+
+def open_job(job: TrainingJob, files: JobFiles, worker: Worker | None = None) -> tuple[Any, ChosenExperts]:
+    """The model from which on is trained, with its clones, and what of it is trained: by a worker, or all of it."""
     model = open_version(
         Checkpoint.open(Path(job.model)), Store(job.store.url, job.store.options), job.parent
     )
     clones = add_clones(model, files.rows())
     chosen = [(layer, clones.get((layer, expert), expert)) for layer, expert in job.chosen]
-    return model, ChosenExperts(model, chosen)
+    if worker is None or not worker.apart(job):
+        return model, ChosenExperts(model, chosen)
+    sizes = {layer: int(module.num_experts) for layer, module in expert_modules(model).items()}
+    places = divide_experts(model, owners(sizes, chosen, worker.workers), worker.rank)
+    if job.parallel == "sharded":
+        from actors.sharded_dense import shard_dense
+
+        shard_dense(model)
+    return model, ChosenExperts(model, chosen, places)
 
 
 def run_steps(
@@ -206,23 +232,40 @@ def run_steps(
     torch.set_num_threads(job.threads)
     checkpoint = Checkpoint.open(Path(job.model))
     rows = _rows(job, files, open_encoder(checkpoint))
-    model, chosen = open_job(job, files)
-    learner = Training(model, chosen, job.settings, total=worker.total)
-    told: list[list[float]] = []
-    if saved is not None:
-        learner.load(saved["training"])
-        told = [list(one) for one in saved["told"]]
-    mine = part_of(job.rows.rows, worker.rank, worker.workers)
-    model.train()
-    while learner.step < job.settings.steps:
-        rows_BT = rows.of_step(learner.step)[mine.start : mine.stop]
-        with _precision(job):
-            trained = learner.train(rows_BT, len(mine) / job.rows.rows)
-        told.append(list(astuple(trained)))
-        if learner.step % job.keep_every == 0 or learner.step == job.settings.steps:
-            keep({"training": learner.state(), "told": told})
-        # Behind it, since this may wait for as long as it likes.
-        each(trained)
+    with ExitStack() as stack:
+        model, chosen = open_job(job, files, worker)
+        taught = None
+        if job.teacher is not None:
+            taught = Distillation(model, open_teacher(job.teacher, checkpoint), job.teacher)
+            stack.enter_context(taught.watched())
+        learner = Training(
+            model, chosen, job.settings, aside=taught, total=worker.total, apart=worker.apart(job)
+        )
+        told: list[list[float]] = []
+        if saved is not None:
+            learner.load(saved["training"])
+            told = [list(one) for one in saved["told"]]
+        curves = None
+        if job.curves and worker.rank == 0:
+            curves = stack.enter_context(closing(Curves(job.curves, learner.step + 1)))
+        mine = part_of(job.rows.rows, worker.rank, worker.workers)
+        model.train()
+        while learner.step < job.settings.steps:
+            rows_BT = rows.of_step(learner.step)[mine.start : mine.stop]
+            with _precision(job):
+                trained = learner.train(rows_BT, len(mine) / job.rows.rows)
+            told.append(list(astuple(trained)))
+            if learner.step % job.keep_every == 0 or learner.step == job.settings.steps:
+                keep({"training": learner.state(), "told": told})
+            if curves is not None:
+                curves.add(trained, rate(job.settings, trained.step - 1))
+            # Behind it, since this may wait for as long as it likes.
+            each(trained)
+
+
+def whole(saved: Sequence[Saved]) -> Saved:
+    """One state of those that workers put down of the same step."""
+    return {**saved[0], "training": merged([one["training"] for one in saved])}
 
 
 def run_here(job: TrainingJob, files: JobFiles, each: Callable[[Trained], None]) -> Saved:

@@ -29,11 +29,12 @@ from cluster.versions.files import Files
 from cluster.versions.growth import routers
 from cluster.versions.publish import base_manifest, publish
 from cluster.versions.store import Store
-from workloads.learn_experts import ExpertChoice, Samples, clones_for, experts_for
+from workloads.learn_experts import ExpertChoice, Samples, clones_for, experts_for, unsure
 
 if TYPE_CHECKING:
     import torch
 
+    from actors.distillation import TeacherSettings
     from actors.expert_slices import ChosenExperts
     from actors.ray_training import Workers
     from actors.training_job import Encode, JobFiles, Saved, TrainingJob
@@ -45,6 +46,16 @@ CloneRows = Mapping[tuple[int, int], "torch.Tensor"]
 """(Layer, expert) → the row of the router of its clone."""
 
 _PAUSE_S: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What a round is about."""
+
+    samples: Samples
+    """Those that are learnt: all of the new ones, or what the model is least sure of."""
+    choice: ExpertChoice
+    rows: CloneRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +126,7 @@ class Workshop:
         import psutil
 
         training = self.settings.training
-        found = needs(self.checkpoint, training.rows, training.length)
+        found = needs(self.checkpoint, training.rows, training.length, folder_bytes(Path(training.teacher)))
         check_room(
             found.worker * max(1, training.workers),
             psutil.virtual_memory().available,
@@ -129,8 +140,8 @@ class Workshop:
                     place = place.parent
                 check_room(found.disk, shutil.disk_usage(place).free, f"disk at {place}", "make room there")
 
-    def choose(self, samples: Samples, parent: str, seed: int) -> tuple[ExpertChoice, CloneRows]:
-        """The experts that the new samples are about, and rows of routers of those that are to be cloned.
+    def choose(self, samples: Samples, parent: str, seed: int) -> Lesson:
+        """The samples that are learnt, the experts that they are about, and rows of those that are to be cloned.
 
         LearningError if there are none.
         """
@@ -140,6 +151,9 @@ class Workshop:
         self.progress("loading the model", 0.0)
         model = open_version(self.checkpoint, self.store, self._own(parent))
         wanted, encode = self.settings.training, open_encoder(self.checkpoint)
+        if wanted.select < 1:
+            new = unsure(model, encode, samples.new, wanted.select, self.progress)
+            samples = Samples(samples.domain, new, samples.old)
         weights = sum(parameter.numel() for parameter in model.parameters())
         largest = max(layout.expert_parameters for layout in self.checkpoint.layouts.values())
         found = experts_for(
@@ -168,7 +182,7 @@ class Workshop:
                 f"no expert is asked for {samples.domain} more than for what is known",
                 "it may be known already; or give more text of it",
             )
-        return found, rows
+        return Lesson(samples, found, rows)
 
     def _rounded(self, layer: int, row_H: torch.Tensor) -> torch.Tensor:
         """As the checkpoint's dtype can hold it: what will serve."""
@@ -180,9 +194,7 @@ class Workshop:
     def begin(
         self,
         name: str,
-        samples: Samples,
-        choice: ExpertChoice,
-        rows: CloneRows,
+        lesson: Lesson,
         parent: str,
         seed: int,
     ) -> TrainingJob:
@@ -196,16 +208,19 @@ class Workshop:
             str(self.checkpoint.path),
             self.versions,
             self._own(parent),
-            tuple((one.layer, one.expert) for one in choice.chosen),
+            tuple((one.layer, one.expert) for one in lesson.choice.chosen),
             TrainSettings(wanted.steps, wanted.rate, max(1, wanted.steps // 10), wanted.beta),
             RowSettings(wanted.rows, wanted.length, wanted.replay, seed),
             wanted.keep_every,
             wanted.bfloat16,
             wanted.threads,
             wanted.gentle,
-            tuple(sorted(rows)),
+            tuple(sorted(lesson.rows)),
+            wanted.parallel,
+            self._curves(name),
+            self._teacher(),
         )
-        return self.files(name).begin(job, samples.new, samples.old, rows)
+        return self.files(name).begin(job, lesson.samples.new, lesson.samples.old, lesson.rows)
 
     def train(self, name: str) -> Saved:
         """Do a job that was put down, from where it was; what it comes to, which is put down as well.
@@ -346,6 +361,30 @@ class Workshop:
         while self.pausing():
             time.sleep(_PAUSE_S)
 
+    def _curves(self, name: str) -> str:
+        """Where the curves of a job go; each has a folder of its own."""
+        place = self.settings.tensorboard
+        if not place:
+            return ""
+        return (
+            f"{place.rstrip('/')}/{name}"
+            if "://" in place
+            else str(Path(place).expanduser().absolute() / name)
+        )
+
+    def _teacher(self) -> TeacherSettings | None:
+        from actors.distillation import TeacherSettings
+
+        wanted = self.settings.training
+        if not wanted.teacher:
+            return None
+        return TeacherSettings(
+            str(Path(wanted.teacher).expanduser().absolute()),
+            wanted.teacher_weight,
+            wanted.teacher_temperature,
+            wanted.teacher_features,
+        )
+
     def _own(self, parent: str) -> str:
         """The version as others are told it: "" for the checkpoint itself, which need not be in the store."""
         return "" if parent == base_manifest(self.checkpoint).digest else parent
@@ -361,3 +400,10 @@ class Workshop:
             dict(wanted.labels),
             wanted.max_failures,
         )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Of the weights in a folder; 0 where there are none."""
+    if folder == Path():
+        return 0
+    return sum(file.stat().st_size for file in folder.expanduser().glob("*.safetensors"))
