@@ -14,7 +14,8 @@ class Curves:
         """`folder`: for this training alone; what tensorboardX can write to."""
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(folder, purge_step=step)
+        # Files are named by the second: one that was begun anew at once must not be overwritten.
+        self._writer = SummaryWriter(folder, purge_step=step, filename_suffix=f".{step}")
 
     def add(self, trained: Trained, rate: float) -> None:
         """After a step; `rate`: at which it learnt."""

@@ -98,8 +98,27 @@ def checkpoints(folder: Path, name: str) -> bool:
     return snapshot.exists() and "checkpoint_dir_name" in snapshot.read_text()
 
 
-def test_in_one_process_it_goes_on_with_the_job_that_was_begun(begin: Begin, whole: Saved) -> None:
-    files = begin("broken")
+def curve(folder: Path, name: str) -> list[tuple[int, float]]:
+    """Steps and values of a curve as TensorBoard would read them: the last that was written of each step."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found: dict[int, float] = {}
+    for file in sorted(folder.iterdir()):
+        data = file.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+            if event.session_log.status == event.session_log.START:
+                found = {step: value for step, value in found.items() if step < event.step}
+            found |= {event.step: value.simple_value for value in event.summary.value if value.tag == name}
+    return sorted(found.items())
+
+
+def test_in_one_process_it_goes_on_with_the_job_that_was_begun(
+    begin: Begin, whole: Saved, tmp_path: Path
+) -> None:
+    files = begin("broken", curves=str(tmp_path / "curves"))
 
     def stop(trained: Any) -> None:
         if trained.step == 5:
@@ -115,6 +134,9 @@ def test_in_one_process_it_goes_on_with_the_job_that_was_begun(begin: Begin, who
     found = run_here(job, files, lambda trained: seen.append(trained.step))
     assert seen == list(range(6, STEPS + 1))
     same(found, whole)
+    drawn = curve(tmp_path / "curves", "training/loss")
+    assert [step for step, _ in drawn] == list(range(1, STEPS + 1))
+    assert [value for _, value in drawn] == pytest.approx([one.loss for one in told(found)], rel=1e-5)
     assert whole["training"]["masters"].keys() == found["training"]["masters"].keys()
     files.discard()
     assert files.kept() is None and files.progress() is None
