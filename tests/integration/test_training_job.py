@@ -111,7 +111,9 @@ def curve(folder: Path, name: str) -> list[tuple[int, float]]:
             data = data[16 + size :]
             if event.session_log.status == event.session_log.START:
                 found = {step: value for step, value in found.items() if step < event.step}
-            found |= {event.step: value.simple_value for value in event.summary.value if value.tag == name}
+            for value in event.summary.value:
+                if value.tag == name:
+                    found[event.step] = value.simple_value
     return sorted(found.items())
 
 
