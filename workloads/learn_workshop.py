@@ -138,7 +138,7 @@ class Workshop:
         from actors.trainable_version import open_encoder, open_version
 
         self.progress("loading the model", 0.0)
-        model = open_version(self.checkpoint, self.store, self._own(parent))
+        model = open_version(self.checkpoint, self.store, self.own(parent))
         wanted, encode = self.settings.training, open_encoder(self.checkpoint)
         weights = sum(parameter.numel() for parameter in model.parameters())
         largest = max(layout.expert_parameters for layout in self.checkpoint.layouts.values())
@@ -195,7 +195,7 @@ class Workshop:
             name,
             str(self.checkpoint.path),
             self.versions,
-            self._own(parent),
+            self.own(parent),
             tuple((one.layer, one.expert) for one in choice.chosen),
             TrainSettings(wanted.steps, wanted.rate, max(1, wanted.steps // 10), wanted.beta),
             RowSettings(wanted.rows, wanted.length, wanted.replay, seed),
@@ -346,7 +346,7 @@ class Workshop:
         while self.pausing():
             time.sleep(_PAUSE_S)
 
-    def _own(self, parent: str) -> str:
+    def own(self, parent: str) -> str:
         """The version as others are told it: "" for the checkpoint itself, which need not be in the store."""
         return "" if parent == base_manifest(self.checkpoint).digest else parent
 
