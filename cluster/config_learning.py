@@ -121,6 +121,25 @@ class GateConfig(BaseModel):
         return texts
 
 
+class DriftConfig(BaseModel):
+    """Whether what serves gets worse, and what then.
+
+    ``every``: how often ``learn serve`` looks, ``null`` for never; ``slack``: rise of a domain's bits per byte, as a
+    share, that is tolerable; ``false_alarms``: of all texts that are read, at most; ``warm``: live texts whose mean is
+    what later ones are held against; ``texts``: held-out ones and live ones of a domain that one look reads at most;
+    ``update``: whether an alarm begins a round of its domain.
+    """
+
+    model_config = SECTION
+
+    every: Duration | None = 600.0
+    slack: NonNegative = 0.02
+    false_alarms: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    warm: Annotated[int, Field(ge=2)] = 64
+    texts: Count = 16
+    update: bool = False
+
+
 class LearningConfig(BaseModel):
     """What the mesh learns from, and when.
 
@@ -151,6 +170,7 @@ class LearningConfig(BaseModel):
     tensorboard: str = ""
     training: TrainingConfig = TrainingConfig()
     gate: GateConfig = GateConfig()
+    drift: DriftConfig = DriftConfig()
 
     @field_validator("canary")
     @classmethod

@@ -69,6 +69,17 @@ class Work(Protocol):
         """Take away what is not needed any more."""
 
 
+class Watch(Protocol):
+    """Looks whether what serves gets worse."""
+
+    @property
+    def urgent(self) -> frozenset[str]:
+        """Domains of which a round is to begin with as few samples as there are."""
+
+    def look(self, loop: LoopState) -> bool:
+        """Look, if it is time; whether it was."""
+
+
 class Loop:
     """Used by one thread; `look` does one step at a time."""
 
@@ -79,10 +90,12 @@ class Loop:
         work: Work,
         settings: LearningConfig,
         *,
+        drift: Watch | None = None,
         seed: int = 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Reads how far the journal is. LearningError if that is damaged."""
+        self._drift = drift
         self._journal, self._stream, self._work, self._settings = journal, stream, work, settings
         self._seed, self._clock = seed, clock
         self._counts = Counts(settings.holdout)
@@ -92,6 +105,10 @@ class Loop:
 
     def look(self) -> bool:
         """Do one step; False if there is nothing to be done now."""
+        # While two versions answer nobody knows which of them is asked.
+        on_trial = self.state.now is not None and self.state.now.phase == "on trial"
+        if self._drift is not None and not on_trial and self._drift.look(self.state):
+            return True
         if self.state.now is not None:
             return self._go_on(self.state.now)
         self._counts.read(
@@ -112,7 +129,10 @@ class Loop:
         }
         self.waits_for = {}
         while True:
-            domain = next_domain(waiting, least=settings.least, age_s=settings.age, now=self._clock())
+            urgent = self._drift.urgent if self._drift is not None else frozenset()
+            domain = next_domain(
+                waiting, least=settings.least, age_s=settings.age, now=self._clock(), urgent=urgent
+            )
             if domain is None:
                 return False
             lacks = self._work.lacks(domain, [name for name in old if name != domain], upto)

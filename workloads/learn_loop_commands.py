@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,9 +32,10 @@ if TYPE_CHECKING:
     from cluster.learning.journal import Round
     from cluster.versions.files import Files
     from workloads.learn_loop import Loop
+    from workloads.learn_readers import Reader
     from workloads.learn_serving import Pausing, Serving
     from workloads.learn_status import Teller
-    from workloads.learn_workshop import Progress
+    from workloads.learn_workshop import Progress, Workshop
 
 # How often an idle loop looks for new shards, and a trial's verdict is asked for.
 _LOOK_S: Final = 1.0
@@ -59,6 +62,7 @@ def serve(
     """Learn what comes into the stream, round by round, and try out what passes the gate on the running server."""
     from cluster.learning.journal import Journal
     from cluster.versions.files import Files
+    from workloads.learn_drift import DriftWatch
     from workloads.learn_loop import Loop
     from workloads.learn_status import Teller
     from workloads.learn_work import MeshWork
@@ -70,7 +74,7 @@ def serve(
     with stages(err) as shown:
         checkpoint = open_model(settings, shown)[0]
         state = Files(settings.learning.state_url(checkpoint.digest), **settings.learning.options)
-        with alone(state), beside(settings, url, publish_only) as (server, pausing):
+        with alone(state), beside(settings, url, publish_only) as (server, pausing, beside_url):
             teller = Teller(state)
             progress = _unhurried(shown, teller, pausing)
             workshop = workshop_of(settings, checkpoint, progress, pausing)
@@ -79,7 +83,16 @@ def serve(
                 check_clones(settings)
             workshop.serving()
             workshop.check_room()
-            loop = Loop(Journal(state), kept, MeshWork(workshop, kept, server), settings.learning)
+            work = MeshWork(workshop, kept, server)
+            watch = DriftWatch(
+                state,
+                kept,
+                work.held_upto,
+                workshop.serving,
+                _reader(settings, workshop, beside_url, progress),
+                settings.learning,
+            )
+            loop = Loop(Journal(state), kept, work, settings.learning, drift=watch)
             if settings.learning.training.gentle:
                 _give_way(settings)
             try:
@@ -152,8 +165,8 @@ def alone(state: Files) -> Iterator[None]:
 @contextlib.contextmanager
 def beside(
     config: Config, url: str | None, publish_only: bool
-) -> Iterator[tuple[Serving | None, Callable[[], bool]]]:
-    """For the block the server to learn beside, if there is one, and whether it has too much to do."""
+) -> Iterator[tuple[Serving | None, Callable[[], bool], str]]:
+    """For the block the server to try versions out on, if there is one, whether it has too much to do, and its URL."""
     from cluster.errors import ExpertmeshError
     from workloads import run_file
     from workloads.learn_serving import Pausing, Serving, requests_inside
@@ -167,11 +180,12 @@ def beside(
         if not publish_only:
             err.print("no server runs here: what passes the gate is published only", highlight=False)
         with ray_for_training(config):
-            yield None, lambda: False
+            yield None, lambda: False, ""
         return
     try:
         with running_controller(config, url) as controller:
-            yield None if publish_only else Serving(controller), pausing(controller.url)
+            found = None if publish_only else Serving(controller)
+            yield found, pausing(controller.url), controller.url
     except NotRunningError as error:
         raise ExpertmeshError(error.message, "start a server, or learn with --publish-only") from error
 
@@ -187,6 +201,25 @@ def _unhurried(shown: Progress, teller: Progress, pausing: Callable[[], bool]) -
             time.sleep(_BUSY_S)
 
     return progress
+
+
+def _reader(config: Config, workshop: Workshop, url: str, progress: Progress) -> Reader:
+    """Who reads texts: the server where there is one, or a machine would have to hold the model twice."""
+    from actors.trainable_version import open_encoder
+    from workloads.learn_readers import ServerReader, VersionReader
+
+    if not url:
+        return VersionReader(workshop)
+    keys = config.server.api_keys
+    key = keys[0].get_secret_value() if keys else os.environ.get("EXPERTMESH_API_KEY", "")
+    encode = functools.cache(lambda: open_encoder(workshop.checkpoint))
+    return ServerReader(
+        url,
+        key,
+        lambda text: encode()(text),
+        config.learning.gate.tokens,
+        lambda: progress("looking for drift", 0.0),
+    )
 
 
 def _give_way(config: Config) -> None:

@@ -14,9 +14,11 @@ from rich.table import Table
 from cluster.config_learning import LearningConfig
 from cluster.errors import VersionError
 from cluster.learning.backlog import Counts, Waiting
+from cluster.learning.drift import DriftState, Track
 from cluster.learning.journal import Journal, LoopState, Round
 from cluster.learning.stream import Stream
 from cluster.versions.files import Files
+from workloads.learn_drift import load
 
 _DOING: Final = "doing"
 _TELL_S: Final = 1.0
@@ -73,6 +75,7 @@ class Status:
     replayed: dict[str, int]
     """Domain → samples in the reservoir."""
     doing: Doing | None
+    drift: DriftState
 
 
 def status_of(files: Files, stream: Stream, settings: LearningConfig) -> Status:
@@ -82,7 +85,7 @@ def status_of(files: Files, stream: Stream, settings: LearningConfig) -> Status:
     counts = Counts(settings.holdout)
     counts.read(stream.after(0))
     replayed = dict(journal.replayed(state, settings.reservoir).sizes)
-    return Status(state, counts.waiting(state.offsets), replayed, doing(files))
+    return Status(state, counts.waiting(state.offsets), replayed, doing(files), load(files))
 
 
 def as_json(status: Status) -> dict[str, Any]:
@@ -95,6 +98,20 @@ def as_json(status: Status) -> dict[str, Any]:
         "offsets": dict(state.offsets),
         "waiting": {domain: asdict(found) for domain, found in sorted(status.waiting.items())},
         "replayed": status.replayed,
+        "drift": {
+            "trouble": status.drift.trouble,
+            "domains": {domain: _track_json(track) for domain, track in sorted(status.drift.tracks.items())},
+        },
+    }
+
+
+def _track_json(track: Track) -> dict[str, Any]:
+    return {
+        "alarm": asdict(track.alarm) if track.alarm else None,
+        "alarms": track.alarms,
+        "live_reference": track.reference.mean or None,
+        "evidence": {"holdout": track.holdout.evidence, "live": track.live.evidence},
+        "points": [asdict(point) for point in track.points],
     }
 
 
@@ -107,10 +124,22 @@ def as_text(status: Status, now: float) -> tuple[str, Table, Table | None]:
         done = f" {status.doing.done:.0%}" if 0 < status.doing.done < 1 else ""
         lines.append(f"{status.doing.what}{done}, {max(0.0, now - status.doing.at):.0f} s ago")
         lines += [f"{domain} waits: {why}" for domain, why in sorted(status.doing.waits_for.items())]
-    domains = Table("domain", "up to shard", "samples that wait", "replayed")
-    for name in sorted({*status.state.offsets, *status.waiting, *status.replayed}):
+    if status.drift.trouble:
+        lines.append(f"drift can't be measured: {status.drift.trouble}")
+    for name, track in sorted(status.drift.tracks.items()):
+        if track.alarm is not None:
+            at = datetime.fromtimestamp(track.alarm.at, UTC).strftime("%m-%d %H:%M")
+            lines.append(f"ALARM {name} gets worse since {at}: {track.alarm.said}")
+    domains = Table("domain", "up to shard", "samples that wait", "replayed", "held out", "live")
+    for name in sorted({*status.state.offsets, *status.waiting, *status.replayed, *status.drift.tracks}):
         waiting = status.waiting[name].samples if name in status.waiting else 0
-        domains.add_row(name, str(status.state.offset(name)), str(waiting), str(status.replayed.get(name, 0)))
+        domains.add_row(
+            name,
+            str(status.state.offset(name)),
+            str(waiting),
+            str(status.replayed.get(name, 0)),
+            *drift_text(status.drift.tracks.get(name, Track())),
+        )
     rounds = Table("round", "domain", "ended", "", "samples", "bits per byte", "why")
     for past in status.state.past[-10:]:
         rounds.add_row(
@@ -123,6 +152,18 @@ def as_text(status: Status, now: float) -> tuple[str, Table, Table | None]:
             "\n".join(past.reasons),
         )
     return "\n".join(lines), domains, rounds if status.state.past else None
+
+
+def drift_text(track: Track) -> tuple[str, str]:
+    """The latest bits per byte of held-out text and of what came in, and what they are held against."""
+    held = next((point for point in reversed(track.points) if point.holdout is not None), None)
+    live = next((point.live for point in reversed(track.points) if point.live is not None), None)
+    rise = f" ({held.rise:+.1%})" if held is not None and held.rise is not None else ""
+    before = f" (after {track.reference.mean:.3f})" if track.live.seen else ""
+    return (
+        f"{held.holdout:.3f}{rise}" if held is not None else "",
+        f"{live:.3f}{before}" if live is not None else "",
+    )
 
 
 def bits_text(past: Round) -> str:

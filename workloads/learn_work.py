@@ -42,7 +42,7 @@ class MeshWork:
     def lacks(self, domain: str, old: Sequence[str], upto: int) -> str | None:
         if not old:
             return "nothing is known to hold it against: name domains that the model knows in learning.known"
-        return too_few(self._held_upto(upto), (domain, *old), self.workshop.gate.fewest_texts)
+        return too_few(self.held_upto(upto), (domain, *old), self.workshop.gate.fewest_texts)
 
     def gather(self, now: Round, old: Mapping[str, Sequence[Record]], new: Sequence[Record]) -> int:
         files = self.workshop.files(now.name)
@@ -63,7 +63,7 @@ class MeshWork:
     def judge(self, now: Round, old: Sequence[str]) -> Judgement:
         share, parts = self.workshop.settings.holdout, self.workshop.settings.holdout_parts
         fewest = self.workshop.gate.fewest_texts
-        held = {name: self._held_upto(now.upto).get(name, []) for name in (now.domain, *old)}
+        held = {name: self.held_upto(now.upto).get(name, []) for name in (now.domain, *old)}
         if now.domain in old:
             # More of a domain that was learnt before must not spoil what is known of it: judged with the new, what
             # is worse for the old could pass for better.
@@ -117,7 +117,8 @@ class MeshWork:
         found = filtered(mine, FilterSettings(), marks)
         return found.kept, found.dropped
 
-    def _held_upto(self, upto: int) -> dict[str, list[Record]]:
+    def held_upto(self, upto: int) -> dict[str, list[Record]]:
+        """Domain → what is held out of the shards up to one."""
         if self._held[0] != upto:
             self._held = upto, held_out(self.stream, self.workshop.settings.holdout, upto)
         return self._held[1]

@@ -149,7 +149,7 @@ class Workshop:
         from actors.trainable_version import open_encoder, open_version
 
         self.progress("loading the model", 0.0)
-        model = open_version(self.checkpoint, self.store, self._own(parent))
+        model = open_version(self.checkpoint, self.store, self.own(parent))
         wanted, encode = self.settings.training, open_encoder(self.checkpoint)
         if wanted.select < 1:
             new = unsure(model, encode, samples.new, wanted.select, self.progress)
@@ -207,7 +207,7 @@ class Workshop:
             name,
             str(self.checkpoint.path),
             self.versions,
-            self._own(parent),
+            self.own(parent),
             tuple((one.layer, one.expert) for one in lesson.choice.chosen),
             TrainSettings(wanted.steps, wanted.rate, max(1, wanted.steps // 10), wanted.beta),
             RowSettings(wanted.rows, wanted.length, wanted.replay, seed),
@@ -385,7 +385,7 @@ class Workshop:
             wanted.teacher_features,
         )
 
-    def _own(self, parent: str) -> str:
+    def own(self, parent: str) -> str:
         """The version as others are told it: "" for the checkpoint itself, which need not be in the store."""
         return "" if parent == base_manifest(self.checkpoint).digest else parent
 

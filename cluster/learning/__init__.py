@@ -11,6 +11,8 @@
     backlog.py      what waits to be learnt, and what of it is next
     journal.py      how far a loop is: the round that goes on, what was used, what is replayed
     judge.py        whether what was learnt may be served
+    change.py       whether a mean has risen, by a test that may be looked at for ever
+    drift.py        whether what serves gets worse, domain by domain
 
 All but the stream and the journal are pure functions and values; nothing here needs torch or Ray.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from cluster.learning.records import Record
@@ -61,11 +61,21 @@ class Counts:
         return found
 
 
-def next_domain(waiting: Mapping[str, Waiting], *, least: int, age_s: float, now: float) -> str | None:
-    """The domain to be learnt now: of those with enough samples, or old ones, the one that waits longest; or None."""
+def next_domain(
+    waiting: Mapping[str, Waiting],
+    *,
+    least: int,
+    age_s: float,
+    now: float,
+    urgent: Collection[str] = (),
+) -> str | None:
+    """The domain to be learnt now: of those with enough samples, or old ones, the one that waits longest; or None.
+
+    Of an `urgent` one any sample is enough.
+    """
     ready = [
         (found.oldest, domain)
         for domain, found in waiting.items()
-        if found.samples >= least or (found.samples and now - found.oldest >= age_s)
+        if found.samples >= least or (found.samples and (domain in urgent or now - found.oldest >= age_s))
     ]
     return min(ready)[1] if ready else None

@@ -35,6 +35,7 @@ LEARNING = {
     "pause_above": 50,
     "canary": [0.5],
     "canary_every": "1s",
+    "drift": {"every": "1s", "texts": 24, "warm": 8},
     "training": {
         "steps": 40,
         "length": 32,
@@ -150,6 +151,10 @@ def test_text_in_the_stream_is_soon_a_version_that_serves(mesh: Mesh, tmp_path: 
     assert one["parent"] == base and mesh.answer()[0] == one["manifest"] == mesh.status().serving
     assert mesh.command("list")["aliases"]["production"] == one["manifest"]
     assert found["replayed"]["law"] == one["samples"] > 0 and found["waiting"] == {}
+    tracks = found["drift"]["domains"]
+    assert found["drift"]["trouble"] == "" and tracks.keys() == {"law", "code"}
+    first = tracks["law"]["points"][0]
+    assert first["manifest"] == base and first["holdout"] == pytest.approx(before, rel=0.1)
     after = bits_per_byte(mesh, law)
     print(f"live after {took:.0f} s, {users.answers} answers; {before:.4f} to {after:.4f} bits per byte")
     assert after < 0.8 * before and took < ROUND_S
@@ -207,3 +212,14 @@ def test_a_loop_that_is_interrupted_or_killed_goes_on_with_its_round(mesh: Mesh,
         one["steps"] == 40 and one["phase"] in ("refused", "promoted") and f"round-{one['number']:06}" == name
     )
     assert found["round"] is None and found["waiting"] == {} and not list(jobs.glob("*"))
+
+
+def test_an_alarm_says_that_people_ask_for_something_else(mesh: Mesh, tmp_path: Path) -> None:
+    dice = random.Random(6)
+    noise = ["".join(chr(dice.randrange(33, 126)) for _ in range(100)) for _ in range(40)]
+    dropped(mesh, tmp_path / "noise", "code", noise)
+    learn(mesh, tmp_path / "serve", "serve", "--until-idle", "--url", mesh.server.url)
+    track = status(mesh, tmp_path / "after")["drift"]["domains"]["code"]
+    assert track["alarm"]["what"] == "live" and track["alarm"]["manifest"] == mesh.answer()[0], track
+    assert track["points"][-1]["live"] > 1.1 * track["live_reference"]
+    assert "ALARM code gets worse" in " ".join(learn(mesh, tmp_path / "shown", "status").out.split())
