@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from actors.text_routing import expert_modules
+from actors.trainable_version import router_modules
 
 
 def shard_dense(model: Any) -> None:
@@ -26,6 +27,9 @@ def shard_dense(model: Any) -> None:
     modules = dict(model.named_modules())
     for experts in expert_modules(model).values():
         kept |= set(experts.parameters())
+    # Routers are small, and may be trained as a whole.
+    kept |= {router.weight for router in router_modules(model).values()}
+    for experts in expert_modules(model).values():
         # model.layers.3.mlp.experts is of model.layers.3.
         parts = names[id(experts)].split(".")
         name = ".".join(parts[: parts.index("layers") + 2])

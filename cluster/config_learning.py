@@ -51,9 +51,10 @@ class TrainingConfig(BaseModel):
     ``reach``: part of what a domain asks for more that the chosen experts make up, per layer; ``most``: of all weights
     that one round trains; ``counted``: tokens of the new samples, and of what is known, that experts are chosen by;
     ``clones``: experts that a layer may get beside its own, copies of those that what is known needs as they are;
-    ``select``: share of the new samples that is learnt, those that the model is least sure of; ``workers``: processes
-    of Ray Train, 0 for none but the command's own; ``max_workers``: as many of them as are possible, up to this;
-    ``parallel``: what they divide; ``teacher``: folder of a larger model to learn from as well, and how much of it.
+    ``select``: share of the new samples that is learnt, those that the model is least sure of; ``review``: share of the
+    steps, the last ones, in which routers alone learn; ``workers``: processes of Ray Train, 0 for none but the
+    command's own; ``max_workers``: as many of them as are possible, up to this; ``parallel``: what they divide; ``teacher``:
+    folder of a larger model to learn from as well, and how much of it.
     """
 
     model_config = SECTION
@@ -69,6 +70,9 @@ class TrainingConfig(BaseModel):
     replay: Annotated[float, Field(ge=0, le=0.9)] = 0.25
     rate: Positive = 1e-3
     beta: NonNegative = 0.1
+    review: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    review_rate: Positive = 1e-3
+    balance: NonNegative = 0.01
     bfloat16: bool = False
     keep_every: Count = 20
     workers: Annotated[int, Field(ge=0)] = 1

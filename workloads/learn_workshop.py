@@ -13,7 +13,8 @@ import gc
 import random
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from actors.distillation import TeacherSettings
     from actors.expert_slices import ChosenExperts
     from actors.ray_training import Workers
-    from actors.training_job import Encode, JobFiles, Saved, TrainingJob
+    from actors.training_job import Encode, JobFiles, ReviewSettings, Saved, TrainingJob
     from actors.training_job import Progress as TrainingProgress
     from actors.version_comparison import Comparison
 
@@ -219,6 +220,7 @@ class Workshop:
             wanted.parallel,
             self._curves(name),
             self._teacher(),
+            self._review(),
         )
         return self.files(name).begin(job, lesson.samples.new, lesson.samples.old, lesson.rows)
 
@@ -266,6 +268,7 @@ class Workshop:
 
         Published twice with the same `created` (seconds since 1970) it is the same version.
         """
+        from actors.router_review import reviewed
         from actors.trainable_version import open_encoder
         from actors.training_job import open_job
 
@@ -276,7 +279,10 @@ class Workshop:
         chosen.load(saved["training"]["masters"])
         # What is judged is what will serve, and not what was still finer.
         chosen.round_to(self.checkpoint)
-        found, read = self._compared(model, chosen, judged)
+        as_before: Callable[[], AbstractContextManager[None]] = chosen.as_before
+        if job.review is not None:
+            as_before = _both(reviewed(model, self.checkpoint, saved["review"]).as_before, as_before)
+        found, read = self._compared(model, as_before, judged)
         known = [read[name] for name in held if name != domain]
         verdict = judge(
             domain,
@@ -304,10 +310,12 @@ class Workshop:
         from safetensors.torch import save_file
 
         from actors.router_review import router_tensors
+        from actors.text_routing import expert_modules
 
         tensors = chosen.tensors(self.checkpoint)
-        if job.clones:
-            tensors |= router_tensors(model, self.checkpoint, {layer for layer, _ in job.clones})
+        routers = set(expert_modules(model)) if job.review else {layer for layer, _ in job.clones}
+        if routers:
+            tensors |= router_tensors(model, self.checkpoint, routers)
         with tempfile.TemporaryDirectory(prefix="expertmesh-learn-") as folder:
             file = Path(folder) / "learnt.safetensors"
             save_file(tensors, file)
@@ -330,7 +338,10 @@ class Workshop:
         return [(text, tokens[: wanted.tokens]) for text, tokens in found if len(tokens) > 1]
 
     def _compared(
-        self, model: Any, chosen: ChosenExperts, judged: Mapping[str, Sequence[tuple[str, list[int]]]]
+        self,
+        model: Any,
+        as_before: Callable[[], AbstractContextManager[None]],
+        judged: Mapping[str, Sequence[tuple[str, list[int]]]],
     ) -> tuple[dict[str, list[Judged]], dict[str, Comparison]]:
         """Every held-out text by the version before and by what was learnt, by domain."""
         from actors.version_comparison import compare
@@ -343,7 +354,7 @@ class Workshop:
             self.progress("the gate", done / count)
 
         read = {
-            name: compare(model, chosen, [tokens for _, tokens in texts], told)
+            name: compare(model, as_before, [tokens for _, tokens in texts], told)
             for name, texts in judged.items()
         }
         found = {
@@ -385,6 +396,13 @@ class Workshop:
             wanted.teacher_features,
         )
 
+    def _review(self) -> ReviewSettings | None:
+        from actors.training_job import ReviewSettings
+
+        wanted = self.settings.training
+        steps = min(wanted.steps - 1, round(wanted.review * wanted.steps))
+        return ReviewSettings(steps, wanted.review_rate, wanted.balance) if steps else None
+
     def own(self, parent: str) -> str:
         """The version as others are told it: "" for the checkpoint itself, which need not be in the store."""
         return "" if parent == base_manifest(self.checkpoint).digest else parent
@@ -407,3 +425,14 @@ def folder_bytes(folder: Path) -> int:
     if folder == Path():
         return 0
     return sum(file.stat().st_size for file in folder.expanduser().glob("*.safetensors"))
+
+
+def _both(
+    one: Callable[[], AbstractContextManager[None]], other: Callable[[], AbstractContextManager[None]]
+) -> Callable[[], AbstractContextManager[None]]:
+    @contextmanager
+    def both() -> Iterator[None]:
+        with one(), other():
+            yield
+
+    return both
