@@ -104,8 +104,8 @@ class GateConfig(BaseModel):
     ``level``: of the one-sided bounds; ``most_rise``: of a known domain's bits per byte, as a share;
     ``most_divergence``: from the version before, nats per token of known text; ``most_imbalance``: factor by which the
     largest share of a layer that one expert gets may rise; ``most_touched``: factor by which the experts that a step
-    reads may become more, since decoding takes as long as they are many; ``fewest`` and ``texts``: held-out texts of each domain that
-    are read, at least and at most; ``tokens``: of each.
+    reads may become more, since they bound the time between tokens; ``fewest`` and ``texts``: held-out texts of each
+    domain that are read, at least and at most; ``tokens``: of each.
     """
 
     model_config = SECTION

@@ -42,7 +42,7 @@ class GateSettings:
     """Rise of the largest share of a layer's choices that one expert gets, as a factor."""
     fewest_texts: int = 8
     most_touched: float = 1.25
-    """Rise of the experts that a step of a few requests reads, as a factor: what the time between tokens is bound by."""
+    """Rise of the experts that a step of a few requests reads, as a factor: it bounds the time between tokens."""
     seed: int = 0
 
 
