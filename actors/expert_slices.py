@@ -15,19 +15,20 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import nn
 
-from actors.text_routing import expert_modules
+from actors.text_routing import expert_modules, router_modules
 from cluster.checkpoint import Checkpoint
 from cluster.errors import LearningError
 
 GATE_UP: Final = "gate_up_proj"
 DOWN: Final = "down_proj"
+ROW: Final = "router"
 DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _FIRST: Final = re.compile(r"experts\.0\.")
 
 
 class Slice(NamedTuple):
-    """One tensor of one expert."""
+    """One tensor of one expert, or its row of the router."""
 
     layer: int
     expert: int
@@ -37,12 +38,18 @@ class Slice(NamedTuple):
 class ChosenExperts:
     """Of one model, which must be in training for as long as this is used by nobody else."""
 
-    def __init__(self, model: nn.Module, chosen: Collection[tuple[int, int]]) -> None:
-        """`chosen`: (layer, expert). All else is frozen.
+    def __init__(
+        self,
+        model: nn.Module,
+        chosen: Collection[tuple[int, int]],
+        rows: Collection[tuple[int, int]] = (),
+    ) -> None:
+        """`chosen`: (layer, expert); `rows`: those of them whose row of the router is trained as well. All else is frozen.
 
         LearningError for an expert that the model does not have, or if its experts are of a layout that is not known.
         """
         modules = expert_modules(model)
+        routers = router_modules(model) if rows else {}
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.masters: dict[Slice, nn.Parameter] = {}
@@ -56,8 +63,10 @@ class ChosenExperts:
                     f"the model has no expert {expert} in layer {layer}", "choose again, with this model"
                 )
             _check(module, layer)
-            for name in (GATE_UP, DOWN):
-                held = getattr(module, name)
+            parts = {GATE_UP: module.gate_up_proj, DOWN: module.down_proj}
+            if (layer, expert) in rows:
+                parts[ROW] = routers[layer].weight
+            for name, held in parts.items():
                 held.requires_grad_(True)
                 key = Slice(layer, expert, name)
                 self._held[key] = held
@@ -77,7 +86,8 @@ class ChosenExperts:
         """Give each master its part of the gradients, and the model's back."""
         for key, master in self.masters.items():
             grad = self._held[key].grad
-            master.grad = None if grad is None else grad[key.expert].float().clone()
+            # A copy, also where it is in float32 already.
+            master.grad = None if grad is None else grad[key.expert].to(torch.float32, copy=True)
         for held in self._held.values():
             held.grad = None
 
@@ -138,9 +148,10 @@ class ChosenExperts:
         self.write()
 
     def _put(self, values: Mapping[Slice, torch.Tensor]) -> None:
+        # All in one go: one after the other takes longer than what is copied.
         with torch.no_grad():
-            for key, value in values.items():
-                self._held[key].data[key.expert].copy_(value)
+            places = [self._held[key].data[key.expert] for key in values]
+            torch._foreach_copy_(places, list(values.values()))
 
 
 def _check(module: Any, layer: int) -> None:
