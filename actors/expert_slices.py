@@ -15,20 +15,19 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import nn
 
-from actors.text_routing import expert_modules, router_modules
+from actors.text_routing import expert_modules
 from cluster.checkpoint import Checkpoint
 from cluster.errors import LearningError
 
 GATE_UP: Final = "gate_up_proj"
 DOWN: Final = "down_proj"
-ROW: Final = "router"
 DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _FIRST: Final = re.compile(r"experts\.0\.")
 
 
 class Slice(NamedTuple):
-    """One tensor of one expert, or its row of the router."""
+    """One tensor of one expert."""
 
     layer: int
     expert: int
@@ -38,18 +37,12 @@ class Slice(NamedTuple):
 class ChosenExperts:
     """Of one model, which must be in training for as long as this is used by nobody else."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        chosen: Collection[tuple[int, int]],
-        rows: Collection[tuple[int, int]] = (),
-    ) -> None:
-        """`chosen`: (layer, expert); `rows`: those of them whose row of the router is trained as well. All else is frozen.
+    def __init__(self, model: nn.Module, chosen: Collection[tuple[int, int]]) -> None:
+        """`chosen`: (layer, expert). All else is frozen.
 
         LearningError for an expert that the model does not have, or if its experts are of a layout that is not known.
         """
         modules = expert_modules(model)
-        routers = router_modules(model) if rows else {}
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.masters: dict[Slice, nn.Parameter] = {}
@@ -63,10 +56,8 @@ class ChosenExperts:
                     f"the model has no expert {expert} in layer {layer}", "choose again, with this model"
                 )
             _check(module, layer)
-            parts = {GATE_UP: module.gate_up_proj, DOWN: module.down_proj}
-            if (layer, expert) in rows:
-                parts[ROW] = routers[layer].weight
-            for name, held in parts.items():
+            for name in (GATE_UP, DOWN):
+                held = getattr(module, name)
                 held.requires_grad_(True)
                 key = Slice(layer, expert, name)
                 self._held[key] = held

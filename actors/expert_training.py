@@ -105,7 +105,12 @@ class Training:
         """Steps that were made."""
         self._norms: deque[float] = deque(maxlen=_NORMS)
         self._optimiser = torch.optim.AdamW(
-            list(chosen.masters.values()), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.0
+            list(chosen.masters.values()),
+            lr=settings.rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            # One pass over the weights rather than ten.
+            fused=self._device.type == "cuda",
         )
 
     @property

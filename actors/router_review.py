@@ -60,7 +60,6 @@ def clone_rows(
     new: Sequence[Sequence[int]],
     old: Sequence[Sequence[int]],
     margin: float = 6.0,
-    ridge: float = _RIDGE,
 ) -> dict[tuple[int, int], torch.Tensor]:
     """(Layer, expert) → the row [H] of the router with which a copy of it is preferred by new text and avoided by old.
 
@@ -76,7 +75,7 @@ def clone_rows(
         mine, theirs = seen_new[layer], seen_old[layer]
         spread = (mine.spread + theirs.spread) / (mine.count + theirs.count)
         row_H = routers[layer].weight.data[expert].float()
-        found[layer, expert] = row_H + direction(mine, theirs, ridge) * margin * spread
+        found[layer, expert] = row_H + direction(mine, theirs) * margin * spread
     return found
 
 
@@ -90,13 +89,13 @@ def add_clones(model: nn.Module, rows: Mapping[tuple[int, int], torch.Tensor]) -
     return found
 
 
-def direction(new: Seen, old: Seen, ridge: float = _RIDGE) -> torch.Tensor:
+def direction(new: Seen, old: Seen) -> torch.Tensor:
     """[H] what, multiplied with new rows, is near 1 and with old rows near -1: ridge regression without a constant."""
     # Each side weighs the same, however many rows it has.
     gram_HH = (new.gram_HH / new.count + old.gram_HH / old.count) / 2
     wanted_H = (new.sum_H / new.count - old.sum_H / old.count) / 2
     eye_HH = torch.eye(len(gram_HH), device=gram_HH.device)
-    found: torch.Tensor = torch.linalg.solve(gram_HH + ridge * gram_HH.diagonal().mean() * eye_HH, wanted_H)
+    found: torch.Tensor = torch.linalg.solve(gram_HH + _RIDGE * gram_HH.diagonal().mean() * eye_HH, wanted_H)
     return found
 
 

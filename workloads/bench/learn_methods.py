@@ -16,6 +16,7 @@ from actors.router_review import Balance, add_clones, clone_rows, router_weights
 from actors.text_routing import choices, expert_modules
 from actors.whole_weights import WholeWeights
 from cluster.learning.choose import choose
+from cluster.learning.replay import Replay
 from workloads.bench.learn_baselines import Anchored, LowRank
 from workloads.bench.learn_flops import Flops, ModelSize
 from workloads.bench.learn_text import Domain
@@ -76,18 +77,17 @@ class LearnSettings:
     rate_chosen: float = 1e-3
     rate_low_rank: float = 1e-3
     rate_routers: float = 1e-3
-    beta: float = 0.1
-    hold: float = 0.1
-    """The pull on replayed rows."""
-    need: float = 0.0
-    """Share of the replay that goes to known domains by how much worse they became."""
+    beta: float = 0.05
+    """The pull towards the version before, on new rows."""
+    hold: float = 1.0
+    """The same on replayed rows."""
+    need: float = 0.75
+    """Share of replayed rows that are of the domains that became worse; of ours, since it takes the version before."""
     reach: float = 0.6
     most: float = 0.149
     """Of all weights that one update may train."""
     heavy: float = 0.5
     margin: float = 6.0
-    ridge: float = 0.1
-    learn_rows: bool = False
     count_tokens: int = 8192
     row_tokens: int = 16384
     """Of each side, that rows of clones are found from."""
@@ -152,7 +152,8 @@ class _Run:
         self._dice = random.Random(seed)
         self._flops = Flops(model_size(model))
         self.learnt = Learnt([], [], 0.0, 0, [], [], 0.0, [])
-        self._risen = {}
+        self._replayed = round(settings.rows * method.replay)
+        """Rows of a step."""
         self._kept: Any = None
         """Weights and training that go on from domain to domain."""
 
@@ -219,7 +220,7 @@ class _Run:
         return weights, float(self._flops.size.met), settings.rate_all
 
     _anchored: Anchored | None = None
-    _risen: dict[str, float]
+    _replay: Replay
 
     def _chosen(self, number: int) -> tuple[Weights, float]:
         """The experts of a domain, cloned where that is wanted; weights of them that a token meets."""
@@ -243,11 +244,10 @@ class _Run:
             heavy = {(one.layer, one.expert) for one in found if one.clone}
             new = self._texts([self._domains[number]], settings.row_tokens)
             old = self._texts(self._known(number), settings.row_tokens)
-            rows = clone_rows(model, heavy & set(picked), new, old, settings.margin, settings.ridge)
+            rows = clone_rows(model, heavy & set(picked), new, old, settings.margin)
             cloned = add_clones(model, rows)
         experts = [(layer, cloned.get((layer, expert), expert)) for layer, expert in picked]
-        clones = [(layer, clone) for (layer, _), clone in cloned.items()]
-        weights = ChosenExperts(model, experts, clones if settings.learn_rows else ())
+        weights = ChosenExperts(model, experts)
         self._note(weights.share, sum(m.numel() for m in weights.masters.values()))
         self.learnt.experts.append(len(experts))
         self.learnt.clones.append(len(cloned))
@@ -277,11 +277,12 @@ class _Run:
         for _ in range(steps):
             of, texts = next(rows)
             batch = torch.tensor(texts)
-            replayed = round(self._settings.rows * self._method.replay)
-            seen = learner.train(batch, replayed=replayed)
+            seen = learner.train(batch, replayed=self._replayed)
             self.learnt.losses.append(seen.cross_entropy)
-            for name, risen in list(zip(of, seen.risen, strict=False))[self._settings.rows - replayed :]:
-                self._risen[name] = 0.9 * self._risen.get(name, risen) + 0.1 * risen
+            if self._replayed and seen.risen:
+                self._replay.saw(
+                    zip(of[-self._replayed :], seen.risen[-self._replayed :], strict=True)
+                )
             self._flops.step(batch.numel(), trained)
             if learner.pulls:
                 self._flops.forward(batch.numel())
@@ -290,16 +291,11 @@ class _Run:
     def _rows(self, number: int) -> Rows:
         """Rows of a step: of this domain, and a share of what is known; of all where they are learnt at once."""
         settings, dice = self._settings, self._dice
-        replayed = round(settings.rows * self._method.replay)
         known = self._known(number)
-        self._risen.clear()
+        self._replay = Replay([domain.name for domain in known], settings.need)
         while True:
-            worse = [max(0.0, self._risen.get(domain.name, 0.0)) for domain in known]
-            need = settings.need if sum(worse) else 0.0
-            even = (1 - need) / len(known)
-            weights = [even + (need * one / sum(worse) if need else 0.0) for one in worse]
-            of = [self._domains[number]] * (settings.rows - replayed)
-            of += dice.choices(known, weights, k=replayed)
+            of = [self._domains[number]] * (settings.rows - self._replayed)
+            of += dice.choices(known, self._replay.weights, k=self._replayed)
             if self._method.joint:
                 of = dice.choices(self._domains, k=settings.rows)
             yield [domain.name for domain in of], [self._row(domain) for domain in of]
