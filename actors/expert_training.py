@@ -1,6 +1,6 @@
 """Training of some of a model's weights: new text, old text beside it, and a pull towards the version before.
 
-    loss = cross entropy of new and replayed rows + beta * KL(version before | now)
+    loss = cross entropy of new and replayed rows + beta or hold * KL(version before | now)
 
 Everything that the next step depends on is in `state`: taken up again it gives the same losses.
 
@@ -59,9 +59,9 @@ class TrainSettings:
     """Largest learning rate."""
     warm_steps: int = 10
     """Over which the rate rises; it falls to a tenth of it until the end."""
-    beta: float = 0.1
-    """Weight of the pull towards the version before, on new rows."""
-    hold: float = 0.1
+    beta: float = 0.05
+    """Weight of the pull towards the version before, on new rows, where it is in the way of what is learnt."""
+    hold: float = 1.0
     """The same on replayed rows."""
     clip: float = 2.0
     """Most that a gradient's norm may be, over the median of the last ones."""
@@ -80,7 +80,7 @@ class Trained:
     norm: float
     """Of the gradient, before it was bounded."""
     risen: tuple[float, ...] = ()
-    """By how much each row is worse than by the version before, nats per token."""
+    """By how much each row is worse than by the version before, nats per token; none where nothing pulls."""
 
 
 class Training:
@@ -119,7 +119,8 @@ class Training:
         return self._settings.beta > 0 or self._settings.hold > 0
 
     def train(self, rows_BT: torch.Tensor, part: float = 1.0, replayed: int = 0) -> Trained:
-        """One step over rows of token numbers, new ones and `replayed` ones; they are this `part` of all workers' rows.
+        """One step over rows of token numbers, the last `replayed` of what is known; they are this `part` of all
+        workers' rows.
 
         LearningError if the loss is not a number: nothing is changed then.
         """

@@ -43,7 +43,7 @@ class Seen:
     @classmethod
     def of(cls, rows_NH: torch.Tensor, weight_EH: torch.Tensor | None = None) -> Seen:
         """Of some tokens, float32; `weight_EH`: the router's."""
-        spread = 0.0 if weight_EH is None else (rows_NH @ weight_EH.T).std(dim=-1).sum()
+        spread = 0.0 if weight_EH is None else float((rows_NH @ weight_EH.T).std(dim=-1).sum())
         return cls(len(rows_NH), rows_NH.T @ rows_NH, rows_NH.sum(dim=0), spread)
 
     def add(self, more: Seen) -> None:
@@ -197,6 +197,6 @@ def _seen(model: nn.Module, texts: Sequence[Sequence[int]], layers: Collection[i
             hook.remove()
     # What is made under inference mode can't be computed with outside of it.
     return {
-        layer: Seen(one.count, one.gram_HH.clone(), one.sum_H.clone(), float(one.spread))
+        layer: Seen(one.count, one.gram_HH.clone(), one.sum_H.clone(), one.spread)
         for layer, one in found.items()
     }

@@ -30,6 +30,7 @@ from actors.trainable_version import Encode, open_encoder, open_version
 from actors.training_rows import Rows, RowSettings, part_of
 from cluster.checkpoint import Checkpoint
 from cluster.learning.records import Record, from_parquet, to_parquet
+from cluster.learning.replay import Replay
 from cluster.messages import StoreAddress
 from cluster.versions.files import Files
 from cluster.versions.store import Store
@@ -208,19 +209,31 @@ def run_steps(
     rows = _rows(job, files, open_encoder(checkpoint))
     model, chosen = open_job(job, files)
     learner = Training(model, chosen, job.settings, total=worker.total)
+    replay = Replay(rows.known, job.rows.need)
     told: list[list[float]] = []
     if saved is not None:
         learner.load(saved["training"])
+        replay.load(saved["replay"])
         told = [list(one) for one in saved["told"]]
     mine = part_of(job.rows.rows, worker.rank, worker.workers)
+    fresh = job.rows.rows - job.rows.replayed
     model.train()
     while learner.step < job.settings.steps:
-        rows_BT = rows.of_step(learner.step)[mine.start : mine.stop]
+        domains = rows.domains(learner.step, replay.weights)
+        rows_BT = rows.of_step(learner.step, replay.weights)[mine.start : mine.stop]
         with _precision(job):
-            trained = learner.train(rows_BT, len(mine) / job.rows.rows)
-        told.append(list(astuple(trained)))
+            trained = learner.train(
+                rows_BT, len(mine) / job.rows.rows, replayed=max(0, mine.stop - max(mine.start, fresh))
+            )
+        if trained.risen:
+            # Of all rows, by whoever had them, so that all workers go on with the same ones.
+            risen_B = torch.zeros(job.rows.rows)
+            risen_B[mine.start : mine.stop] = torch.tensor(trained.risen)
+            worker.total([risen_B])
+            replay.saw(zip(domains, risen_B[fresh:].tolist(), strict=True))
+        told.append(list(astuple(trained))[:-1])
         if learner.step % job.keep_every == 0 or learner.step == job.settings.steps:
-            keep({"training": learner.state(), "told": told})
+            keep({"training": learner.state(), "told": told, "replay": replay.state()})
         # Behind it, since this may wait for as long as it likes.
         each(trained)
 

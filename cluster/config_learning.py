@@ -50,8 +50,9 @@ class TrainingConfig(BaseModel):
 
     ``reach``: part of what a domain asks for more that the chosen experts make up, per layer; ``most``: of all weights
     that one round trains; ``clones``: experts that a layer may get beside its own, copies of those that what is known
-    needs as they are; ``workers``: processes of Ray Train, 0 for none but the command's own; ``max_workers``: as many
-    of them as are possible, up to this.
+    needs as they are; ``beta``, ``hold``: the pull towards the version before, on new and on replayed rows; ``need``:
+    share of replayed rows that are of domains that became worse; ``workers``: processes of Ray Train, 0 for none but
+    the command's own; ``max_workers``: as many of them as are possible, up to this.
     """
 
     model_config = SECTION
@@ -64,7 +65,9 @@ class TrainingConfig(BaseModel):
     length: Annotated[int, Field(ge=2)] = 128
     replay: Annotated[float, Field(ge=0, le=0.9)] = 0.25
     rate: Positive = 1e-3
-    beta: NonNegative = 0.1
+    beta: NonNegative = 0.05
+    hold: NonNegative = 1.0
+    need: Annotated[float, Field(ge=0, le=1)] = 0.75
     bfloat16: bool = False
     keep_every: Count = 20
     workers: Annotated[int, Field(ge=0)] = 1

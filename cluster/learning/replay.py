@@ -1,4 +1,4 @@
-"""Of which known domains replayed rows are: some of all alike, the rest of those that became worse while it is trained."""
+"""Of which known domains replayed rows are: some of all alike, the rest of those that become worse in training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Replay:
         worse = [max(0.0, self._risen.get(domain, 0.0)) for domain in self._domains]
         total, count = sum(worse), len(self._domains)
         if not total:
-            return [1 / count] * count
+            return [1 / count for _ in worse]
         return [(1 - self._need) / count + self._need * one / total for one in worse]
 
     def state(self) -> dict[str, float]:

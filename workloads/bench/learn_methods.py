@@ -280,9 +280,7 @@ class _Run:
             seen = learner.train(batch, replayed=self._replayed)
             self.learnt.losses.append(seen.cross_entropy)
             if self._replayed and seen.risen:
-                self._replay.saw(
-                    zip(of[-self._replayed :], seen.risen[-self._replayed :], strict=True)
-                )
+                self._replay.saw(zip(of[-self._replayed :], seen.risen[-self._replayed :], strict=True))
             self._flops.step(batch.numel(), trained)
             if learner.pulls:
                 self._flops.forward(batch.numel())
