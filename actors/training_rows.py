@@ -1,7 +1,7 @@
 """Rows of a training step: of new samples, and some of what is known.
 
-A pure function of the samples, the seed, the step, and how much of each known domain is wanted. Whoever takes a training
-up again, with however many workers, reads the rows that would have come.
+A pure function of the samples, the seed, the step, and how much of each known domain is wanted. Whoever takes a
+training up again, with however many workers, reads the rows that would have come.
 
 Shape suffixes: B = rows of a step, T = tokens of a row.
 """
