@@ -1,6 +1,6 @@
 """Training of some of a model's weights: new text, old text beside it, and a pull towards the version before.
 
-    loss = cross entropy of new and replayed rows + beta * KL(version before | now)
+    loss = cross entropy of new and replayed rows + beta or hold * KL(version before | now)
 
 Everything that the next step depends on is in `state`: taken up again it gives the same losses.
 
@@ -59,8 +59,10 @@ class TrainSettings:
     """Largest learning rate."""
     warm_steps: int = 10
     """Over which the rate rises; it falls to a tenth of it until the end."""
-    beta: float = 0.1
-    """Weight of the pull towards the version before."""
+    beta: float = 0.05
+    """Weight of the pull towards the version before, on new rows, where it is in the way of what is learnt."""
+    hold: float = 1.0
+    """The same on replayed rows."""
     clip: float = 2.0
     """Most that a gradient's norm may be, over the median of the last ones."""
 
@@ -77,6 +79,8 @@ class Trained:
     """KL from the version before, nats per token; 0 where nothing pulls towards that."""
     norm: float
     """Of the gradient, before it was bounded."""
+    risen: tuple[float, ...] = ()
+    """By how much each row is worse than by the version before, nats per token; none where nothing pulls."""
 
 
 class Training:
@@ -103,32 +107,45 @@ class Training:
         """Steps that were made."""
         self._norms: deque[float] = deque(maxlen=_NORMS)
         self._optimiser = torch.optim.AdamW(
-            list(chosen.masters.values()), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.0
+            list(chosen.masters.values()),
+            lr=settings.rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            # One pass over the weights rather than ten.
+            fused=self._device.type == "cuda",
         )
 
     @property
     def pulls(self) -> bool:
         """Whether the version before is asked at each step."""
-        return self._settings.beta > 0
+        return self._settings.beta > 0 or self._settings.hold > 0
 
-    def train(self, rows_BT: torch.Tensor, part: float = 1.0) -> Trained:
-        """One step over rows of token numbers, new ones and replayed ones; they are this `part` of all workers' rows.
+    def train(self, rows_BT: torch.Tensor, part: float = 1.0, replayed: int = 0) -> Trained:
+        """One step over rows of token numbers, the last `replayed` of what is known; they are this `part` of all
+        workers' rows.
 
         LearningError if the loss is not a number: nothing is changed then.
         """
         settings, rows_BT = self._settings, rows_BT.to(self._device)
         before_BTV = None
-        if settings.beta:
+        if self.pulls:
             with torch.no_grad(), self.weights.as_before():
                 before_BTV = F.log_softmax(self._logits(rows_BT), dim=-1)
             # Of that pass nothing is to be heard.
             self._aside()
         now_BTV = F.log_softmax(self._logits(rows_BT), dim=-1)
-        cross_entropy = F.nll_loss(now_BTV[:, :-1].flatten(0, 1), rows_BT[:, 1:].flatten())
-        divergence = torch.zeros((), device=self._device)
+        cross_entropy_B = _of_rows(now_BTV, rows_BT)
+        cross_entropy, pull = cross_entropy_B.mean(), torch.zeros((), device=self._device)
+        divergence, risen_B = pull, torch.zeros(0, device=self._device)
         if before_BTV is not None:
-            divergence = F.kl_div(now_BTV, before_BTV, log_target=True, reduction="sum") / rows_BT.numel()
-        loss = cross_entropy + settings.beta * divergence
+            by_row_B = F.kl_div(now_BTV, before_BTV, log_target=True, reduction="none").sum(dim=(1, 2))
+            divergence_B = by_row_B / rows_BT.shape[1]
+            divergence = divergence_B.mean()
+            fresh = len(rows_BT) - replayed
+            pull = settings.beta * divergence_B[:fresh].sum() + settings.hold * divergence_B[fresh:].sum()
+            pull = pull / len(rows_BT)
+            risen_B = cross_entropy_B.detach() - _of_rows(before_BTV, rows_BT)
+        loss = cross_entropy + pull
         if (more := self._aside()) is not None:
             loss = loss + more
         seen = torch.stack((loss, cross_entropy, divergence)).detach() * part
@@ -145,8 +162,8 @@ class Training:
         self._optimiser.step()
         self.weights.write()
         self.step += 1
-        summed, of_text, of_pull = seen.tolist()
-        return Trained(self.step, summed, of_text, of_pull, norm)
+        summed, of_text, of_pull, *risen = torch.cat((seen, risen_B)).tolist()
+        return Trained(self.step, summed, of_text, of_pull, norm, tuple(risen))
 
     def _bounded(self, masters: Sequence[nn.Parameter]) -> float:
         """The norm of all workers' gradients together, before they are held to the bound that the last ones set."""
@@ -214,3 +231,8 @@ def rate(settings: TrainSettings, step: int) -> float:
         return settings.rate * (step + 1) / settings.warm_steps
     done = (step - settings.warm_steps) / max(1, settings.steps - settings.warm_steps)
     return settings.rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def _of_rows(logs_BTV: torch.Tensor, rows_BT: torch.Tensor) -> torch.Tensor:
+    """[B] nats per token of each row, by logarithms of probabilities."""
+    return -logs_BTV[:, :-1].gather(2, rows_BT[:, 1:, None])[..., 0].mean(dim=1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -19,16 +20,38 @@ import torch.nn.functional as F
 from torch import nn
 
 from actors.expert_slices import DOWN, DTYPES, GATE_UP
-from actors.text_routing import batches, expert_modules
-from actors.trainable_version import add_expert, router_modules
+from actors.text_routing import batches, expert_modules, router_modules
+from actors.trainable_version import add_expert
 from actors.whole_weights import WholeWeights
 from cluster.checkpoint import Checkpoint
 from cluster.versions.growth import routers
 
-# Tokens of each side that a clone's row is found from.
-_MOST_TOKENS: Final = 16_384
 # Of the ridge regression, as a share of the mean of the squared features.
 _RIDGE: Final = 0.1
+
+
+@dataclass
+class Seen:
+    """What a layer's router saw of some texts, summed up, so that it takes no more room for more of them."""
+
+    count: int
+    gram_HH: torch.Tensor
+    sum_H: torch.Tensor
+    spread: float
+    """Standard deviations of the router's logits, summed over tokens."""
+
+    @classmethod
+    def of(cls, rows_NH: torch.Tensor, weight_EH: torch.Tensor | None = None) -> Seen:
+        """Of some tokens, float32; `weight_EH`: the router's."""
+        spread = 0.0 if weight_EH is None else float((rows_NH @ weight_EH.T).std(dim=-1).sum())
+        return cls(len(rows_NH), rows_NH.T @ rows_NH, rows_NH.sum(dim=0), spread)
+
+    def add(self, more: Seen) -> None:
+        """Of further tokens."""
+        self.count += more.count
+        self.gram_HH += more.gram_HH
+        self.sum_H += more.sum_H
+        self.spread += more.spread
 
 
 def clone_rows(
@@ -44,14 +67,15 @@ def clone_rows(
     """
     if not originals:
         return {}
-    inputs = [_router_inputs(model, texts) for texts in (new, old)]
+    layers = {layer for layer, _ in originals}
+    seen_new, seen_old = (_seen(model, texts, layers) for texts in (new, old))
     routers = router_modules(model)
     found: dict[tuple[int, int], torch.Tensor] = {}
     for layer, expert in sorted(originals):
-        new_NH, old_NH = inputs[0][layer], inputs[1][layer]
-        weight_EH = routers[layer].weight.data.float()
-        spread = float((torch.cat((new_NH, old_NH)) @ weight_EH.T).std(dim=-1).mean())
-        found[layer, expert] = weight_EH[expert] + direction(new_NH, old_NH) * margin * spread
+        mine, theirs = seen_new[layer], seen_old[layer]
+        spread = (mine.spread + theirs.spread) / (mine.count + theirs.count)
+        row_H = routers[layer].weight.data[expert].float()
+        found[layer, expert] = row_H + direction(mine, theirs) * margin * spread
     return found
 
 
@@ -65,17 +89,13 @@ def add_clones(model: nn.Module, rows: Mapping[tuple[int, int], torch.Tensor]) -
     return found
 
 
-def direction(new_NH: torch.Tensor, old_NH: torch.Tensor) -> torch.Tensor:
-    """What, multiplied with new rows, is near 1 and with old rows near -1: ridge regression without a constant."""
-    grams, sides = [], []
-    for rows_NH, wanted in ((new_NH, 1.0), (old_NH, -1.0)):
-        # Each side weighs the same, however many rows it has.
-        grams.append(rows_NH.T @ rows_NH / len(rows_NH))
-        sides.append(wanted * rows_NH.mean(dim=0))
-    gram_HH = (grams[0] + grams[1]) / 2
-    ridge = _RIDGE * gram_HH.diagonal().mean()
+def direction(new: Seen, old: Seen) -> torch.Tensor:
+    """[H] what, multiplied with new rows, is near 1 and with old rows near -1: ridge regression without a constant."""
+    # Each side weighs the same, however many rows it has.
+    gram_HH = (new.gram_HH / new.count + old.gram_HH / old.count) / 2
+    wanted_H = (new.sum_H / new.count - old.sum_H / old.count) / 2
     eye_HH = torch.eye(len(gram_HH), device=gram_HH.device)
-    found: torch.Tensor = torch.linalg.solve(gram_HH + ridge * eye_HH, (sides[0] + sides[1]) / 2)
+    found: torch.Tensor = torch.linalg.solve(gram_HH + _RIDGE * gram_HH.diagonal().mean() * eye_HH, wanted_H)
     return found
 
 
@@ -165,26 +185,32 @@ class Balance:
         return hear
 
 
-def _router_inputs(model: nn.Module, texts: Sequence[Sequence[int]]) -> dict[int, torch.Tensor]:
-    """Layer index → float32 [N, H] of what its router sees for these texts."""
-    found: dict[int, list[torch.Tensor]] = {layer: [] for layer in router_modules(model)}
+def _seen(model: nn.Module, texts: Sequence[Sequence[int]], layers: Collection[int]) -> dict[int, Seen]:
+    """Layer index → what its router sees for these texts."""
+    found: dict[int, Seen] = {}
 
     def keep(layer: int) -> Any:
-        def hear(_: nn.Module, args: tuple[Any, ...]) -> None:
-            found[layer].append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
+        def hear(router: Any, args: tuple[Any, ...]) -> None:
+            rows_NH = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+            seen = Seen.of(rows_NH, router.weight.data.float())
+            if layer in found:
+                found[layer].add(seen)
+            else:
+                found[layer] = seen
 
         return hear
 
-    hooks = [router.register_forward_pre_hook(keep(layer)) for layer, router in router_modules(model).items()]
-    count = 0
+    modules = router_modules(model)
+    hooks = [modules[layer].register_forward_pre_hook(keep(layer)) for layer in layers]
     try:
         with torch.inference_mode():
             for ids_BT in batches(texts):
-                if count >= _MOST_TOKENS:
-                    break
                 model(input_ids=ids_BT.to(next(model.parameters()).device), use_cache=False)
-                count += ids_BT.numel()
     finally:
         for hook in hooks:
             hook.remove()
-    return {layer: torch.cat(rows).clone() for layer, rows in found.items()}
+    # What is made under inference mode can't be computed with outside of it.
+    return {
+        layer: Seen(one.count, one.gram_HH.clone(), one.sum_H.clone(), one.spread)
+        for layer, one in found.items()
+    }

@@ -55,6 +55,28 @@ def expert_modules(model: nn.Module) -> dict[int, Any]:
     return found
 
 
+def router_modules(model: nn.Module) -> dict[int, Any]:
+    """Layer index → the module whose `weight` [E, H] chooses among its experts.
+
+    LearningError if a layer has none that is known.
+    """
+    modules = dict(model.named_modules())
+    names = {id(module): name for name, module in modules.items()}
+    found: dict[int, Any] = {}
+    for layer, experts in expert_modules(model).items():
+        block = modules[names[id(experts)].rpartition(".")[0]]
+        for child in block.modules():
+            weight = getattr(child, "weight", None)
+            if isinstance(weight, nn.Parameter) and weight.ndim == 2 and len(weight) == experts.num_experts:
+                found[layer] = child
+                break
+        else:
+            raise LearningError(
+                f"the router of layer {layer} is of a kind that is not known", "train its experts alone"
+            )
+    return found
+
+
 @contextmanager
 def counted(
     model: nn.Module, counts: dict[int, torch.Tensor] | None = None

@@ -16,7 +16,7 @@ from torch import nn
 
 from actors.dense_weights import more_rows
 from actors.expert_slices import DOWN, GATE_UP
-from actors.text_routing import expert_modules
+from actors.text_routing import expert_modules, router_modules
 from cluster.checkpoint import Checkpoint
 from cluster.errors import LearningError
 from cluster.versions.expert_blob import check_dense, check_expert, dense_form, expert_form
@@ -64,28 +64,6 @@ def open_encoder(checkpoint: Checkpoint) -> Encode:
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
     return lambda text: list(tokenizer(text)["input_ids"])
-
-
-def router_modules(model: nn.Module) -> dict[int, Any]:
-    """Layer index → the module whose `weight` [E, H] chooses among its experts.
-
-    LearningError if a layer has none that is known.
-    """
-    modules = dict(model.named_modules())
-    names = {id(module): name for name, module in modules.items()}
-    found: dict[int, Any] = {}
-    for layer, experts in expert_modules(model).items():
-        block = modules[names[id(experts)].rpartition(".")[0]]
-        for child in block.modules():
-            weight = getattr(child, "weight", None)
-            if isinstance(weight, nn.Parameter) and weight.ndim == 2 and len(weight) == experts.num_experts:
-                found[layer] = child
-                break
-        else:
-            raise LearningError(
-                f"the router of layer {layer} is of a kind that is not known", "train its experts alone"
-            )
-    return found
 
 
 def add_expert(model: nn.Module, layer: int, row_H: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> int:

@@ -21,6 +21,7 @@ class Curves:
         """After a step; `rate`: at which it learnt."""
         seen = asdict(trained)
         step = seen.pop("step")
+        del seen["risen"]
         for name, value in {**seen, "rate": rate}.items():
             self._writer.add_scalar(f"training/{name}", value, step)
 

@@ -35,6 +35,7 @@ from actors.training_curves import Curves
 from actors.training_rows import Rows, RowSettings, part_of
 from cluster.checkpoint import Checkpoint
 from cluster.learning.records import Record, from_parquet, to_parquet
+from cluster.learning.replay import Replay
 from cluster.messages import StoreAddress
 from cluster.versions.files import Files
 from cluster.versions.store import Store
@@ -259,22 +260,34 @@ def run_steps(
         if job.teacher is not None:
             lessons.taught = Distillation(model, open_teacher(job.teacher, checkpoint), job.teacher)
             stack.enter_context(lessons.taught.watched())
+        replay = Replay(rows.known, job.rows.need)
         told: list[list[float]] = []
         if saved is not None:
             lessons.load(saved)
+            # A state of an older version has none.
+            replay.load(saved.get("replay", {}))
             told = [list(one) for one in saved["told"]]
         curves = None
         if job.curves and worker.rank == 0:
             curves = stack.enter_context(closing(Curves(job.curves, len(told) + 1)))
         mine = part_of(job.rows.rows, worker.rank, worker.workers)
+        fresh = job.rows.rows - job.rows.replayed
         model.train()
         for step in range(len(told), job.settings.steps):
-            rows_BT = rows.of_step(step)[mine.start : mine.stop]
+            domains = rows.domains(step, replay.weights)
+            rows_BT = rows.of_step(step, replay.weights)[mine.start : mine.stop]
+            known = max(0, mine.stop - max(mine.start, fresh))
             with _precision(job):
-                trained = replace(lessons.train(step, rows_BT, len(mine) / job.rows.rows), step=step + 1)
-            told.append(list(astuple(trained)))
+                trained = lessons.train(step, rows_BT, len(mine) / job.rows.rows, known)
+            if trained.risen:
+                # Of all rows, by whoever had them, so that all workers go on with the same ones.
+                risen_B = torch.zeros(job.rows.rows)
+                risen_B[mine.start : mine.stop] = torch.tensor(trained.risen)
+                worker.total([risen_B])
+                replay.saw(zip(domains, risen_B[fresh:].tolist(), strict=True))
+            told.append(list(astuple(trained))[:-1])
             if (step + 1) % job.keep_every == 0 or step + 1 == job.settings.steps:
-                keep({**lessons.state(), "told": told})
+                keep({**lessons.state(), "told": told, "replay": replay.state()})
             if curves is not None:
                 curves.add(trained, lessons.rate(step))
             # Behind it, since this may wait for as long as it likes.
@@ -291,12 +304,12 @@ class _Lessons:
         self._review: Training | None = None
         self._biases: BiasBalance | None = None
 
-    def train(self, step: int, rows_BT: torch.Tensor, part: float) -> Trained:
-        """One step, counted from 0."""
-        trained = self._of(step).train(rows_BT, part)
+    def train(self, step: int, rows_BT: torch.Tensor, part: float, known: int) -> Trained:
+        """One step, counted from 0; the last `known` rows are replayed."""
+        trained = self._of(step).train(rows_BT, part, known)
         if self._biases is not None:
             self._biases.nudge()
-        return trained
+        return replace(trained, step=step + 1)
 
     def rate(self, step: int) -> float:
         """At which is learnt in a step."""
@@ -359,7 +372,8 @@ class _Lessons:
         return replace(self._job.settings, steps=self._job.expert_steps)
 
     def _review_schedule(self, review: ReviewSettings) -> TrainSettings:
-        return TrainSettings(review.steps, review.rate, max(1, review.steps // 10), self._job.settings.beta)
+        warm = max(1, review.steps // 10)
+        return replace(self._job.settings, steps=review.steps, rate=review.rate, warm_steps=warm)
 
 
 def whole(saved: Sequence[Saved]) -> Saved:

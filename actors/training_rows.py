@@ -1,7 +1,7 @@
 """Rows of a training step: of new samples, and some of what is known.
 
-A pure function of the samples, the seed and the step. Whoever takes a training up again, with however many workers,
-reads the rows that would have come.
+A pure function of the samples, the seed, the step, and how much of each known domain is wanted. Whoever takes a
+training up again, with however many workers, reads the rows that would have come.
 
 Shape suffixes: B = rows of a step, T = tokens of a row.
 """
@@ -27,6 +27,8 @@ class RowSettings:
     """Tokens of a row."""
     replay: float = 0.25
     """Share of the rows that are of what is known; at least one, if it is any."""
+    need: float = 0.75
+    """Share of those that are of the domains that became worse; see `cluster.learning.replay`."""
     seed: int = 0
 
     @property
@@ -47,7 +49,11 @@ class Rows:
         """`old`: by domain. LearningError if there is nothing to make rows of."""
         self._settings = settings
         self._new = [np.array(tokens, dtype=np.int64) for tokens in new if tokens]
-        self._old = [found for _, texts in sorted(old.items()) if (found := [text for text in texts if text])]
+        self._old = {
+            domain: found
+            for domain, texts in sorted(old.items())
+            if (found := [text for text in texts if text])
+        }
         self._tokens = sum(map(len, self._new))
         self._lap: tuple[int, np.ndarray] = -1, np.empty(0, dtype=np.int64)
         if not self._tokens:
@@ -58,11 +64,25 @@ class Rows:
                 "learn something first, or set the share of replay to 0",
             )
 
-    def of_step(self, step: int) -> torch.Tensor:
-        """int64 [B, T] of a step, counted from 0: new rows first."""
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The domains of what is known."""
+        return tuple(self._old)
+
+    def domains(self, step: int, weights: Sequence[float] = ()) -> list[str]:
+        """Of a step's replayed rows; `weights`: of the known domains, all alike by default."""
+        if not self._settings.replayed:
+            return []
+        dice = random.Random(f"{self._settings.seed} step {step}")
+        return dice.choices(self.known, weights or None, k=self._settings.replayed)
+
+    def of_step(self, step: int, weights: Sequence[float] = ()) -> torch.Tensor:
+        """int64 [B, T] of a step, counted from 0: new rows first, and then those of `domains`."""
         fresh = self._settings.rows - self._settings.replayed
         rows = [self._fresh(step * fresh + number) for number in range(fresh)]
-        rows += [self._known(step, number) for number in range(self._settings.replayed)]
+        rows += [
+            self._known(domain, step, number) for number, domain in enumerate(self.domains(step, weights))
+        ]
         return torch.from_numpy(np.stack(rows))
 
     def _fresh(self, number: int) -> np.ndarray:
@@ -82,12 +102,12 @@ class Rows:
             self._lap = lap, np.concatenate(order)
         return self._lap[1]
 
-    def _known(self, step: int, number: int) -> np.ndarray:
-        """Texts by lot: a domain, one of it, and where it begins."""
+    def _known(self, domain: str, step: int, number: int) -> np.ndarray:
+        """Texts of a domain by lot: which, and where it begins."""
         dice = random.Random(f"{self._settings.seed} step {step} row {number}")
         found: list[int] = []
         while len(found) < self._settings.length:
-            text = dice.choice(dice.choice(self._old))
+            text = dice.choice(self._old[domain])
             last = max(0, len(text) - self._settings.length)
             found += text[dice.randint(0, last) :]
         return np.array(found[: self._settings.length], dtype=np.int64)

@@ -51,10 +51,11 @@ class TrainingConfig(BaseModel):
     ``reach``: part of what a domain asks for more that the chosen experts make up, per layer; ``most``: of all weights
     that one round trains; ``counted``: tokens of the new samples, and of what is known, that experts are chosen by;
     ``clones``: experts that a layer may get beside its own, copies of those that what is known needs as they are;
-    ``select``: share of the new samples that is learnt, those that the model is least sure of; ``review``: share of the
-    steps, the last ones, in which routers alone learn; ``workers``: processes of Ray Train, 0 for none but the
-    command's own; ``max_workers``: as many of them as are possible, up to this; ``parallel``: what they divide;
-    ``teacher``: folder of a larger model to learn from as well, and how much of it.
+    ``select``: share of the new samples that is learnt, those that the model is least sure of; ``need``: share of
+    replayed rows that are of domains that became worse; ``beta``, ``hold``: the pull towards the version before, on new
+    and on replayed rows; ``review``: share of the steps, the last ones, in which routers alone learn; ``workers``:
+    processes of Ray Train, 0 for none but the command's own; ``max_workers``: as many of them as are possible, up to
+    this; ``parallel``: what they divide; ``teacher``: folder of a larger model to learn from as well, and how much.
     """
 
     model_config = SECTION
@@ -68,8 +69,10 @@ class TrainingConfig(BaseModel):
     rows: Annotated[int, Field(ge=2)] = 8
     length: Annotated[int, Field(ge=2)] = 128
     replay: Annotated[float, Field(ge=0, le=0.9)] = 0.25
+    need: Annotated[float, Field(ge=0, le=1)] = 0.75
     rate: Positive = 1e-3
-    beta: NonNegative = 0.1
+    beta: NonNegative = 0.05
+    hold: NonNegative = 1.0
     review: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     review_rate: Positive = 1e-3
     balance: NonNegative = 0.01

@@ -48,7 +48,9 @@ Rows = Annotated[int | None, typer.Option(help="Rows of a step.")]
 Length = Annotated[int | None, typer.Option(help="Tokens of a row.")]
 Replay = Annotated[float | None, typer.Option(help="Share of rows of what is known.")]
 Rate = Annotated[float | None, typer.Option(help="Largest learning rate.")]
-Beta = Annotated[float | None, typer.Option(help="Weight of the pull towards the version before.")]
+Beta = Annotated[
+    float | None, typer.Option(help="Weight of the pull towards the version before, on new rows.")
+]
 Workers = Annotated[int | None, typer.Option(help="Processes that train; 0: this one.")]
 
 

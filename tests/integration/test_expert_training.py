@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,30 @@ def test_chosen_experts_learn_and_nothing_else_changes(checkpoint: Checkpoint) -
 
 def test_the_pull_towards_the_version_before_is_felt(checkpoint: Checkpoint) -> None:
     ends = []
-    for beta in (1e-6, 300.0):
+    # Rows are new unless it is said that they are replayed.
+    for beta, hold, replayed in ((1e-6, 300.0, 0), (300.0, 1e-6, 0), (1e-6, 300.0, 4), (300.0, 1e-6, 4)):
         model = loaded(checkpoint.path)
-        settings = TrainSettings(steps=30, rate=3e-3, warm_steps=2, beta=beta)
+        settings = TrainSettings(steps=30, rate=3e-3, warm_steps=2, beta=beta, hold=hold)
         learner = Training(model, ChosenExperts(model, CHOSEN), settings)
-        ends.append([learner.train(rows(step)) for step in range(30)][-1].divergence)
-    assert ends[1] < ends[0] / 2
+        ends.append([learner.train(rows(step), replayed=replayed) for step in range(30)][-1].divergence)
+    assert ends[1] < ends[0] / 2 and ends[2] < ends[3] / 2
+
+
+def test_each_row_says_by_how_much_it_is_worse(checkpoint: Checkpoint) -> None:
+    model, chosen, learner = training(checkpoint)
+    assert learner.train(rows(0)).risen == pytest.approx([0.0] * 4, abs=1e-5), "nothing was changed yet"
+    for _ in range(10):
+        learner.train(rows(0))
+    apart = rows(0)
+    apart[3] = torch.tensor([49, 3, 17, 40, 2, 31, 8, 25, 44, 11, 38, 5])
+    now = [bits_of(model, row.tolist()) for row in apart]
+    with chosen.as_before():
+        before = [bits_of(model, row.tolist()) for row in apart]
+    nats = [(one - other) * math.log(2) / 11 for one, other in zip(now, before, strict=True)]
+    risen = learner.train(apart).risen
+    assert risen == pytest.approx(nats, abs=1e-4) and max(risen[:3]) < 0 < risen[3]
+    settings = TrainSettings(steps=2, beta=0.0, hold=0.0)
+    assert not Training(model, chosen, settings).train(rows(0)).risen, "the version before is not asked"
 
 
 def test_what_was_broken_off_goes_on_to_the_same_losses(checkpoint: Checkpoint) -> None:

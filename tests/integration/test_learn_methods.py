@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from actors.bias_balance import BiasBalance
 from actors.expert_slices import ChosenExperts
 from actors.expert_training import Training, TrainSettings
-from actors.router_review import Balance, add_clones, clone_rows, direction, router_weights
-from actors.text_routing import choices, expert_modules
-from actors.trainable_version import router_modules
+from actors.router_review import Balance, Seen, add_clones, clone_rows, direction, router_weights
+from actors.text_routing import choices, expert_modules, router_modules
 from actors.whole_weights import WholeWeights
 from cluster.checkpoint import Checkpoint
 from cluster.errors import LearningError
@@ -98,7 +97,7 @@ def test_a_clone_is_chosen_by_what_is_new_and_not_by_what_is_known(model: Any) -
 def test_a_direction_parts_two_clouds_of_different_sizes() -> None:
     dice = torch.Generator().manual_seed(0)
     new, old = torch.randn(40, 16, generator=dice) + 1, torch.randn(400, 16, generator=dice) - 1
-    row = direction(new, old)
+    row = direction(Seen.of(new), Seen.of(old))
     assert (new @ row).mean() > 0.5 and (old @ row).mean() < -0.5
 
 

@@ -16,10 +16,13 @@ from actors.router_review import Balance, add_clones, clone_rows, router_weights
 from actors.text_routing import choices, expert_modules
 from actors.whole_weights import WholeWeights
 from cluster.learning.choose import choose
+from cluster.learning.replay import Replay
 from workloads.bench.learn_baselines import Anchored, LowRank
 from workloads.bench.learn_flops import Flops, ModelSize
 from workloads.bench.learn_text import Domain
 
+Rows = Iterator[tuple[list[str], list[list[int]]]]
+"""Of each step, the rows' domains and their token numbers."""
 # Windows that are judged together.
 _JUDGED: Final = 16
 
@@ -74,13 +77,20 @@ class LearnSettings:
     rate_chosen: float = 1e-3
     rate_low_rank: float = 1e-3
     rate_routers: float = 1e-3
-    beta: float = 0.1
+    beta: float = 0.05
+    """The pull towards the version before, on new rows."""
+    hold: float = 1.0
+    """The same on replayed rows."""
+    need: float = 0.75
+    """Share of replayed rows that are of the domains that became worse; of ours, since it takes the version before."""
     reach: float = 0.6
     most: float = 0.149
     """Of all weights that one update may train."""
     heavy: float = 0.5
     margin: float = 6.0
     count_tokens: int = 8192
+    row_tokens: int = 16384
+    """Of each side, that rows of clones are found from."""
     review_share: float = 0.05
     """Steps of the review, of those of a domain; they are part of the same budget."""
     balance: float = 0.01
@@ -142,6 +152,8 @@ class _Run:
         self._dice = random.Random(seed)
         self._flops = Flops(model_size(model))
         self.learnt = Learnt([], [], 0.0, 0, [], [], 0.0, [])
+        self._replayed = round(settings.rows * method.replay)
+        """Rows of a step."""
         self._kept: Any = None
         """Weights and training that go on from domain to domain."""
 
@@ -169,24 +181,24 @@ class _Run:
             rate = settings.rate_chosen
         else:
             weights, trained, rate = self._whole()
-        beta = settings.beta if method.pull else 0.0
+        beta, hold = (settings.beta, settings.hold) if method.pull else (0.0, 0.0)
         if method.joint:
             # One schedule over all domains.
             self._kept = self._kept or Training(
                 self._model,
                 weights,
-                TrainSettings(steps * len(self._domains), rate, _warm(steps * len(self._domains)), 0.0),
+                TrainSettings(steps * len(self._domains), rate, _warm(steps * len(self._domains)), 0.0, 0.0),
             )
             self._train(self._kept, rows, steps, trained)
         else:
-            schedule = TrainSettings(steps, rate, _warm(steps), beta)
+            schedule = TrainSettings(steps, rate, _warm(steps), beta, hold)
             self._train(Training(self._model, weights, schedule), rows, steps, trained)
         if isinstance(weights, Anchored):
-            fisher = [next(rows)[0] for _ in range(settings.fisher_rows)]
+            fisher = [next(rows)[1][0] for _ in range(settings.fisher_rows)]
             self._flops.step(weights.remember(self._model, fisher), trained)
             self._anchored = weights
         if review:
-            self._review(rows, review, beta)
+            self._review(rows, review, beta, hold)
 
     def _whole(self) -> tuple[Weights, float, float]:
         """All weights, or adapters of all; what a token meets of them, and the rate."""
@@ -208,12 +220,13 @@ class _Run:
         return weights, float(self._flops.size.met), settings.rate_all
 
     _anchored: Anchored | None = None
+    _replay: Replay
 
     def _chosen(self, number: int) -> tuple[Weights, float]:
         """The experts of a domain, cloned where that is wanted; weights of them that a token meets."""
         settings, method, model = self._settings, self._method, self._model
-        new = self._texts([self._domains[number]])
-        old = self._texts(self._known(number))
+        new = self._texts([self._domains[number]], settings.count_tokens)
+        old = self._texts(self._known(number), settings.count_tokens)
         counts = choices(model, new)
         found = choose(
             counts,
@@ -229,7 +242,10 @@ class _Run:
         cloned = {}
         if method.clones:
             heavy = {(one.layer, one.expert) for one in found if one.clone}
-            cloned = add_clones(model, clone_rows(model, heavy & set(picked), new, old, settings.margin))
+            new = self._texts([self._domains[number]], settings.row_tokens)
+            old = self._texts(self._known(number), settings.row_tokens)
+            rows = clone_rows(model, heavy & set(picked), new, old, settings.margin)
+            cloned = add_clones(model, rows)
         experts = [(layer, cloned.get((layer, expert), expert)) for layer, expert in picked]
         weights = ChosenExperts(model, experts)
         self._note(weights.share, sum(m.numel() for m in weights.masters.values()))
@@ -247,42 +263,47 @@ class _Run:
             found += [(layer, expert) for expert in self._dice.sample(range(int(experts.num_experts)), count)]
         return found
 
-    def _review(self, rows: Iterator[list[list[int]]], steps: int, beta: float) -> None:
+    def _review(self, rows: Rows, steps: int, beta: float, hold: float) -> None:
         settings = self._settings
         weights, balance = router_weights(self._model), Balance(self._model, settings.balance)
         self._note(0.0, sum(m.numel() for m in weights.masters.values()))
-        schedule = TrainSettings(steps, settings.rate_routers, _warm(steps), beta)
+        schedule = TrainSettings(steps, settings.rate_routers, _warm(steps), beta, hold)
         with balance.watched():
             learner = Training(self._model, weights, schedule, aside=balance)
             self._train(learner, rows, steps, sum(m.numel() for m in weights.masters.values()))
 
-    def _train(self, learner: Training, rows: Iterator[list[list[int]]], steps: int, trained: float) -> None:
+    def _train(self, learner: Training, rows: Rows, steps: int, trained: float) -> None:
         self._model.train()
         for _ in range(steps):
-            batch = torch.tensor(next(rows))
-            self.learnt.losses.append(learner.train(batch).cross_entropy)
+            of, texts = next(rows)
+            batch = torch.tensor(texts)
+            seen = learner.train(batch, replayed=self._replayed)
+            self.learnt.losses.append(seen.cross_entropy)
+            if self._replayed and seen.risen:
+                self._replay.saw(zip(of[-self._replayed :], seen.risen[-self._replayed :], strict=True))
             self._flops.step(batch.numel(), trained)
             if learner.pulls:
                 self._flops.forward(batch.numel())
         self._model.eval()
 
-    def _rows(self, number: int) -> Iterator[list[list[int]]]:
+    def _rows(self, number: int) -> Rows:
         """Rows of a step: of this domain, and a share of what is known; of all where they are learnt at once."""
         settings, dice = self._settings, self._dice
-        replayed = round(settings.rows * self._method.replay)
         known = self._known(number)
+        self._replay = Replay([domain.name for domain in known], settings.need)
         while True:
-            of = [self._domains[number]] * (settings.rows - replayed) + dice.choices(known, k=replayed)
+            of = [self._domains[number]] * (settings.rows - self._replayed)
+            of += dice.choices(known, self._replay.weights, k=self._replayed)
             if self._method.joint:
                 of = dice.choices(self._domains, k=settings.rows)
-            yield [self._row(domain) for domain in of]
+            yield [domain.name for domain in of], [self._row(domain) for domain in of]
 
     def _row(self, domain: Domain) -> list[int]:
         start = self._dice.randrange(len(domain.learnt) - self._settings.length)
         return domain.learnt[start : start + self._settings.length].tolist()
 
-    def _texts(self, domains: Sequence[Domain]) -> list[list[int]]:
-        count = self._settings.count_tokens // self._settings.length
+    def _texts(self, domains: Sequence[Domain], tokens: int) -> list[list[int]]:
+        count = tokens // self._settings.length
         return [self._row(self._dice.choice(domains)) for _ in range(count)]
 
     def _known(self, number: int) -> list[Domain]:

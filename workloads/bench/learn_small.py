@@ -48,7 +48,10 @@ def small_model(general: Domain, steps: int, seed: int, told: Callable[[float], 
     balance, dice = Balance(model, 0.01), random.Random(seed)
     with balance.watched():
         learner = Training(
-            model, weights, TrainSettings(steps, _RATE, max(1, steps // 20), beta=0.0), aside=balance
+            model,
+            weights,
+            TrainSettings(steps, _RATE, max(1, steps // 20), beta=0.0, hold=0.0),
+            aside=balance,
         )
         model.train()
         for step in range(steps):

@@ -37,9 +37,21 @@ def test_every_new_token_comes_once_a_lap_and_the_rest_is_known() -> None:
         assert sorted(fresh[lap * count : (lap + 1) * count]) == sorted(chain.from_iterable(NEW))
     known = [row.tolist() for step in steps for row in step[3:]]
     assert all(token >= 1000 for row in known for token in row)
-    of_law = sum(row[0] < 2000 for row in known)
-    assert 0.3 < of_law / len(known) < 0.7, "domains are even, whatever is in them"
+    drawn = [domain for step in range(1000) for domain in rows.domains(step)]
+    assert 0.45 < drawn.count("law") / 1000 < 0.55, "domains are even, whatever is in them"
     assert len({row[0] for row in known}) > 5, "long texts are read from anywhere"
+
+
+def test_domains_are_replayed_by_their_weights() -> None:
+    rows = Rows(NEW, OLD, RowSettings(rows=8, length=5, replay=0.5))
+    assert rows.known == ("code", "law")
+    drawn = [domain for step in range(100) for domain in rows.domains(step, (0.9, 0.1))]
+    assert len(drawn) == 400 and 0.8 < drawn.count("code") / 400 < 0.97
+    for step in range(10):
+        of = [row[0] < 2000 for row in rows.of_step(step, (0.9, 0.1))[4:].tolist()]
+        assert of == [domain == "law" for domain in rows.domains(step, (0.9, 0.1))], "a row is of one domain"
+    assert rows.domains(3, (0.0, 1.0)) == ["law"] * 4
+    assert Rows(NEW, OLD, RowSettings(replay=0.0)).domains(0) == []
 
 
 @given(st.integers(1, 40), st.integers(1, 9))
