@@ -151,8 +151,7 @@ class Bandit:
         status = server.status()
         if status.serving != state.arms[0]:
             return self._end(state, _became(status.serving, state.arms), status.serving)
-        logs = self.logs(state)
-        settings = self._settings(state)
+        before, logs, settings = state, self.logs(state), self._settings(state)
         state = replace(
             state,
             looks=state.looks + 1,
@@ -163,19 +162,29 @@ class Bandit:
         if logs:
             report = judged(logs, state.arms, state.arms[0], settings)
             state = replace(state, reasons=report.reasons, metrics=metrics(report))
-            if report.promote and self._config.promote:
-                self._save(state)
-                reason = f"of {len(state.arms)} versions: {report.reasons[report.promote]}"
-                log.info("bandit promotes", manifest=report.promote[:12], reason=reason)
-                server.promote(report.promote, reason)
-                return self._end(state, f"promoted: {reason}", report.promote)
+        now = self.state()
+        if now != before:
+            # Somebody else has looked, or ended it, while this one was reckoning.
+            return now
         self._save(state)
+        if logs and report.promote and self._config.promote:
+            return self._promote(state, server, report)
         try:
             server.share_out(state.shares)
         except VersionError as error:
             log.warning("versions share requests no more", reason=error.message)
             return self._end(state, error.message, "")
         return state
+
+    def _promote(self, state: BanditState, server: Server, report: BanditReport) -> BanditState:
+        reason = f"of {len(state.arms)} versions: {report.reasons[report.promote]}"
+        try:
+            server.promote(report.promote, reason)
+        except VersionError as error:
+            log.warning("bandit's choice not promoted", reason=error.message)
+            return state
+        log.info("bandit promoted", manifest=report.promote[:12], reason=reason)
+        return self._end(state, f"promoted: {reason}", report.promote)
 
     def end(self) -> BanditState:
         """Give all new requests the version that serves. LearningError if none is under way."""

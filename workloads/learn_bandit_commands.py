@@ -62,16 +62,19 @@ def bandit(
             "no requests are kept, so that nothing would be known of what they earn",
             "set learning.capture, and start the server with it",
         )
-    with stages(err) as shown:
-        checkpoint = open_model(settings, shown)[0]
-    files = Files(learning.state_url(checkpoint.digest), **learning.options)
+    checkpoint = None
+    if arm or not learning.state:
+        with stages(err) as shown:
+            checkpoint = open_model(settings, shown)[0]
+    state_url = learning.state_url(checkpoint.digest if checkpoint is not None else "")
+    files = Files(state_url, **learning.options)
     kept = open_stream(settings)
     with contextlib.ExitStack() as stack:
         server = None
         if not dry_run:
             server = Serving(stack.enter_context(running_controller(settings, url)))
         found = Bandit(files, kept, learning.bandit, server)
-        if arm:
+        if arm and checkpoint is not None:
             address = store_address(settings, checkpoint)
             versions = Store(address.url, address.options)
             state = found.begin([versions.find(name) for name in arm])

@@ -32,7 +32,7 @@ _SPREAD: Final[Mapping[What, float]] = {
 # Standard errors that the live reference is taken higher by, so that a mean that came out low is no alarm.
 _SURE: Final = 2.33
 _POINTS: Final = 50
-_MARKS: Final = 1000
+_MARKS: Final = 2000
 
 
 @dataclass(frozen=True, slots=True)

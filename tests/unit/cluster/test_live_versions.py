@@ -153,5 +153,5 @@ def test_versions_that_share_requests_stay_until_another_serves() -> None:
     with pytest.raises(AssertionError):
         without_version(shared, "one")
     assert serving(shared, "one").shares == {} and with_shares(shared, {}) == both
-    table = PlacementTable("m", 1, (), {}, versions=shared)
+    table = PlacementTable("m", 1, {}, {}, versions=shared)
     assert PlacementTable.from_json(table.to_json()).versions == shared

@@ -183,3 +183,32 @@ def test_mistakes_are_told(world: World) -> None:
     Files(str(world.folder / "state")).renew("bandit", b"?")
     with pytest.raises(LearningError, match="makes no sense"):
         world.bandit().look()
+
+
+def test_what_somebody_else_ended_meanwhile_stays_ended(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.bandit().begin(["new"])
+    world.requests(100, {"old": 0.4, "new": 0.4})
+    mine = world.bandit()
+    logs = mine.logs
+
+    def meanwhile(state: Any) -> Any:
+        world.bandit().end()
+        return logs(state)
+
+    monkeypatch.setattr(mine, "logs", meanwhile)
+    assert mine.update().ended == "by hand" and world.server.shares == {}
+
+
+def test_a_promotion_that_fails_is_tried_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.bandit().begin(["new"])
+    world.requests(500, {"old": 0.2, "new": 0.9})
+
+    def refused(manifest: str, reason: str) -> None:
+        raise VersionConflictError("another version is being promoted", "try again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.server, "promote", refused)
+        assert world.bandit().update().under_way
+    assert world.bandit().update().promoted == "new"
