@@ -48,6 +48,7 @@ def bandit(
     from cluster.versions.store import Store
     from workloads.learn_bandit import Bandit
     from workloads.learn_serving import Serving
+    from workloads.logs import configure
     from workloads.progress import stages
     from workloads.running import running_controller
     from workloads.serve import open_model
@@ -73,6 +74,7 @@ def bandit(
         server = None
         if not dry_run:
             server = Serving(stack.enter_context(running_controller(settings, url)))
+            configure(settings.log_level)
         found = Bandit(files, kept, learning.bandit, server)
         if arm and checkpoint is not None:
             address = store_address(settings, checkpoint)

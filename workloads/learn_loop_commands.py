@@ -68,6 +68,7 @@ def serve(
     from workloads.learn_loop import Loop
     from workloads.learn_status import Teller
     from workloads.learn_work import MeshWork
+    from workloads.logs import configure
     from workloads.progress import stages
     from workloads.serve import open_model
 
@@ -77,6 +78,7 @@ def serve(
         checkpoint = open_model(settings, shown)[0]
         state = Files(settings.learning.state_url(checkpoint.digest), **settings.learning.options)
         with alone(state), beside(settings, url, publish_only) as (server, pausing, beside_url):
+            configure(settings.log_level)
             teller = Teller(state)
             progress = _unhurried(shown, teller, pausing)
             workshop = workshop_of(settings, checkpoint, progress, pausing)
