@@ -37,8 +37,14 @@ class Slice(NamedTuple):
 class ChosenExperts:
     """Of one model, which must be in training for as long as this is used by nobody else."""
 
-    def __init__(self, model: nn.Module, chosen: Collection[tuple[int, int]]) -> None:
-        """`chosen`: (layer, expert). All else is frozen.
+    def __init__(
+        self,
+        model: nn.Module,
+        chosen: Collection[tuple[int, int]],
+        places: Mapping[int, Mapping[int, int]] | None = None,
+    ) -> None:
+        """`chosen`: (layer, expert). All else is frozen. `places`: of a worker's own experts, where it has not all of
+        them (`actors.expert_parallel`); the chosen that are others' are left to them.
 
         LearningError for an expert that the model does not have, or if its experts are of a layout that is not known.
         """
@@ -48,6 +54,8 @@ class ChosenExperts:
         self.masters: dict[Slice, nn.Parameter] = {}
         self._held: dict[Slice, nn.Parameter] = {}
         self._before: dict[Slice, torch.Tensor] = {}
+        self._places: dict[Slice, int] = {}
+        self._partly = places is not None
         self._all = sum(parameter.numel() for parameter in model.parameters())
         for layer, expert in sorted(set(chosen)):
             module = modules.get(layer)
@@ -56,13 +64,16 @@ class ChosenExperts:
                     f"the model has no expert {expert} in layer {layer}", "choose again, with this model"
                 )
             _check(module, layer)
+            place = expert if places is None else places[layer].get(expert)
+            if place is None:
+                continue
             for name in (GATE_UP, DOWN):
                 held = getattr(module, name)
                 held.requires_grad_(True)
                 key = Slice(layer, expert, name)
-                self._held[key] = held
-                self._before[key] = held.data[expert].clone()
-                self.masters[key] = nn.Parameter(held.data[expert].float().clone())
+                self._held[key], self._places[key] = held, place
+                self._before[key] = held.data[place].clone()
+                self.masters[key] = nn.Parameter(held.data[place].float().clone())
         if not self.masters:
             raise LearningError(
                 "no expert is chosen, so that nothing can be learnt", "choose with a larger reach"
@@ -77,7 +88,7 @@ class ChosenExperts:
         """Give each master its part of the gradients, and the model's back."""
         for key, master in self.masters.items():
             grad = self._held[key].grad
-            master.grad = None if grad is None else grad[key.expert].float().clone()
+            master.grad = None if grad is None else grad[self._places[key]].float().clone()
         for held in self._held.values():
             held.grad = None
 
@@ -130,8 +141,9 @@ class ChosenExperts:
         return {_written(key): master.data.clone() for key, master in self.masters.items()}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take the masters up again. LearningError if they are of other experts."""
-        if state.keys() != {_written(key) for key in self.masters}:
+        """Take the masters up again, of all workers' those that are here. LearningError if they are of others."""
+        mine = {_written(key) for key in self.masters}
+        if not (mine <= state.keys() if self._partly else mine == state.keys()):
             raise LearningError("the checkpoint of the training is of other experts", "begin anew")
         for key, master in self.masters.items():
             master.data.copy_(state[_written(key)])
@@ -140,7 +152,7 @@ class ChosenExperts:
     def _put(self, values: Mapping[Slice, torch.Tensor]) -> None:
         with torch.no_grad():
             for key, value in values.items():
-                self._held[key].data[key.expert].copy_(value)
+                self._held[key].data[self._places[key]].copy_(value)
 
 
 def _check(module: Any, layer: int) -> None:

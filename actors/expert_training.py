@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import median
@@ -88,14 +88,16 @@ class Training:
         chosen: Weights,
         settings: TrainSettings,
         *,
-        aside: Callable[[], torch.Tensor | None] = lambda: None,
+        aside: Callable[[], torch.Tensor | None] | None = None,
         total: Callable[[Sequence[torch.Tensor]], None] = lambda tensors: None,
+        apart: bool = False,
     ) -> None:
         """`aside`: called after each forward pass, something to be added to the loss; `total`: adds to each tensor, in
-        place, what the other workers have there.
+        place, what the other workers have there; `apart`: each worker has masters of its own, whose gradients are whole
+        as they are (`actors.expert_parallel`).
         """
         self._model, self.weights, self._settings = model, chosen, settings
-        self._aside, self._total = aside, total
+        self._aside, self._total, self._apart = aside or (lambda: None), total, apart
         self._device = next(model.parameters()).device
         self.step = 0
         """Steps that were made."""
@@ -137,11 +139,7 @@ class Training:
             )
         (loss * part).backward()
         self.weights.take_gradients()
-        self._total([m.grad for m in self.weights.masters.values() if m.grad is not None])
-        bound = settings.clip * median(self._norms) if len(self._norms) >= _NORMS // 5 else math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.weights.masters.values(), bound))
-        # A norm beyond the bound does not widen the next bound beyond measure.
-        self._norms.append(min(norm, bound))
+        norm = self._bounded(list(self.weights.masters.values()))
         for group in self._optimiser.param_groups:
             group["lr"] = rate(settings, self.step)
         self._optimiser.step()
@@ -150,25 +148,64 @@ class Training:
         summed, of_text, of_pull = seen.tolist()
         return Trained(self.step, summed, of_text, of_pull, norm)
 
+    def _bounded(self, masters: Sequence[nn.Parameter]) -> float:
+        """The norm of all workers' gradients together, before they are held to the bound that the last ones set."""
+        grads = [master.grad for master in masters if master.grad is not None]
+        if not self._apart:
+            self._total(grads)
+        norm = nn.utils.get_total_norm(grads)
+        if self._apart:
+            square = norm**2
+            self._total([square])
+            norm = square.sqrt()
+        bound = self._settings.clip * median(self._norms) if len(self._norms) >= _NORMS // 5 else math.inf
+        nn.utils.clip_grads_with_norm_(masters, bound, norm)
+        # A norm beyond the bound does not widen the next bound beyond measure.
+        self._norms.append(min(float(norm), bound))
+        return float(norm)
+
     def _logits(self, rows_BT: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self._model(input_ids=rows_BT, use_cache=False).logits.float()
         return found
 
     def state(self) -> dict[str, Any]:
-        """All that the next step depends on, but for the model's frozen weights and the rows."""
+        """All that the next step depends on, but for the model's frozen weights and the rows.
+
+        By names of what is trained: what workers have apart may be put together and divided again, see `merged`.
+        """
         return {
             "step": self.step,
             "norms": list(self._norms),
             "masters": self.weights.state(),
-            "optimiser": self._optimiser.state_dict(),
+            "optimiser": {
+                name: {key: value.clone() for key, value in self._optimiser.state[master].items()}
+                for name, master in self._named()
+            },
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on where a state was put down. LearningError if it is of other experts."""
         self.weights.load(state["masters"])
-        self._optimiser.load_state_dict(state["optimiser"])
+        for name, master in self._named():
+            self._optimiser.state[master] = {
+                key: value.clone() for key, value in state["optimiser"][name].items()
+            }
         self._norms = deque(state["norms"], maxlen=_NORMS)
         self.step = int(state["step"])
+
+    def _named(self) -> Iterable[tuple[str, nn.Parameter]]:
+        return zip(self.weights.state(), self.weights.masters.values(), strict=True)
+
+
+def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of one training, the states of workers that have masters of their own each."""
+    return {
+        **states[0],
+        **{
+            what: {name: value for state in states for name, value in state[what].items()}
+            for what in ("masters", "optimiser")
+        },
+    }
 
 
 def rate(settings: TrainSettings, step: int) -> float:

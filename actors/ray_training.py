@@ -19,12 +19,23 @@ import torch.distributed
 
 from actors import gentle_start
 from actors.expert_training import Trained
-from actors.training_job import JobFiles, Pace, Progress, Saved, Worker, from_bytes, run_steps, to_bytes
+from actors.training_job import (
+    JobFiles,
+    Pace,
+    Progress,
+    Saved,
+    Worker,
+    from_bytes,
+    run_steps,
+    to_bytes,
+    whole,
+)
 from cluster import niceness
 from cluster.errors import ExpertmeshError, LearningError
 from cluster.messages import StoreAddress
 from cluster.versions.files import Files
 
+# One file, or one of each worker.
 _STATE: Final = "state"
 _POLL_S: Final = 0.25
 # Others wait for one that pauses; that it is lost they hear at once, since its connections end.
@@ -87,8 +98,13 @@ def run_on_ray(
         ) from result
     if result.return_value is not None:
         raise LearningError(*result.return_value)
-    with result.checkpoint.as_directory() as folder:
-        return from_bytes((Path(folder) / _STATE).read_bytes())
+    return _state(result.checkpoint)
+
+
+def _state(checkpoint: Any) -> Saved:
+    """What one worker put down, or all of them together."""
+    with checkpoint.as_directory() as folder:
+        return whole([from_bytes(file.read_bytes()) for file in sorted(Path(folder).glob(f"{_STATE}*"))])
 
 
 def _coordinator() -> Any:
@@ -150,16 +166,14 @@ def _work(config: dict[str, Any]) -> tuple[str, str] | None:
         niceness.yield_cores()
         gentle_start.give_way()
     checkpoint = train.get_checkpoint()
-    saved = None
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            saved = from_bytes((Path(folder) / _STATE).read_bytes())
+    saved = None if checkpoint is None else _state(checkpoint)
+    together = Worker(rank, workers, _added_up if workers > 1 else lambda tensors: None)
 
     def keep(saved: Saved) -> None:
         kept = None
-        if rank == 0:
+        if rank == 0 or together.apart(job):
             folder = Path(tempfile.mkdtemp(prefix="expertmesh-training-"))
-            (folder / _STATE).write_bytes(to_bytes(saved))
+            (folder / f"{_STATE}-{rank}").write_bytes(to_bytes(saved))
             kept = train.Checkpoint.from_directory(folder)
         train.report(
             {"step": saved["told"][-1][0], "loss": saved["told"][-1][1]},
@@ -168,7 +182,6 @@ def _work(config: dict[str, Any]) -> tuple[str, str] | None:
         )
 
     pace: Callable[[Trained], None] = Pace(job, files, os.getpid()) if rank == 0 else lambda trained: None
-    together = Worker(rank, workers, _added_up if workers > 1 else lambda tensors: None)
     try:
         run_steps(job, files, saved, keep, worker=together, each=pace)
     except LearningError as error:

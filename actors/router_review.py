@@ -84,6 +84,16 @@ def router_weights(model: nn.Module) -> WholeWeights:
     return WholeWeights(model, {f"{layer}": router.weight for layer, router in router_modules(model).items()})
 
 
+def reviewed(model: nn.Module, checkpoint: Checkpoint, state: Mapping[str, Any]) -> WholeWeights:
+    """Have a model's routers be what a review came to, as the checkpoint's dtypes can hold it."""
+    dtypes = {layer: DTYPES[checkpoint.tensors[name].dtype] for name, layer in routers(checkpoint).items()}
+    weights = router_weights(model)
+    weights.load(
+        {layer: tensor.to(dtypes[int(layer)]).to(tensor.dtype) for layer, tensor in state["masters"].items()}
+    )
+    return weights
+
+
 def router_tensors(
     model: nn.Module, checkpoint: Checkpoint, layers: Collection[int]
 ) -> dict[str, torch.Tensor]:
@@ -109,19 +119,23 @@ class Balance:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Within the block forward passes are listened to."""
-        hooks = [
-            router.register_forward_pre_hook(self._hears_input(layer))
-            for layer, router in self._routers.items()
-        ]
-        hooks += [
-            experts.register_forward_pre_hook(self._hears_choice(layer), with_kwargs=True)
-            for layer, experts in self._experts.items()
-        ]
+        hooks = self.watch()
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def watch(self) -> list[Any]:
+        """From now on forward passes are listened to; hooks that can be removed."""
+        hooks = [
+            router.register_forward_pre_hook(self._hears_input(layer))
+            for layer, router in self._routers.items()
+        ]
+        return hooks + [
+            experts.register_forward_pre_hook(self._hears_choice(layer), with_kwargs=True)
+            for layer, experts in self._experts.items()
+        ]
 
     def __call__(self) -> torch.Tensor | None:
         """Of the last forward pass, which is forgotten; None if there was none."""

@@ -14,19 +14,23 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple, dataclass, field
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load, save
 
+from actors.distillation import Distillation, TeacherSettings, open_teacher
+from actors.expert_parallel import divide_experts, owners
 from actors.expert_slices import ChosenExperts
-from actors.expert_training import Trained, Training, TrainSettings
-from actors.router_review import add_clones
+from actors.expert_training import Trained, Training, TrainSettings, merged, rate
+from actors.router_review import Balance, add_clones, router_weights
+from actors.text_routing import expert_modules
 from actors.trainable_version import Encode, open_encoder, open_version
+from actors.training_curves import Curves
 from actors.training_rows import Rows, RowSettings, part_of
 from cluster.checkpoint import Checkpoint
 from cluster.learning.records import Record, from_parquet, to_parquet
@@ -35,6 +39,23 @@ from cluster.versions.files import Files
 from cluster.versions.store import Store
 
 _PAUSE_S: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class ReviewSettings:
+    """In which routers alone learn, so that text goes to where it is known best by then."""
+
+    steps: int
+    """The last ones of a job."""
+    rate: float = 1e-3
+    balance: float = 0.01
+    """Weight of the auxiliary loss that keeps experts from being left alone."""
+
+
+Parallel = Literal["rows", "experts", "sharded"]
+"""What several workers divide: the rows of a step; each layer's experts as well, where as many are trained as there are
+workers; or all else too.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +82,16 @@ class TrainingJob:
     """Whether cores that somebody else wants are left to them."""
     clones: tuple[tuple[int, int], ...] = ()
     """Those of `chosen` of which copies are trained in their place."""
+    parallel: Parallel = "rows"
+    curves: str = ""
+    """Folder or URL for TensorBoard's curves of this job; "": none."""
+    teacher: TeacherSettings | None = None
+    review: ReviewSettings | None = None
+
+    @property
+    def expert_steps(self) -> int:
+        """Steps in which experts learn; routers learn in those behind."""
+        return self.settings.steps - (self.review.steps if self.review else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,15 +209,27 @@ class Worker:
     total: Callable[[Sequence[torch.Tensor]], None] = lambda tensors: None
     """See `actors.expert_training.Training`."""
 
+    def apart(self, job: TrainingJob) -> bool:
+        """Whether each worker has experts of its own, so that a state is of them all together."""
+        return self.workers > 1 and job.parallel != "rows" and len(set(job.chosen)) >= self.workers
 
-def open_job(job: TrainingJob, files: JobFiles) -> tuple[Any, ChosenExperts]:
-    """The model from which on is trained, with its clones, and what of it is trained."""
+
+def open_job(job: TrainingJob, files: JobFiles, worker: Worker | None = None) -> tuple[Any, ChosenExperts]:
+    """The model from which on is trained, with its clones, and what of it is trained: by a worker, or all of it."""
     model = open_version(
         Checkpoint.open(Path(job.model)), Store(job.store.url, job.store.options), job.parent
     )
     clones = add_clones(model, files.rows())
     chosen = [(layer, clones.get((layer, expert), expert)) for layer, expert in job.chosen]
-    return model, ChosenExperts(model, chosen)
+    if worker is None or not worker.apart(job):
+        return model, ChosenExperts(model, chosen)
+    sizes = {layer: int(module.num_experts) for layer, module in expert_modules(model).items()}
+    places = divide_experts(model, owners(sizes, chosen, worker.workers), worker.rank)
+    if job.parallel == "sharded":
+        from actors.sharded_dense import shard_dense
+
+        shard_dense(model)
+    return model, ChosenExperts(model, chosen, places)
 
 
 def run_steps(
@@ -206,23 +249,109 @@ def run_steps(
     torch.set_num_threads(job.threads)
     checkpoint = Checkpoint.open(Path(job.model))
     rows = _rows(job, files, open_encoder(checkpoint))
-    model, chosen = open_job(job, files)
-    learner = Training(model, chosen, job.settings, total=worker.total)
-    told: list[list[float]] = []
-    if saved is not None:
-        learner.load(saved["training"])
-        told = [list(one) for one in saved["told"]]
-    mine = part_of(job.rows.rows, worker.rank, worker.workers)
-    model.train()
-    while learner.step < job.settings.steps:
-        rows_BT = rows.of_step(learner.step)[mine.start : mine.stop]
-        with _precision(job):
-            trained = learner.train(rows_BT, len(mine) / job.rows.rows)
-        told.append(list(astuple(trained)))
-        if learner.step % job.keep_every == 0 or learner.step == job.settings.steps:
-            keep({"training": learner.state(), "told": told})
-        # Behind it, since this may wait for as long as it likes.
-        each(trained)
+    with ExitStack() as stack:
+        model, chosen = open_job(job, files, worker)
+        lessons = _Lessons(job, model, chosen, worker)
+        if job.teacher is not None:
+            lessons.taught = Distillation(model, open_teacher(job.teacher, checkpoint), job.teacher)
+            stack.enter_context(lessons.taught.watched())
+        told: list[list[float]] = []
+        if saved is not None:
+            lessons.load(saved)
+            told = [list(one) for one in saved["told"]]
+        curves = None
+        if job.curves and worker.rank == 0:
+            curves = stack.enter_context(closing(Curves(job.curves, len(told) + 1)))
+        mine = part_of(job.rows.rows, worker.rank, worker.workers)
+        model.train()
+        for step in range(len(told), job.settings.steps):
+            rows_BT = rows.of_step(step)[mine.start : mine.stop]
+            with _precision(job):
+                trained = replace(lessons.train(step, rows_BT, len(mine) / job.rows.rows), step=step + 1)
+            told.append(list(astuple(trained)))
+            if (step + 1) % job.keep_every == 0 or step + 1 == job.settings.steps:
+                keep({**lessons.state(), "told": told})
+            if curves is not None:
+                curves.add(trained, lessons.rate(step))
+            # Behind it, since this may wait for as long as it likes.
+            each(trained)
+
+
+class _Lessons:
+    """What learns in a job: experts, and then routers."""
+
+    def __init__(self, job: TrainingJob, model: Any, chosen: ChosenExperts, worker: Worker) -> None:
+        self._job, self._model, self._chosen, self._worker = job, model, chosen, worker
+        self.taught: Distillation | None = None
+        self._experts: Training | None = None
+        self._review: Training | None = None
+
+    def train(self, step: int, rows_BT: torch.Tensor, part: float) -> Trained:
+        """One step, counted from 0."""
+        return self._of(step).train(rows_BT, part)
+
+    def rate(self, step: int) -> float:
+        """At which is learnt in a step."""
+        review = self._job.review
+        if step < self._job.expert_steps or review is None:
+            return rate(self._schedule(), step)
+        return rate(self._review_schedule(review), step - self._job.expert_steps)
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on."""
+        found = {"training": self._of(0).state()}
+        return found if self._review is None else {**found, "review": self._review.state()}
+
+    def load(self, saved: Saved) -> None:
+        """Go on where a state was put down."""
+        self._of(0).load(saved["training"])
+        if "review" in saved:
+            self._of(self._job.expert_steps).load(saved["review"])
+
+    def _of(self, step: int) -> Training:
+        job, worker = self._job, self._worker
+        if self._experts is None:
+            self._experts = Training(
+                self._model,
+                self._chosen,
+                self._schedule(),
+                aside=self.taught,
+                total=worker.total,
+                apart=worker.apart(job),
+            )
+        if step < job.expert_steps or job.review is None:
+            return self._experts
+        if self._review is None:
+            balance = Balance(self._model, job.review.balance)
+            # For as long as the model is there; nobody else computes with it.
+            balance.watch()
+            self._review = Training(
+                self._model,
+                router_weights(self._model),
+                self._review_schedule(job.review),
+                aside=self._beside(balance),
+                total=worker.total,
+            )
+        return self._review
+
+    def _beside(self, balance: Balance) -> Callable[[], torch.Tensor | None]:
+        def aside() -> torch.Tensor | None:
+            found = [balance()] if self.taught is None else [balance(), self.taught()]
+            losses = [loss for loss in found if loss is not None]
+            return torch.stack(losses).sum() if losses else None
+
+        return aside
+
+    def _schedule(self) -> TrainSettings:
+        return replace(self._job.settings, steps=self._job.expert_steps)
+
+    def _review_schedule(self, review: ReviewSettings) -> TrainSettings:
+        return TrainSettings(review.steps, review.rate, max(1, review.steps // 10), self._job.settings.beta)
+
+
+def whole(saved: Sequence[Saved]) -> Saved:
+    """One state of those that workers put down of the same step."""
+    return {**saved[0], "training": merged([one["training"] for one in saved])}
 
 
 def run_here(job: TrainingJob, files: JobFiles, each: Callable[[Trained], None]) -> Saved:

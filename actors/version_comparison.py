@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from actors.expert_training import Weights
 from actors.text_routing import counted
 
 Choices = Mapping[int, Sequence[int]]
@@ -34,16 +34,16 @@ class Comparison:
 
 def compare(
     model: nn.Module,
-    learnt: Weights,
+    as_before: Callable[[], AbstractContextManager[None]],
     texts: Sequence[Sequence[int]],
     told: Callable[[], None] = lambda: None,
 ) -> Comparison:
-    """`texts`: as token numbers; `told` is called after each of them."""
+    """Of a model, and of what it is within `as_before`; `texts`: as token numbers; `told` is called after each."""
     bits, nats = [], 0.0
     with torch.inference_mode():
         before, after = _nothing(model), _nothing(model)
         for tokens in texts:
-            with learnt.as_before():
+            with as_before():
                 before_TV = _read(model, tokens, before)
             now_TV = _read(model, tokens, after)
             bits.append((_bits(before_TV, tokens), _bits(now_TV, tokens)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, SecretStr, ValidationInfo, field_validator
 
@@ -50,9 +50,11 @@ class TrainingConfig(BaseModel):
 
     ``reach``: part of what a domain asks for more that the chosen experts make up, per layer; ``most``: of all weights
     that one round trains; ``counted``: tokens of the new samples, and of what is known, that experts are chosen by;
-    ``clones``: experts that a layer may get beside its own, copies of those that what is known
-    needs as they are; ``workers``: processes of Ray Train, 0 for none but the command's own; ``max_workers``: as many
-    of them as are possible, up to this.
+    ``clones``: experts that a layer may get beside its own, copies of those that what is known needs as they are;
+    ``select``: share of the new samples that is learnt, those that the model is least sure of; ``review``: share of the
+    steps, the last ones, in which routers alone learn; ``workers``: processes of Ray Train, 0 for none but the
+    command's own; ``max_workers``: as many of them as are possible, up to this; ``parallel``: what they divide; ``teacher``:
+    folder of a larger model to learn from as well, and how much of it.
     """
 
     model_config = SECTION
@@ -61,21 +63,30 @@ class TrainingConfig(BaseModel):
     most: Annotated[float, Field(gt=0, le=1)] = 0.15
     counted: Count = 20_000
     clones: Annotated[int, Field(ge=0)] = 0
+    select: Annotated[float, Field(gt=0, le=1)] = 1.0
     steps: Count = 100
     rows: Annotated[int, Field(ge=2)] = 8
     length: Annotated[int, Field(ge=2)] = 128
     replay: Annotated[float, Field(ge=0, le=0.9)] = 0.25
     rate: Positive = 1e-3
     beta: NonNegative = 0.1
+    review: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    review_rate: Positive = 1e-3
+    balance: NonNegative = 0.01
     bfloat16: bool = False
     keep_every: Count = 20
     workers: Annotated[int, Field(ge=0)] = 1
     max_workers: Annotated[int, Field(ge=1)] | None = None
+    parallel: Literal["rows", "experts", "sharded"] = "rows"
     threads: Count = 1
     cpus: Positive = 0.01
     labels: dict[str, str] = {}
     max_failures: Annotated[int, Field(ge=0)] = 3
     gentle: bool = True
+    teacher: str = ""
+    teacher_weight: NonNegative = 1.0
+    teacher_temperature: Positive = 2.0
+    teacher_features: NonNegative = 0.0
 
     @field_validator("max_workers")
     @classmethod
@@ -158,7 +169,8 @@ class LearningConfig(BaseModel):
     ``stream``: folder or URL of the shards; ``retention``: seconds for which they are kept; ``holdout``: share of all
     samples that is never learnt from, of which ``holdout_parts`` take turns in judging; ``state``: folder or URL of a
     loop's journal and trainings; ``known``: domains that the model knew before; ``least``: new samples that begin a
-    round, or fewer after ``age``; ``pause_above``: requests in the server above which training waits.
+    round, or fewer after ``age``; ``pause_above``: requests in the server above which training waits; ``tensorboard``:
+    folder or URL of curves.
     """
 
     model_config = SECTION
@@ -178,6 +190,7 @@ class LearningConfig(BaseModel):
     canary_every: Duration = 60.0
     canary_give_up: Duration = 86400.0
     capture: CaptureConfig = CaptureConfig()
+    tensorboard: str = ""
     training: TrainingConfig = TrainingConfig()
     gate: GateConfig = GateConfig()
     drift: DriftConfig = DriftConfig()

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,10 +73,17 @@ class StreamState:
 @learn_app.command()
 def ingest(
     paths: Annotated[
-        list[Path], typer.Argument(help="Text files, *.jsonl or *.parquet with a `text`, or folders of them.")
+        list[str],
+        typer.Argument(
+            help="Text files, *.jsonl or *.parquet with a `text`, folders of them, or URLs of any."
+        ),
     ],
     domain: Annotated[str, typer.Option(help="What they are counted as.")],
     consent: Annotated[str, typer.Option(help="On what ground they are kept.")] = "operator",
+    dataset: Annotated[
+        bool, typer.Option("--dataset", help="Read by Ray Data, on all nodes; URLs always are.")
+    ] = False,
+    column: Annotated[str, typer.Option(help="Of datasets in Parquet or JSON lines.")] = "text",
     shard_records: Annotated[int, typer.Option(min=1, help="Records of one shard.")] = 4096,
     config: ConfigFile = None,
     model: Model = None,
@@ -84,14 +91,42 @@ def ingest(
     json_: Json = False,
 ) -> None:
     """Add texts to the stream."""
+    if not domain.strip():
+        raise LearningError("the domain has no name", "such as --domain law")
+    settings = configured(config, model, stream)
+    if dataset or any("://" in path for path in paths):
+        count, shards = _datasets(settings, paths, column, domain, consent, shard_records)
+    else:
+        if column != "text":
+            raise LearningError("--column is of datasets", "add --dataset")
+        count, shards = _files(settings, paths, domain, consent, shard_records)
+    kept = open_stream(settings)
+    numbers, records = [], 0
+    with contextlib.closing(shards):
+        for shard in shards:
+            numbers.append(kept.append(shard))
+            records += len(shard)
+    if not records:
+        raise LearningError(f"{count} files hold no text", "give some that do")
+    if json_:
+        print(json.dumps({"stream": kept.url, "files": count, "records": records, "shards": numbers}))
+    else:
+        out.print(
+            f"{records} texts of {count} files are in {kept.url}, shards {numbers[0]} to {numbers[-1]}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _files(
+    settings: Config, paths: Sequence[str], domain: str, consent: str, shard_records: int
+) -> tuple[int, Generator[list[Record]]]:
+    """How many files, and their texts as shards."""
     from cluster.learning.sources import records_of_file
     from cluster.learning.text_files import files_of
     from workloads.progress import stages
 
-    if not domain.strip():
-        raise LearningError("the domain has no name", "such as --domain law")
-    settings = configured(config, model, stream)
-    files = files_of([path.expanduser() for path in paths])
+    files = files_of([Path(path).expanduser() for path in paths])
     at = time.time()
     records: list[Record] = []
     # All of them before anything is written: one that can't be read leaves the stream as it was.
@@ -99,22 +134,32 @@ def ingest(
         for number, file in enumerate(files, 1):
             records += records_of_file(file, domain, consent, at)
             progress(f"reading {len(files)} files", number / len(files))
-    if not records:
-        raise LearningError(f"{len(files)} files hold no text", "give some that do")
-    kept = open_stream(settings)
-    shards = [
-        kept.append(records[start : start + shard_records]) for start in range(0, len(records), shard_records)
-    ]
-    if json_:
-        print(
-            json.dumps({"stream": kept.url, "files": len(files), "records": len(records), "shards": shards})
-        )
-    else:
-        out.print(
-            f"{len(records)} texts of {len(files)} files are in {kept.url}, shards {shards[0]} to {shards[-1]}",
-            highlight=False,
-            soft_wrap=True,
-        )
+    return len(files), (
+        records[start : start + shard_records] for start in range(0, len(records), shard_records)
+    )
+
+
+def _datasets(
+    settings: Config, paths: Sequence[str], column: str, domain: str, consent: str, shard_records: int
+) -> tuple[int, Generator[list[Record]]]:
+    """The same of datasets, on the configured cluster."""
+    from workloads.learn_dataset import dataset_files, read_dataset, shards_of
+
+    options = dict(settings.learning.options)
+    found = [dataset_files(path, options if "://" in path else {}) for path in paths]
+
+    def shards() -> Generator[list[Record]]:
+        from cluster.ray_cluster import connected
+
+        with connected(settings.ray):
+            # All of them before anything is written, as above.
+            read = [read_dataset(files, options if "://" in files.url else {}, column) for files in found]
+            for dataset in read:
+                yield from shards_of(
+                    dataset, domain=domain, consent=consent, at=time.time(), shard_records=shard_records
+                )
+
+    return sum(files.count for files in found), shards()
 
 
 @learn_app.command("stream")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from cluster.errors import LearningError
 from cluster.learning.choose import Chosen, choose
 from cluster.learning.filters import FilterSettings, filtered
 from cluster.learning.records import Record, with_feedback
+from cluster.learning.select import most_uncertain
 from cluster.learning.split import holdout_of
 from cluster.learning.stream import Stream
 from workloads.plots import pyplot_for_files
@@ -123,6 +125,24 @@ def experts_for(
         counts,
         background,
     )
+
+
+def unsure(
+    model: Any,
+    encode: Callable[[str], list[int]],
+    samples: Sequence[Record],
+    share: float,
+    progress: Callable[[str, float], None],
+) -> list[Record]:
+    """The samples that a model is least sure of, so many of all. LearningError if it can read none."""
+    from actors.version_comparison import bits_of
+
+    surprises = []
+    for number, sample in enumerate(samples, 1):
+        tokens = encode(sample.text)[:_MOST_TOKENS]
+        surprises.append(bits_of(model, tokens) / (len(tokens) - 1) if len(tokens) > 1 else math.nan)
+        progress("what the model is unsure of", number / len(samples))
+    return [samples[number] for number in most_uncertain(surprises, share)]
 
 
 def clones_for(

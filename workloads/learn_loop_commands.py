@@ -83,6 +83,8 @@ def serve(
             progress = _unhurried(shown, teller, pausing)
             workshop = workshop_of(settings, checkpoint, progress, pausing)
             # What can't be done is told before anything is begun.
+            if server is not None:
+                check_clones(settings)
             workshop.serving()
             workshop.check_room()
             work = MeshWork(workshop, kept, server)
@@ -129,6 +131,16 @@ def status(
     out.print(domains)
     if rounds is not None:
         out.print(rounds)
+
+
+def check_clones(config: Config) -> None:
+    """LearningError if the server has no room for as many experts as training may add to a layer."""
+    clones, spare = config.learning.training.clones, config.versions.spare_experts
+    if clones > spare:
+        raise LearningError(
+            f"learning.training.clones is {clones}, and the server keeps room for {spare} more experts of a layer",
+            f"set versions.spare_experts to {clones} and start the server again, or learn with --publish-only",
+        )
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from cluster.learning.reservoir import Reservoir
 from cluster.learning.split import holdout_of
 from cluster.learning.stream import Stream
 from workloads.learn_experts import ExpertChoice, Samples, domains_of, samples_for
-from workloads.learn_workshop import Workshop
+from workloads.learn_workshop import Lesson, Workshop
 
 if TYPE_CHECKING:
     from actors.expert_training import Trained
@@ -82,13 +82,13 @@ def learn(workshop: Workshop, material: Material, seed: int) -> Outcome:
     old = Reservoir(workshop.settings.reservoir, seed)
     old.add(record for records in samples.old.values() for record in records)
     samples = Samples(samples.domain, samples.new, old.kept)
-    choice, rows = workshop.choose(samples, parent, seed)
-    name = _name(workshop, samples, choice, parent, seed)
-    job = workshop.begin(name, samples, choice, rows, parent, seed)
+    lesson = workshop.choose(samples, parent, seed)
+    name = _name(workshop, lesson, parent, seed)
+    job = workshop.begin(name, lesson, parent, seed)
     saved = workshop.train(name)
     found = workshop.judge(job, saved, samples.domain, material.held, seed=seed)
     workshop.files(name).discard()
-    return Outcome(choice, found.trained_share, told(saved), found.verdict, found.manifest, job.clones)
+    return Outcome(lesson.choice, found.trained_share, told(saved), found.verdict, found.manifest, job.clones)
 
 
 def outcome_json(outcome: Outcome) -> dict[str, Any]:
@@ -133,13 +133,14 @@ def held_out(stream: Stream, holdout: float, upto: int | None = None) -> dict[st
     return found
 
 
-def _name(workshop: Workshop, samples: Samples, choice: ExpertChoice, parent: str, seed: int) -> str:
+def _name(workshop: Workshop, lesson: Lesson, parent: str, seed: int) -> str:
     """The same for the same run: what is begun again goes on."""
+    samples = lesson.samples
     said = [
         parent,
         seed,
         workshop.settings.training.model_dump_json(),
-        [(one.layer, one.expert) for one in choice.chosen],
+        [(one.layer, one.expert) for one in lesson.choice.chosen],
         [astuple(record) for records in (samples.new, *samples.old.values()) for record in records],
     ]
     return f"run-{sha256(repr(said).encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"

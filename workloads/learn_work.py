@@ -54,8 +54,8 @@ class MeshWork:
             raise LearningError(f"no sample is left of the filters ({why or 'all are known'})")
         self.workshop.check_room()
         samples = Samples(now.domain, new, old)
-        choice, rows = self.workshop.choose(samples, now.parent, now.seed)
-        return len(self.workshop.begin(now.name, samples, choice, rows, now.parent, now.seed).chosen)
+        lesson = self.workshop.choose(samples, now.parent, now.seed)
+        return len(self.workshop.begin(now.name, lesson, now.parent, now.seed).chosen)
 
     def train(self, now: Round) -> int:
         return len(self.workshop.train(now.name)["told"])

@@ -13,7 +13,8 @@ import gc
 import random
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -29,14 +30,15 @@ from cluster.versions.files import Files
 from cluster.versions.growth import routers
 from cluster.versions.publish import base_manifest, publish
 from cluster.versions.store import Store
-from workloads.learn_experts import ExpertChoice, Samples, clones_for, experts_for
+from workloads.learn_experts import ExpertChoice, Samples, clones_for, experts_for, unsure
 
 if TYPE_CHECKING:
     import torch
 
+    from actors.distillation import TeacherSettings
     from actors.expert_slices import ChosenExperts
     from actors.ray_training import Workers
-    from actors.training_job import Encode, JobFiles, Saved, TrainingJob
+    from actors.training_job import Encode, JobFiles, ReviewSettings, Saved, TrainingJob
     from actors.training_job import Progress as TrainingProgress
     from actors.version_comparison import Comparison
 
@@ -45,6 +47,16 @@ CloneRows = Mapping[tuple[int, int], "torch.Tensor"]
 """(Layer, expert) → the row of the router of its clone."""
 
 _PAUSE_S: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What a round is about."""
+
+    samples: Samples
+    """Those that are learnt: all of the new ones, or what the model is least sure of."""
+    choice: ExpertChoice
+    rows: CloneRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +127,7 @@ class Workshop:
         import psutil
 
         training = self.settings.training
-        found = needs(self.checkpoint, training.rows, training.length)
+        found = needs(self.checkpoint, training.rows, training.length, folder_bytes(Path(training.teacher)))
         check_room(
             found.worker * max(1, training.workers),
             psutil.virtual_memory().available,
@@ -129,8 +141,8 @@ class Workshop:
                     place = place.parent
                 check_room(found.disk, shutil.disk_usage(place).free, f"disk at {place}", "make room there")
 
-    def choose(self, samples: Samples, parent: str, seed: int) -> tuple[ExpertChoice, CloneRows]:
-        """The experts that the new samples are about, and rows of routers of those that are to be cloned.
+    def choose(self, samples: Samples, parent: str, seed: int) -> Lesson:
+        """The samples that are learnt, the experts that they are about, and rows of those that are to be cloned.
 
         LearningError if there are none.
         """
@@ -140,6 +152,9 @@ class Workshop:
         self.progress("loading the model", 0.0)
         model = open_version(self.checkpoint, self.store, self.own(parent))
         wanted, encode = self.settings.training, open_encoder(self.checkpoint)
+        if wanted.select < 1:
+            new = unsure(model, encode, samples.new, wanted.select, self.progress)
+            samples = Samples(samples.domain, new, samples.old)
         weights = sum(parameter.numel() for parameter in model.parameters())
         largest = max(layout.expert_parameters for layout in self.checkpoint.layouts.values())
         found = experts_for(
@@ -168,7 +183,7 @@ class Workshop:
                 f"no expert is asked for {samples.domain} more than for what is known",
                 "it may be known already; or give more text of it",
             )
-        return found, rows
+        return Lesson(samples, found, rows)
 
     def _rounded(self, layer: int, row_H: torch.Tensor) -> torch.Tensor:
         """As the checkpoint's dtype can hold it: what will serve."""
@@ -180,9 +195,7 @@ class Workshop:
     def begin(
         self,
         name: str,
-        samples: Samples,
-        choice: ExpertChoice,
-        rows: CloneRows,
+        lesson: Lesson,
         parent: str,
         seed: int,
     ) -> TrainingJob:
@@ -196,16 +209,20 @@ class Workshop:
             str(self.checkpoint.path),
             self.versions,
             self.own(parent),
-            tuple((one.layer, one.expert) for one in choice.chosen),
+            tuple((one.layer, one.expert) for one in lesson.choice.chosen),
             TrainSettings(wanted.steps, wanted.rate, max(1, wanted.steps // 10), wanted.beta),
             RowSettings(wanted.rows, wanted.length, wanted.replay, seed),
             wanted.keep_every,
             wanted.bfloat16,
             wanted.threads,
             wanted.gentle,
-            tuple(sorted(rows)),
+            tuple(sorted(lesson.rows)),
+            wanted.parallel,
+            self._curves(name),
+            self._teacher(),
+            self._review(),
         )
-        return self.files(name).begin(job, samples.new, samples.old, rows)
+        return self.files(name).begin(job, lesson.samples.new, lesson.samples.old, lesson.rows)
 
     def train(self, name: str) -> Saved:
         """Do a job that was put down, from where it was; what it comes to, which is put down as well.
@@ -251,6 +268,7 @@ class Workshop:
 
         Published twice with the same `created` (seconds since 1970) it is the same version.
         """
+        from actors.router_review import reviewed
         from actors.trainable_version import open_encoder
         from actors.training_job import open_job
 
@@ -261,7 +279,10 @@ class Workshop:
         chosen.load(saved["training"]["masters"])
         # What is judged is what will serve, and not what was still finer.
         chosen.round_to(self.checkpoint)
-        found, read = self._compared(model, chosen, judged)
+        as_before: Callable[[], AbstractContextManager[None]] = chosen.as_before
+        if job.review is not None:
+            as_before = _both(reviewed(model, self.checkpoint, saved["review"]).as_before, as_before)
+        found, read = self._compared(model, as_before, judged)
         known = [read[name] for name in held if name != domain]
         verdict = judge(
             domain,
@@ -289,10 +310,12 @@ class Workshop:
         from safetensors.torch import save_file
 
         from actors.router_review import router_tensors
+        from actors.text_routing import expert_modules
 
         tensors = chosen.tensors(self.checkpoint)
-        if job.clones:
-            tensors |= router_tensors(model, self.checkpoint, {layer for layer, _ in job.clones})
+        routers = set(expert_modules(model)) if job.review else {layer for layer, _ in job.clones}
+        if routers:
+            tensors |= router_tensors(model, self.checkpoint, routers)
         with tempfile.TemporaryDirectory(prefix="expertmesh-learn-") as folder:
             file = Path(folder) / "learnt.safetensors"
             save_file(tensors, file)
@@ -315,7 +338,10 @@ class Workshop:
         return [(text, tokens[: wanted.tokens]) for text, tokens in found if len(tokens) > 1]
 
     def _compared(
-        self, model: Any, chosen: ChosenExperts, judged: Mapping[str, Sequence[tuple[str, list[int]]]]
+        self,
+        model: Any,
+        as_before: Callable[[], AbstractContextManager[None]],
+        judged: Mapping[str, Sequence[tuple[str, list[int]]]],
     ) -> tuple[dict[str, list[Judged]], dict[str, Comparison]]:
         """Every held-out text by the version before and by what was learnt, by domain."""
         from actors.version_comparison import compare
@@ -328,7 +354,7 @@ class Workshop:
             self.progress("the gate", done / count)
 
         read = {
-            name: compare(model, chosen, [tokens for _, tokens in texts], told)
+            name: compare(model, as_before, [tokens for _, tokens in texts], told)
             for name, texts in judged.items()
         }
         found = {
@@ -346,6 +372,37 @@ class Workshop:
         while self.pausing():
             time.sleep(_PAUSE_S)
 
+    def _curves(self, name: str) -> str:
+        """Where the curves of a job go; each has a folder of its own."""
+        place = self.settings.tensorboard
+        if not place:
+            return ""
+        return (
+            f"{place.rstrip('/')}/{name}"
+            if "://" in place
+            else str(Path(place).expanduser().absolute() / name)
+        )
+
+    def _teacher(self) -> TeacherSettings | None:
+        from actors.distillation import TeacherSettings
+
+        wanted = self.settings.training
+        if not wanted.teacher:
+            return None
+        return TeacherSettings(
+            str(Path(wanted.teacher).expanduser().absolute()),
+            wanted.teacher_weight,
+            wanted.teacher_temperature,
+            wanted.teacher_features,
+        )
+
+    def _review(self) -> ReviewSettings | None:
+        from actors.training_job import ReviewSettings
+
+        wanted = self.settings.training
+        steps = min(wanted.steps - 1, round(wanted.review * wanted.steps))
+        return ReviewSettings(steps, wanted.review_rate, wanted.balance) if steps else None
+
     def own(self, parent: str) -> str:
         """The version as others are told it: "" for the checkpoint itself, which need not be in the store."""
         return "" if parent == base_manifest(self.checkpoint).digest else parent
@@ -361,3 +418,21 @@ class Workshop:
             dict(wanted.labels),
             wanted.max_failures,
         )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Of the weights in a folder; 0 where there are none."""
+    if folder == Path():
+        return 0
+    return sum(file.stat().st_size for file in folder.expanduser().glob("*.safetensors"))
+
+
+def _both(
+    one: Callable[[], AbstractContextManager[None]], other: Callable[[], AbstractContextManager[None]]
+) -> Callable[[], AbstractContextManager[None]]:
+    @contextmanager
+    def both() -> Iterator[None]:
+        with one(), other():
+            yield
+
+    return both

@@ -158,9 +158,9 @@ inline void run_tiles(const Layer &layer, const Dispatch &asked) {
       for (int panel = 0; panel < inner / kLanes; panel++) {
         const Words *const gate = layer.gate_panel(expert, panel);
         multiply_rows(gate, gate + hidden / 2, read, first_block[expert], asked.count(expert), &configured,
-                      [&](int r, Floats gated, Floats upward) {
+                      [&](int r, Floats gate_sum, Floats up_sum) {
                         activated.put(first_block[expert] + r / kTile, r % kTile, panel * kLanes,
-                                      silu(gated) * upward);
+                                      gated(gate_sum, up_sum));
                       });
       }
     }

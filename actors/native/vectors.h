@@ -4,28 +4,32 @@
 
 #include "common.h"
 
-// Rows multiplied at once: two panels of so many rows fill half of AVX-512's registers.
-constexpr int kRows = 8;
+// Rows multiplied at once: two panels of so many rows fill half of AVX-512's registers, and as many of AVX's as leave
+// room for the weights.
+constexpr int kRows = kPart == 16 ? 8 : 4;
 
 // Two panels times R rows of 2 * pairs inputs.
 template <int R>
 inline void multiply(const Words *first, const Words *second, int pairs, const float *const *rows, Floats *a,
                      Floats *b) {
-  Floats sum_a[R] = {}, sum_b[R] = {};
-  for (int i = 0; i < pairs; i++) {
-    const Words wa = first[i], wb = second[i];
-    const Floats a_even = (Floats)(wa << 16), a_odd = (Floats)(wa & 0xffff0000u);
-    const Floats b_even = (Floats)(wb << 16), b_odd = (Floats)(wb & 0xffff0000u);
+  for (int part = 0; part < kParted; part++) {
+    const PartWords *const one = (const PartWords *)first + part, *const other = (const PartWords *)second + part;
+    Part sum_a[R] = {}, sum_b[R] = {};
+    for (int i = 0; i < pairs; i++) {
+      const PartWords wa = one[i * kParted], wb = other[i * kParted];
+      const Part a_even = (Part)(wa << 16), a_odd = (Part)(wa & 0xffff0000u);
+      const Part b_even = (Part)(wb << 16), b_odd = (Part)(wb & 0xffff0000u);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      sum_a[r] += a_even * rows[r][2 * i];
-      sum_b[r] += b_even * rows[r][2 * i];
-      sum_a[r] += a_odd * rows[r][2 * i + 1];
-      sum_b[r] += b_odd * rows[r][2 * i + 1];
+      for (int r = 0; r < R; r++) {
+        sum_a[r] += a_even * rows[r][2 * i];
+        sum_b[r] += b_even * rows[r][2 * i];
+        sum_a[r] += a_odd * rows[r][2 * i + 1];
+        sum_b[r] += b_odd * rows[r][2 * i + 1];
+      }
     }
-  }
 #pragma GCC unroll 8
-  for (int r = 0; r < R; r++) a[r] = sum_a[r], b[r] = sum_b[r];
+    for (int r = 0; r < R; r++) ((Part *)&a[r])[part] = sum_a[r], ((Part *)&b[r])[part] = sum_b[r];
+  }
 }
 
 inline void multiply(int count, const Words *first, const Words *second, int pairs, const float *const *rows,
@@ -65,7 +69,7 @@ inline void run_vectors(const Layer &layer, const Dispatch &asked) {
           for (int r = 0; r < some; r++) read[r] = asked.x + (size_t)asked.row(start + from + r) * hidden;
           multiply(some, gate, gate + hidden / 2, hidden / 2, read, a, b);
           for (int r = 0; r < some; r++)
-            *(Floats *)(activated + (size_t)(start + from + r) * inner + panel * kLanes) = silu(a[r]) * b[r];
+            *(Floats *)(activated + (size_t)(start + from + r) * inner + panel * kLanes) = gated(a[r], b[r]);
         }
       }
     }

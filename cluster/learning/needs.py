@@ -34,8 +34,11 @@ class Needs:
     """Where states and versions are kept."""
 
 
-def needs(checkpoint: Checkpoint, rows: int, length: int) -> Needs:
-    """What training with so many rows of a step in one worker takes at most, by what is known of the model."""
+def needs(checkpoint: Checkpoint, rows: int, length: int, teacher_bytes: int = 0) -> Needs:
+    """What training with so many rows of a step in one worker takes at most, by what is known of the model.
+
+    `teacher_bytes`: of the files of a model that is learnt from.
+    """
     count = sum(prod(entry.shape) for entry in checkpoint.tensors.values())
     experts = sum(prod(checkpoint.tensors[name].shape) for name in checkpoint.expert_tensors)
     vocabulary = int(checkpoint.text_config.get("vocab_size", 0))
@@ -44,7 +47,9 @@ def needs(checkpoint: Checkpoint, rows: int, length: int) -> Needs:
     # Gradients are had of whole layers' experts before the chosen ones' are cut out.
     weights = (count + experts + trained * _COPIES) * _FLOAT
     step = rows * length * (vocabulary * _LOGITS + hidden) * _FLOAT
-    return Needs(_PROCESS_BYTES + weights + step, trained * _FLOAT * (_KEPT * _STATES + 1))
+    # Files may be in half precision.
+    taught = teacher_bytes * 2 + (rows * length * vocabulary * 2 * _FLOAT if teacher_bytes else 0)
+    return Needs(_PROCESS_BYTES + weights + step + taught, trained * _FLOAT * (_KEPT * _STATES + 1))
 
 
 def check_room(needed: int, free: int, what: str, way_out: str) -> None:

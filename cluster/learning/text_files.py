@@ -11,7 +11,7 @@ from cluster.errors import LearningError
 
 LONGEST: Final = 8000
 """Characters of one sample; longer texts are divided between paragraphs, or lines, or anywhere."""
-_SUFFIXES: Final = ("", ".txt", ".md", ".rst", ".py", ".text", ".jsonl", ".parquet")
+SUFFIXES: Final = ("", ".txt", ".md", ".rst", ".py", ".text", ".jsonl", ".parquet")
 
 
 def files_of(paths: Sequence[Path]) -> list[Path]:
@@ -22,7 +22,7 @@ def files_of(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and p.suffix in _SUFFIXES]
+            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and p.suffix in SUFFIXES]
             found += [
                 p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)
             ]
@@ -32,7 +32,7 @@ def files_of(paths: Sequence[Path]) -> list[Path]:
             raise LearningError(f"no such file or folder: {path}", "give text files, or folders with some")
     if not found:
         raise LearningError(
-            f"no text files in {', '.join(map(str, paths))}", f"their names end in {', '.join(_SUFFIXES[1:])}"
+            f"no text files in {', '.join(map(str, paths))}", f"their names end in {', '.join(SUFFIXES[1:])}"
         )
     return found
 

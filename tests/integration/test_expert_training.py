@@ -140,11 +140,11 @@ def test_rates_rise_and_fall() -> None:
 def test_versions_are_compared_in_one_reading(checkpoint: Checkpoint) -> None:
     model, chosen, learner = training(checkpoint)
     texts = [rows(0)[0].tolist(), rows(5)[1].tolist()]
-    assert compare(model, chosen, texts).divergence == pytest.approx(0.0, abs=1e-6)
+    assert compare(model, chosen.as_before, texts).divergence == pytest.approx(0.0, abs=1e-6)
     for step in range(3):
         learner.train(rows(step))
     told: list[int] = []
-    found = compare(model, chosen, texts, lambda: told.append(1))
+    found = compare(model, chosen.as_before, texts, lambda: told.append(1))
     assert found.divergence > 1e-6 and len(told) == 2
     assert found.after == choices(model, texts)
     assert [after for _, after in found.bits] == pytest.approx([bits_of(model, text) for text in texts])
@@ -156,9 +156,9 @@ def test_versions_are_compared_in_one_reading(checkpoint: Checkpoint) -> None:
     with chosen.as_before():
         one = torch.log_softmax(model(torch.tensor([texts[0]])).logits[0], -1)
     nats = (one.exp() * (one - other)).sum(-1).mean().item()
-    assert compare(model, chosen, texts[:1]).divergence == pytest.approx(nats, rel=1e-3)
+    assert compare(model, chosen.as_before, texts[:1]).divergence == pytest.approx(nats, rel=1e-3)
     with torch.no_grad():
         model.lm_head.weight.zero_()
     even = torch.tensor(float(model.config.vocab_size)).log2().item()
     assert bits_of(model, list(range(11))) == pytest.approx(10 * even, rel=1e-4)
-    assert compare(model, chosen, []).divergence == 0.0
+    assert compare(model, chosen.as_before, []).divergence == 0.0

@@ -29,6 +29,7 @@ from cluster.learning.judge import GateVerdict, judge
 from cluster.learning.records import Record
 from cluster.learning.stream import Stream
 from cluster.versions.aliases import Move
+from cluster.versions.growth import routers
 from cluster.versions.manifest import Manifest
 from cluster.versions.store import Store
 from tests.tiny_dense import make_tiny_dense
@@ -168,6 +169,23 @@ def test_what_is_known_keeps_its_expert_and_a_copy_learns(
         run("run", "--domain", "law", "--seed", "4", "--store", str(store), "--json", code=None)
     )
     assert again["experts"] and len(again["steps"]) == 40
+
+
+def test_routers_learn_in_a_review_and_are_judged_and_published(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "reviewed"
+    monkeypatch.setenv("EXPERTMESH__LEARNING__TRAINING__REVIEW", "0.25")
+    made = json.loads(run("run", "--domain", "law", "--seed", "3", "--store", str(store), "--json"))
+    assert made["passed"] and [one["step"] for one in made["steps"]] == list(range(1, 41)), made["reasons"]
+    manifest = Store(str(store)).manifests.get(made["manifest"])
+    checkpoint = Checkpoint.open(folder / "model")
+    assert set(manifest.dense) == set(routers(checkpoint)) and not manifest.added
+    model, encode = open_version(checkpoint, Store(str(store)), made["manifest"]), open_encoder(checkpoint)
+    held = held_out(Stream(str(folder / "stream")), 0.2)["law"]
+    bits = sum(bits_of(model, encode(record.text)) for record in held)
+    size = sum(len(record.text.encode()) for record in held)
+    assert bits / size == pytest.approx(made["metrics"]["bits_per_byte.law.after"], abs=1e-4)
 
 
 def test_what_the_gate_stops_is_not_published_and_says_why(

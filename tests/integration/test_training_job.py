@@ -17,7 +17,16 @@ import pytest
 
 from actors.expert_training import TrainSettings
 from actors.ray_training import Workers, run_on_ray
-from actors.training_job import JobFiles, Progress, RowSettings, Saved, TrainingJob, run_here, told
+from actors.training_job import (
+    JobFiles,
+    Progress,
+    ReviewSettings,
+    RowSettings,
+    Saved,
+    TrainingJob,
+    run_here,
+    told,
+)
 from cluster.errors import LearningError
 from cluster.learning.records import Record
 from cluster.messages import StoreAddress
@@ -29,6 +38,7 @@ from workloads.models.upcycle import upcycle
 pytestmark = pytest.mark.slow
 
 STEPS = 12
+REVIEW = ReviewSettings(3)
 START_S = 300.0
 """Of workers, on a busy machine."""
 
@@ -79,7 +89,7 @@ def begin(model: Path, tmp_path: Path) -> Begin:
 @pytest.fixture
 def whole(begin: Begin) -> Saved:
     """What an uninterrupted job in one process comes to."""
-    files = begin("whole")
+    files = begin("whole", review=REVIEW)
     return run_here(files.job(), files, lambda trained: None)
 
 
@@ -88,8 +98,9 @@ def same(saved: Saved, whole: Saved) -> None:
     assert [one.step for one in told(saved)] == list(range(1, STEPS + 1))
     for one, other in zip(told(saved), told(whole), strict=True):
         assert one.loss == pytest.approx(other.loss, abs=1e-4)
-    for name, master in whole["training"]["masters"].items():
-        assert (saved["training"]["masters"][name] - master).abs().max() < 1e-3
+    for what in ("training", "review"):
+        for name, master in whole[what]["masters"].items():
+            assert (saved[what]["masters"][name] - master).abs().max() < 1e-3
 
 
 def checkpoints(folder: Path, name: str) -> bool:
@@ -98,23 +109,47 @@ def checkpoints(folder: Path, name: str) -> bool:
     return snapshot.exists() and "checkpoint_dir_name" in snapshot.read_text()
 
 
-def test_in_one_process_it_goes_on_with_the_job_that_was_begun(begin: Begin, whole: Saved) -> None:
-    files = begin("broken")
+def curve(folder: Path, name: str) -> list[tuple[int, float]]:
+    """Steps and values of a curve as TensorBoard would read them: the last that was written of each step."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found: dict[int, float] = {}
+    for file in sorted(folder.iterdir()):
+        data = file.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+            if event.session_log.status == event.session_log.START:
+                found = {step: value for step, value in found.items() if step < event.step}
+            for value in event.summary.value:
+                if value.tag == name:
+                    found[event.step] = value.simple_value
+    return sorted(found.items())
+
+
+def test_in_one_process_it_goes_on_with_the_job_that_was_begun(
+    begin: Begin, whole: Saved, tmp_path: Path
+) -> None:
+    files = begin("broken", review=REVIEW, curves=str(tmp_path / "curves"))
 
     def stop(trained: Any) -> None:
-        if trained.step == 5:
+        if trained.step == STEPS - 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_here(files.job(), files, stop)
     found = files.kept()
-    assert found is not None and len(told(found)) == 5
+    assert found is not None and len(told(found)) == STEPS - 1
     # Asked for anew with other settings and samples, it is the one that was begun.
     job = files.begin(replace(files.job(), settings=TrainSettings(3)), NEW[:1], {})
     seen: list[int] = []
     found = run_here(job, files, lambda trained: seen.append(trained.step))
-    assert seen == list(range(6, STEPS + 1))
+    assert seen == [STEPS], "it was in the midst of the review"
     same(found, whole)
+    drawn = curve(tmp_path / "curves", "training/loss")
+    assert [step for step, _ in drawn] == list(range(1, STEPS + 1))
+    assert [value for _, value in drawn] == pytest.approx([one.loss for one in told(found)], rel=1e-5)
     assert whole["training"]["masters"].keys() == found["training"]["masters"].keys()
     files.discard()
     assert files.kept() is None and files.progress() is None
@@ -128,8 +163,11 @@ def test_computing_in_bfloat16_is_nearly_the_same(begin: Begin, whole: Saved) ->
     assert all(master.dtype.itemsize == 4 for master in found["training"]["masters"].values())
 
 
-def test_one_of_two_workers_is_killed(ray_cluster: str, begin: Begin, whole: Saved, tmp_path: Path) -> None:
-    files = begin("worker")
+@pytest.mark.parametrize("parallel", ["rows", "sharded"])
+def test_one_of_two_workers_is_killed(
+    parallel: str, ray_cluster: str, begin: Begin, whole: Saved, tmp_path: Path
+) -> None:
+    files = begin("worker", parallel=parallel, review=REVIEW)
     files.pause(True)
     seen: list[Progress] = []
     found: list[Saved] = []
@@ -149,7 +187,7 @@ def test_one_of_two_workers_is_killed(ray_cluster: str, begin: Begin, whole: Sav
 def test_all_of_a_job_is_killed_and_it_goes_on_with_fewer_workers(
     ray_cluster: str, begin: Begin, whole: Saved, tmp_path: Path
 ) -> None:
-    files = begin("job")
+    files = begin("job", review=REVIEW)
     files.pause(True)
     here = [sys.executable, "-m", "tests.integration.training_driver"]
     driver = subprocess.Popen(

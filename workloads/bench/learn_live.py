@@ -44,7 +44,7 @@ _TEXTS: Final = 200
 _READ: Final = 24
 _CHARACTERS: Final = 800
 _USERS: Final = 2
-_THINKS_S: Final = 0.3
+_THINKS_S: Final = 0.5
 _ROUND_S: Final = 3600.0
 _LONGEST_S: Final = 15 * 60.0
 
