@@ -23,6 +23,7 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load, save
 
+from actors.bias_balance import BiasBalance
 from actors.distillation import Distillation, TeacherSettings, open_teacher
 from actors.expert_parallel import divide_experts, owners
 from actors.expert_slices import ChosenExperts
@@ -50,6 +51,8 @@ class ReviewSettings:
     rate: float = 1e-3
     balance: float = 0.01
     """Weight of the auxiliary loss that keeps experts from being left alone."""
+    bias_rate: float = 1e-3
+    """By which a router's bias for the choice moves in a step, where it has one."""
 
 
 Parallel = Literal["rows", "experts", "sharded"]
@@ -285,10 +288,14 @@ class _Lessons:
         self.taught: Distillation | None = None
         self._experts: Training | None = None
         self._review: Training | None = None
+        self._biases: BiasBalance | None = None
 
     def train(self, step: int, rows_BT: torch.Tensor, part: float) -> Trained:
         """One step, counted from 0."""
-        return self._of(step).train(rows_BT, part)
+        trained = self._of(step).train(rows_BT, part)
+        if self._biases is not None:
+            self._biases.nudge()
+        return trained
 
     def rate(self, step: int) -> float:
         """At which is learnt in a step."""
@@ -300,13 +307,17 @@ class _Lessons:
     def state(self) -> dict[str, Any]:
         """All that the next step depends on."""
         found = {"training": self._of(0).state()}
-        return found if self._review is None else {**found, "review": self._review.state()}
+        if self._review is None or self._biases is None:
+            return found
+        return {**found, "review": self._review.state(), "biases": self._biases.state()}
 
     def load(self, saved: Saved) -> None:
         """Go on where a state was put down."""
         self._of(0).load(saved["training"])
         if "review" in saved:
             self._of(self._job.expert_steps).load(saved["review"])
+            assert self._biases is not None
+            self._biases.load(saved["biases"])
 
     def _of(self, step: int) -> Training:
         job, worker = self._job, self._worker
@@ -325,6 +336,7 @@ class _Lessons:
             balance = Balance(self._model, job.review.balance)
             # For as long as the model is there; nobody else computes with it.
             balance.watch()
+            self._biases = BiasBalance(self._model, job.review.bias_rate, worker.total)
             self._review = Training(
                 self._model,
                 router_weights(self._model),

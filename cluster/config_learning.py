@@ -53,8 +53,8 @@ class TrainingConfig(BaseModel):
     ``clones``: experts that a layer may get beside its own, copies of those that what is known needs as they are;
     ``select``: share of the new samples that is learnt, those that the model is least sure of; ``review``: share of the
     steps, the last ones, in which routers alone learn; ``workers``: processes of Ray Train, 0 for none but the
-    command's own; ``max_workers``: as many of them as are possible, up to this; ``parallel``: what they divide; ``teacher``:
-    folder of a larger model to learn from as well, and how much of it.
+    command's own; ``max_workers``: as many of them as are possible, up to this; ``parallel``: what they divide;
+    ``teacher``: folder of a larger model to learn from as well, and how much of it.
     """
 
     model_config = SECTION
@@ -73,6 +73,7 @@ class TrainingConfig(BaseModel):
     review: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     review_rate: Positive = 1e-3
     balance: NonNegative = 0.01
+    bias_rate: NonNegative = 1e-3
     bfloat16: bool = False
     keep_every: Count = 20
     workers: Annotated[int, Field(ge=0)] = 1
@@ -102,8 +103,9 @@ class GateConfig(BaseModel):
 
     ``level``: of the one-sided bounds; ``most_rise``: of a known domain's bits per byte, as a share;
     ``most_divergence``: from the version before, nats per token of known text; ``most_imbalance``: factor by which the
-    largest share of a layer that one expert gets may rise; ``fewest`` and ``texts``: held-out texts of each domain that
-    are read, at least and at most; ``tokens``: of each.
+    largest share of a layer that one expert gets may rise; ``most_touched``: factor by which the experts that a step
+    reads may become more, since they bound the time between tokens; ``fewest`` and ``texts``: held-out texts of each
+    domain that are read, at least and at most; ``tokens``: of each.
     """
 
     model_config = SECTION
@@ -112,6 +114,7 @@ class GateConfig(BaseModel):
     most_rise: NonNegative = 0.01
     most_divergence: Positive = 0.5
     most_imbalance: Annotated[float, Field(ge=1)] = 1.5
+    most_touched: Annotated[float, Field(ge=1)] = 1.25
     fewest: Annotated[int, Field(ge=2)] = 8
     texts: Annotated[int, Field(ge=2)] = 48
     tokens: Annotated[int, Field(ge=2)] = 256

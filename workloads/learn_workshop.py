@@ -14,7 +14,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 from cluster.checkpoint import Checkpoint
 from cluster.config_learning import LearningConfig
 from cluster.errors import LearningError
-from cluster.learning.judge import GateSettings, GateVerdict, Judged, imbalance, judge
+from cluster.learning.judge import GateSettings, GateVerdict, Judged, imbalance, judge, touched
 from cluster.learning.needs import check_room, needs
 from cluster.learning.records import Record
 from cluster.messages import StoreAddress
@@ -35,6 +35,7 @@ from workloads.learn_experts import ExpertChoice, Samples, clones_for, experts_f
 if TYPE_CHECKING:
     import torch
 
+    from actors.bias_balance import BiasBalance
     from actors.distillation import TeacherSettings
     from actors.expert_slices import ChosenExperts
     from actors.ray_training import Workers
@@ -91,7 +92,12 @@ class Workshop:
         """What is asked of what was learnt."""
         wanted = self.settings.gate
         return GateSettings(
-            wanted.level, wanted.most_rise, wanted.most_divergence, wanted.most_imbalance, wanted.fewest
+            wanted.level,
+            wanted.most_rise,
+            wanted.most_divergence,
+            wanted.most_imbalance,
+            wanted.fewest,
+            wanted.most_touched,
         )
 
     @property
@@ -268,6 +274,7 @@ class Workshop:
 
         Published twice with the same `created` (seconds since 1970) it is the same version.
         """
+        from actors.bias_balance import BiasBalance
         from actors.router_review import reviewed
         from actors.trainable_version import open_encoder
         from actors.training_job import open_job
@@ -279,22 +286,30 @@ class Workshop:
         chosen.load(saved["training"]["masters"])
         # What is judged is what will serve, and not what was still finer.
         chosen.round_to(self.checkpoint)
-        as_before: Callable[[], AbstractContextManager[None]] = chosen.as_before
+        before, biases = [chosen.as_before], None
         if job.review is not None:
-            as_before = _both(reviewed(model, self.checkpoint, saved["review"]).as_before, as_before)
-        found, read = self._compared(model, as_before, judged)
+            routers = reviewed(model, self.checkpoint, saved["review"])
+            biases = BiasBalance(model, 0.0)
+            biases.load(saved["biases"])
+            biases.round_to(self.checkpoint)
+            before += [routers.as_before, biases.as_before]
+        found, read = self._compared(model, _all_of(before), judged)
         known = [read[name] for name in held if name != domain]
+        counts = [one.before for one in known], [one.after for one in known]
         verdict = judge(
             domain,
             found,
             self.gate,
             # Of domains with as many tokens each, near enough.
             divergence=sum(one.divergence for one in known) / max(1, len(known)),
-            imbalance=imbalance([one.before for one in known], [one.after for one in known]),
+            imbalance=imbalance(*counts),
+            touched=touched(*counts, self.checkpoint.top_k),
         )
         share = chosen.share
-        manifest = self._publish(model, chosen, job, domain, verdict, created) if verdict.passed else ""
-        del model, chosen
+        manifest = ""
+        if verdict.passed:
+            manifest = self._publish(model, chosen, biases, job, domain, verdict, created)
+        del model, chosen, before, biases
         gc.collect()
         return Judgement(verdict, share, manifest)
 
@@ -302,6 +317,7 @@ class Workshop:
         self,
         model: Any,
         chosen: ChosenExperts,
+        biases: BiasBalance | None,
         job: TrainingJob,
         domain: str,
         verdict: GateVerdict,
@@ -316,6 +332,8 @@ class Workshop:
         routers = set(expert_modules(model)) if job.review else {layer for layer, _ in job.clones}
         if routers:
             tensors |= router_tensors(model, self.checkpoint, routers)
+        if biases is not None:
+            tensors |= biases.tensors(self.checkpoint)
         with tempfile.TemporaryDirectory(prefix="expertmesh-learn-") as folder:
             file = Path(folder) / "learnt.safetensors"
             save_file(tensors, file)
@@ -401,7 +419,7 @@ class Workshop:
 
         wanted = self.settings.training
         steps = min(wanted.steps - 1, round(wanted.review * wanted.steps))
-        return ReviewSettings(steps, wanted.review_rate, wanted.balance) if steps else None
+        return ReviewSettings(steps, wanted.review_rate, wanted.balance, wanted.bias_rate) if steps else None
 
     def own(self, parent: str) -> str:
         """The version as others are told it: "" for the checkpoint itself, which need not be in the store."""
@@ -427,12 +445,14 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.expanduser().glob("*.safetensors"))
 
 
-def _both(
-    one: Callable[[], AbstractContextManager[None]], other: Callable[[], AbstractContextManager[None]]
+def _all_of(
+    contexts: Sequence[Callable[[], AbstractContextManager[None]]],
 ) -> Callable[[], AbstractContextManager[None]]:
     @contextmanager
-    def both() -> Iterator[None]:
-        with one(), other():
+    def entered() -> Iterator[None]:
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context())
             yield
 
-    return both
+    return entered

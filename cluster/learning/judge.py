@@ -41,6 +41,8 @@ class GateSettings:
     most_imbalance: float = 1.5
     """Rise of the largest share of a layer's choices that one expert gets, as a factor."""
     fewest_texts: int = 8
+    most_touched: float = 1.25
+    """Rise of the experts that a step of a few requests reads, as a factor: it bounds the time between tokens."""
     seed: int = 0
 
 
@@ -71,6 +73,7 @@ def judge(
     *,
     divergence: float,
     imbalance: float,
+    touched: float,
 ) -> GateVerdict:
     """Whether a version is better in the domain `target`, and no worse in the others.
 
@@ -86,7 +89,7 @@ def judge(
                 "add more texts of it to the stream, or hold out a larger share",
             )
     reasons: list[str] = []
-    metrics: dict[str, float] = {"divergence": divergence, "imbalance": imbalance}
+    metrics: dict[str, float] = {"divergence": divergence, "imbalance": imbalance, "touched": touched}
     for name, texts in sorted(domains.items()):
         bits = _bits(texts)
         metrics[f"bits_per_byte.{name}.before"], metrics[f"bits_per_byte.{name}.after"] = bits
@@ -112,6 +115,8 @@ def judge(
         reasons.append(f"it diverges from the version before by {divergence:.3g} nats a token")
     if not imbalance <= settings.most_imbalance:
         reasons.append(f"one expert gets {imbalance:.2f} times the share of its layer that any got before")
+    if not touched <= settings.most_touched:
+        reasons.append(f"a step reads {touched:.2f} times as many experts as before, so that it takes longer")
     return GateVerdict(not reasons, tuple(reasons), metrics)
 
 
@@ -134,22 +139,37 @@ def _bits(texts: Sequence[Judged]) -> tuple[float, float]:
     return sum(text.before for text in texts) / size, sum(text.after for text in texts) / size
 
 
-def imbalance(
-    before: Sequence[Mapping[int, Sequence[int]]], after: Sequence[Mapping[int, Sequence[int]]]
-) -> float:
-    """The largest rise of a layer's largest share of choices, as a factor; 1 where nothing was counted.
+Counts = Sequence[Mapping[int, Sequence[int]]]
+"""Of each text or domain: layer index → how often each expert was chosen."""
 
-    Of each text or domain: layer index → how often each expert was chosen.
-    """
+
+def imbalance(before: Counts, after: Counts) -> float:
+    """The largest rise of a layer's largest share of choices, as a factor; 1 where nothing was counted."""
     found = [
-        now / then
+        float(now.max() / then.max())
         for layer in (before[0] if before else ())
-        if (then := _largest(before, layer)) and (now := _largest(after, layer))
+        if (then := _shares(before, layer)).any() and (now := _shares(after, layer)).any()
     ]
     return max(found, default=1.0)
 
 
-def _largest(counts: Sequence[Mapping[int, Sequence[int]]], layer: int) -> float:
-    """Share of a layer's choices that its busiest expert gets."""
-    of_experts = np.sum([one[layer] for one in counts], axis=0)
-    return float(of_experts.max() / max(1, of_experts.sum()))
+def touched(before: Counts, after: Counts, top_k: int, rows: int = 16) -> float:
+    """The rise of the experts of all layers that a step of so many tokens reads, as a factor.
+
+    Of tokens that choose independently of each other, an expert with the share s of the choices is left alone by all
+    with the probability (1 - top_k * s) ** rows.
+    """
+    then, now = (
+        sum(
+            float((1 - (1 - np.minimum(1.0, top_k * _shares(counts, layer))) ** rows).sum())
+            for layer in (counts[0] if counts else ())
+        )
+        for counts in (before, after)
+    )
+    return now / then if then else 1.0
+
+
+def _shares(counts: Counts, layer: int) -> np.ndarray:
+    """Of a layer's choices, of each expert."""
+    of_experts: np.ndarray = np.sum([one[layer] for one in counts], axis=0)
+    return of_experts / max(1, of_experts.sum())

@@ -5,20 +5,24 @@ from __future__ import annotations
 import copy
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from actors.bias_balance import BiasBalance
 from actors.expert_slices import ChosenExperts
 from actors.expert_training import Training, TrainSettings
 from actors.router_review import Balance, add_clones, clone_rows, direction, router_weights
 from actors.text_routing import choices, expert_modules
 from actors.trainable_version import router_modules
 from actors.whole_weights import WholeWeights
+from cluster.checkpoint import Checkpoint
 from cluster.errors import LearningError
+from tests.tiny_models import make_tiny
 from workloads.bench.learn import Settings, bars, measure
 from workloads.bench.learn_baselines import Anchored, LowRank
 from workloads.bench.learn_methods import LearnSettings, learn_stream, methods, model_size
@@ -29,24 +33,24 @@ pytestmark = pytest.mark.slow
 SETTINGS = LearnSettings(
     steps=12, rows=4, length=24, rate_all=3e-3, rate_chosen=1e-2, count_tokens=480, fisher_rows=4, most=0.3
 )
+SMALL: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
 
 
 @pytest.fixture(scope="module")
 def plain() -> Any:
     torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=64,
-        initializer_range=0.1,
-    )
-    return MixtralForCausalLM(config).eval()
+    return MixtralForCausalLM(MixtralConfig(**SMALL)).eval()
 
 
 @pytest.fixture
@@ -136,6 +140,37 @@ def test_routers_alone_change_in_a_review(model: Any) -> None:
         WholeWeights(model, {}, remember=False).as_before(),
     ):
         pass
+
+
+def test_a_bias_that_the_choice_alone_sees_evens_out_the_load(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(make_tiny("deepseek_v3", tmp_path / "model"))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    rows = torch.randint(3, 50, (4, 32), generator=torch.Generator().manual_seed(1))
+    layers = [layer.index for layer in checkpoint.moe_layers]
+
+    def uneven() -> float:
+        counts = choices(model, rows.tolist())
+        return max(max(counts[layer]) / (sum(counts[layer]) / len(counts[layer])) for layer in layers)
+
+    biases, before = BiasBalance(model, 0.02), uneven()
+    for _ in range(60):
+        model(input_ids=rows, use_cache=False)
+        biases.nudge()
+    assert uneven() < 1 + (before - 1) / 2
+    with biases.as_before():
+        assert uneven() == before
+    # A pass in which nothing is learnt moves nothing, and a state is taken up again.
+    state = biases.state()
+    with torch.no_grad():
+        model(input_ids=rows, use_cache=False)
+    biases.nudge()
+    assert all(torch.equal(bias, state[layer]) for layer, bias in biases.state().items())
+    written = biases.tensors(checkpoint)
+    assert set(written) == {name for name in checkpoint.tensors if name.endswith("e_score_correction_bias")}
+    biases.round_to(checkpoint)
+    biases.load({layer: torch.zeros_like(bias) for layer, bias in state.items()})
+    assert all(not bias.any() for bias in biases.state().values())
+    assert BiasBalance(MixtralForCausalLM(MixtralConfig(**SMALL)), 0.1).state() == {}
 
 
 def test_adapters_have_the_gradients_of_their_product(model: Any) -> None:
