@@ -142,7 +142,7 @@ class DriftConfig(BaseModel):
     every: Duration | None = 600.0
     slack: NonNegative = 0.02
     false_alarms: Annotated[float, Field(gt=0, lt=1)] = 1e-4
-    warm: Annotated[int, Field(ge=2)] = 64
+    warm: Annotated[int, Field(ge=2)] = 128
     texts: Count = 16
     update: bool = False
 

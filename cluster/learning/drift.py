@@ -43,7 +43,7 @@ class DriftSettings:
     """Rise of the bits per byte, as a share, that is tolerable."""
     false_alarms: float = 1e-4
     """Of all texts that are read, at most."""
-    warm: int = 64
+    warm: int = 128
     """Live texts whose mean is what later ones are held against."""
 
 
