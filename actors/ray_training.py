@@ -63,6 +63,8 @@ class Workers:
     """Of the nodes that they may be on."""
     max_failures: int = 3
     """Losses of workers after which a job is given up."""
+    resize_s: float = 60.0
+    """How often is looked whether more are possible."""
 
 
 def run_on_ray(
@@ -138,6 +140,7 @@ def _fit(name: str, state: StoreAddress, workers: Workers) -> Any:
                 num_workers=most if workers.least >= most else (workers.least, most),
                 resources_per_worker={"CPU": workers.cpus},
                 label_selector=dict(workers.labels) or None,
+                elastic_resize_monitor_interval_s=workers.resize_s,
             ),
             run_config=train.RunConfig(
                 name=name,
@@ -181,7 +184,9 @@ def _work(config: dict[str, Any]) -> tuple[str, str] | None:
             checkpoint_upload_mode=train.CheckpointUploadMode.ASYNC,
         )
 
-    pace: Callable[[Trained], None] = Pace(job, files, os.getpid()) if rank == 0 else lambda trained: None
+    pace: Callable[[Trained], None] = (
+        Pace(job, files, os.getpid(), workers) if rank == 0 else lambda trained: None
+    )
     try:
         run_steps(job, files, saved, keep, worker=together, each=pace)
     except LearningError as error:

@@ -106,6 +106,7 @@ class Progress:
     loss: float
     pid: int = 0
     """Of the first worker."""
+    workers: int = 1
 
 
 _JOB: Final = TypeAdapter(TrainingJob)
@@ -382,11 +383,12 @@ class Pace:
         job: TrainingJob,
         files: JobFiles,
         pid: int,
+        workers: int = 1,
         *,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._job, self._files, self._pid = job, files, pid
+        self._job, self._files, self._pid, self._workers = job, files, pid, workers
         self._clock, self._sleep = clock, sleep
         self._looked = float("-inf")
 
@@ -395,7 +397,9 @@ class Pace:
         last = trained.step == self._job.settings.steps
         if not last and self._clock() - self._looked < 1.0:
             return
-        self._files.tell(Progress(trained.step, self._job.settings.steps, trained.loss, self._pid))
+        self._files.tell(
+            Progress(trained.step, self._job.settings.steps, trained.loss, self._pid, self._workers)
+        )
         while not last and self._files.paused:
             self._sleep(_PAUSE_S)
         self._looked = self._clock()
