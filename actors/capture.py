@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from actors.api_access import key_digest
 from actors.exchanges import CHAT, COMPLETIONS, Exchange, Render, records_of
 from actors.neighbours import PINNED
+from actors.pinning import PIN
 from cluster.errors import ExpertmeshError
 from cluster.learning.records import Record, owner
 from cluster.live_versions import HEADER
@@ -189,9 +190,18 @@ class Capture:
         await self._app(scope, heard, said)
         if status == 200 and request.whole and response.whole:
             streamed = headers.get("content-type", "").startswith("text/event-stream")
+            pin = scope.get(PIN)
             self._recorder.put(
                 Exchange(
-                    scope["path"], at, key, headers.get(HEADER, ""), request.data, response.data, streamed
+                    scope["path"],
+                    at,
+                    key,
+                    headers.get(HEADER, ""),
+                    request.data,
+                    response.data,
+                    streamed,
+                    pin.context if pin is not None else "",
+                    pin.propensity if pin is not None else None,
                 )
             )
 

@@ -33,6 +33,9 @@ class Exchange:
     request: bytes
     response: bytes
     streamed: bool
+    context: str = ""
+    propensity: float | None = None
+    """See `cluster.learning.records.Record`."""
 
 
 Render = Callable[[list[dict[str, Any]]], str]
@@ -65,6 +68,8 @@ def records_of(exchange: Exchange, render: Render, domain: str, consent: str) ->
                     consent,
                     prompts[index // per_prompt],
                     text,
+                    context=exchange.context,
+                    propensity=exchange.propensity,
                 )
             )
     return found

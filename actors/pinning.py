@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,9 +24,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.neighbours import PINNED, Neighbours
 from actors.outages import MANIFEST
-from cluster.live_versions import HEADER, LiveVersions, chosen, computed_by, others_for, same_engine
+from cluster.contexts import context_of
+from cluster.live_versions import (
+    HEADER,
+    LiveVersions,
+    assigned,
+    chosen,
+    computed_by,
+    others_for,
+    same_engine,
+)
 
 _SHORT: Final = 16
+PIN: Final = "expertmesh.pin"
+"""Of a request's scope: its `Pin`."""
 # Paths of requests that no model answers.
 _OWN: Final = "/expertmesh/"
 # How long a replica may be behind another one with the controller's table.
@@ -37,6 +49,10 @@ class Pin:
     """One request's version; another one from when it goes on with that."""
 
     manifest: str
+    context: str = ""
+    """Of its request, where requests are shared out."""
+    propensity: float | None = None
+    """Probability with which it got its version; None where that was not by lot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +69,9 @@ _of_request: ContextVar[Pin | None] = ContextVar("expertmesh_pin", default=None)
 class Pins:
     """The versions that requests get, of one replica of the router."""
 
-    def __init__(self, engine: str = "") -> None:
-        """`engine`: the replica's name among others'."""
-        self.engine = engine
+    def __init__(self, engine: str = "", lot: Callable[[], float] = random.random) -> None:
+        """`engine`: the replica's name among others'; `lot`: a number of 0 to 1."""
+        self.engine, self._lot = engine, lot
         self.versions = LiveVersions()
         """What requests get that are admitted now."""
         self._coming: LiveVersions | None = None
@@ -94,21 +110,27 @@ class Pins:
     def go_on(self, continued: Mapping[str, str]) -> None:
         """Requests inside go on with other versions: by manifest, the one that takes its place."""
         for pin in self._inside:
-            pin.manifest = continued.get(pin.manifest, pin.manifest)
+            if pin.manifest in continued:
+                # Its answer is nobody's alone.
+                pin.manifest, pin.propensity = continued[pin.manifest], None
 
     async def idle(self) -> None:
         """Until no request is inside."""
         await self._idle.wait()
 
-    async def enter(self, who: str) -> Pin | Elsewhere:
+    async def enter(self, who: str, context: str = "") -> Pin | Elsewhere:
         """Let a request of somebody in, at once or when requests are let in again; or say who must have it."""
         while True:
             versions = self._coming or self.versions
-            manifest = chosen(versions, who)
+            propensity = None
+            if versions.shares:
+                manifest, propensity = assigned(versions, context, self._lot())
+            else:
+                manifest = chosen(versions, who)
             if others := others_for(versions, self.engine, manifest):
                 return Elsewhere(manifest, others)
             if self._open.is_set():
-                return self._let_in(manifest)
+                return self._let_in(manifest, context, propensity)
             await self._open.wait()
 
     async def enter_as(self, manifest: str) -> Pin:
@@ -130,8 +152,8 @@ class Pins:
             await self._open.wait()
         return self._let_in(self.here)
 
-    def _let_in(self, manifest: str) -> Pin:
-        pin = Pin(manifest)
+    def _let_in(self, manifest: str, context: str = "", propensity: float | None = None) -> Pin:
+        pin = Pin(manifest, context if propensity is not None else "", propensity)
         self._inside.add(pin)
         self.admitted[manifest] += 1
         self._idle.clear()
@@ -143,8 +165,9 @@ class Pins:
 
     @property
     def choosing(self) -> bool:
-        """Whether it matters whose a request is."""
-        return bool((self._coming or self.versions).candidate)
+        """Whether it matters whose a request is, or what it is like."""
+        versions = self._coming or self.versions
+        return bool(versions.candidate or versions.shares)
 
     @property
     def here(self) -> str:
@@ -179,11 +202,11 @@ class Pinned:
         if PINNED in scope:
             pin = await pins.enter_as(scope[PINNED])
         else:
-            body, who, connection = b"", "", receive
+            body, who, context, connection = b"", "", "", receive
             if pins.choosing:
                 body, receive = await _read(receive)
-                who = whose(scope, body)
-            entered = await pins.enter(who)
+                who, context = whose(scope, body), context_of(scope["path"], len(body))
+            entered = await pins.enter(who, context)
             if isinstance(entered, Elsewhere):
                 if not who:
                     # A trial began while it was held.
@@ -195,6 +218,7 @@ class Pinned:
                 # Nobody has it any more: better the version that is here than none.
                 entered = await pins.enter_here()
             pin = entered
+        scope[PIN] = pin
         await self._answer(pin, scope, receive, send)
 
     async def _answer(self, pin: Pin, scope: Scope, receive: Receive, send: Send) -> None:

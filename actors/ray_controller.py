@@ -176,6 +176,9 @@ class ControllerActor:
     def try_out(self, trial: Trial) -> None:
         self._controller.trials.try_out(trial)
 
+    def share_out(self, shares: Mapping[str, Mapping[str, float]]) -> int:
+        return self._controller.trials.share_out(shares)
+
     def observe(self, seen: Observed) -> None:
         self._controller.trials.observe(seen)
 

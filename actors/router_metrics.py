@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 
 from cluster.group_loads import Queue
-from cluster.live_versions import LiveVersions
+from cluster.live_versions import LiveVersions, share_of
 from cluster.traffic import Routing
 
 _SERIES = {
@@ -71,8 +71,7 @@ class VersionMetrics:
         for gauge in (self._running, self._admitted, self._share):
             gauge.clear()
         for name in {*versions.live, *running}:
-            share = versions.share if name == versions.candidate else 0.0
-            self._share.labels(name).set(1 - versions.share if name == versions.serving else share)
+            self._share.labels(name).set(share_of(versions, name))
             self._running.labels(name).set(running.get(name, 0))
             self._admitted.labels(name).set(admitted.get(name, 0))
 

@@ -145,9 +145,28 @@ class DriftConfig(BaseModel):
     every: Duration | None = 600.0
     slack: NonNegative = 0.02
     false_alarms: Annotated[float, Field(gt=0, lt=1)] = 1e-4
-    warm: Annotated[int, Field(ge=2)] = 64
+    warm: Annotated[int, Field(ge=2)] = 128
     texts: Count = 16
     update: bool = False
+
+
+class BanditConfig(BaseModel):
+    """How requests are shared out among versions by what they earn, once ``learn bandit`` has begun it.
+
+    ``every``: how often ``learn serve`` looks, ``null`` for never; ``floor``: probability with which a request gets any
+    of the versions, at least; ``alpha``: probability that a version is promoted that earns no more; ``level``: of the
+    intervals; ``fewest``: requests with feedback of each version without which none is promoted; ``promote``: whether
+    what passes is promoted, or only named.
+    """
+
+    model_config = SECTION
+
+    every: Duration | None = 60.0
+    floor: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+    alpha: Annotated[float, Field(gt=0, le=0.5)] = 0.01
+    level: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    fewest: Annotated[int, Field(ge=2)] = 50
+    promote: bool = True
 
 
 class LearningConfig(BaseModel):
@@ -181,6 +200,7 @@ class LearningConfig(BaseModel):
     training: TrainingConfig = TrainingConfig()
     gate: GateConfig = GateConfig()
     drift: DriftConfig = DriftConfig()
+    bandit: BanditConfig = BanditConfig()
 
     @field_validator("canary")
     @classmethod

@@ -109,6 +109,7 @@ def flipped(deployment: Deployment) -> Deployment:
             continued=versions.continued,
             candidate=versions.candidate,
             share=versions.share,
+            shares=versions.shares,
         )
     return replace(with_table(deployment, replace(table, experts=experts, versions=versions)), following=None)
 

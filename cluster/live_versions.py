@@ -85,6 +85,9 @@ class LiveVersions:
     """While a version is on trial: names of the engines that there are."""
     pinned: str = ""
     """The one of them that computes the candidate, and nothing else; "" where all of them compute both versions."""
+    shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Context of a request → manifest → probability with which it gets that; empty where requests are not shared out.
+    "" is any other context."""
 
     @property
     def plain(self) -> bool:
@@ -141,7 +144,7 @@ def with_version(
 
 def without_version(versions: LiveVersions, manifest: str) -> LiveVersions:
     """Without a version that new requests don't get."""
-    assert manifest not in (versions.serving, versions.candidate)
+    assert manifest not in (versions.serving, versions.candidate, *arms(versions))
 
     def left(named: Mapping[str, Named]) -> dict[str, Named]:
         return {name: value for name, value in named.items() if name != manifest}
@@ -163,7 +166,14 @@ def serving(versions: LiveVersions, manifest: str, *, continue_running: bool = F
     if continue_running:
         continued = {name: manifest for name in versions.live if name != manifest}
     return replace(
-        versions, serving=manifest, continued=continued, candidate="", share=0.0, engines=(), pinned=""
+        versions,
+        serving=manifest,
+        continued=continued,
+        candidate="",
+        share=0.0,
+        engines=(),
+        pinned="",
+        shares={},
     )
 
 
@@ -183,6 +193,39 @@ def with_candidate(
         assert len(engines) > 1
         pinned = versions.pinned if versions.pinned in engines else max(engines)
     return replace(versions, candidate=manifest, share=share, engines=tuple(sorted(engines)), pinned=pinned)
+
+
+def with_shares(versions: LiveVersions, shares: Mapping[str, Mapping[str, float]]) -> LiveVersions:
+    """New requests are shared out among live versions by lot; with none, the one that serves gets all of them."""
+    assert not versions.candidate
+    assert all(manifest in versions.live for of_context in shares.values() for manifest in of_context)
+    return replace(versions, shares=shares)
+
+
+def arms(versions: LiveVersions) -> tuple[str, ...]:
+    """Manifests that requests are shared out among; none where they are not."""
+    return tuple(sorted({name for of_context in versions.shares.values() for name in of_context}))
+
+
+def share_of(versions: LiveVersions, manifest: str) -> float:
+    """Of new requests that get a version; where contexts have shares of their own, the mean over contexts."""
+    if versions.shares:
+        return sum(of.get(manifest, 0.0) for of in versions.shares.values()) / len(versions.shares)
+    if manifest == versions.serving:
+        return 1 - versions.share
+    return versions.share if manifest == versions.candidate else 0.0
+
+
+def assigned(versions: LiveVersions, context: str, lot: float) -> tuple[str, float]:
+    """The manifest that a request of a context gets by a lot of 0 to 1, and the probability with which it does."""
+    found = versions.shares.get(context) or versions.shares.get("") or {versions.serving: 1.0}
+    among = sorted((name, share) for name, share in found.items() if share > 0)
+    for name, share in among:
+        if lot < share:
+            return name, share
+        lot -= share
+    # What rounding left of the whole is the last one's.
+    return among[-1]
 
 
 def computed_by(versions: LiveVersions, engine: str) -> str:
@@ -209,6 +252,7 @@ def same_but_choice(one: LiveVersions, other: LiveVersions) -> bool:
         continued=one.continued,
         engines=one.engines,
         pinned=one.pinned,
+        shares=one.shares,
     )
 
 

@@ -6,7 +6,7 @@ What is seen and what follows is decided in `cluster.canary`; here it is done, a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -16,7 +16,7 @@ from cluster.canary import Canary, Observed, Trial, advanced, begun, observed, v
 from cluster.deployment import with_table
 from cluster.errors import VersionConflictError, VersionError
 from cluster.ledger import Ledger
-from cluster.live_versions import same_engine, with_candidate
+from cluster.live_versions import arms, same_engine, with_candidate, with_shares
 from cluster.promotion import Retiring
 from cluster.table import PlacementTable
 from cluster.version_changes import Promoted, VersionChanges, not_loaded
@@ -26,6 +26,7 @@ log = structlog.get_logger()
 
 CANDIDATE: Final = "candidate"
 """The alias of a version on trial."""
+_ROUNDING: Final = 1e-6
 
 
 class Trials:
@@ -78,6 +79,11 @@ class Trials:
                     f"version {versions.candidate[:12]} is on trial",
                     "end that with promote or rollback first",
                 )
+            if versions.shares:
+                raise VersionConflictError(
+                    f"a bandit over {len(arms(versions))} versions is on trial",
+                    "end that with `expertmesh learn bandit --end` first",
+                )
             engines = self._versions.engines()
             if not same_engine(versions, digest, versions.serving) and len(engines) < 2:
                 raise VersionConflictError(
@@ -92,6 +98,46 @@ class Trials:
         if now is None or now.manifest != digest:
             store.aliases.move(CANDIDATE, Move((now.number if now else 0) + 1, digest, self._wall()))
         self._on_trial(canary, engines)
+
+    def share_out(self, shares: Mapping[str, Mapping[str, float]]) -> int:
+        """Give new requests versions by lot, with these probabilities by context, and "" for any other; {} ends that.
+
+        Returns the epoch from which on it holds. VersionError for a version that is not loaded or that one engine can't
+        compute beside what serves, for shares that don't add up, or while a version is on trial.
+        """
+        for context, of_context in shares.items():
+            if min(of_context.values(), default=-1.0) < 0 or abs(sum(of_context.values()) - 1) > _ROUNDING:
+                raise VersionError(
+                    f"shares {dict(of_context)} of {context or 'any context'} are no parts of a whole",
+                    "give shares that add up to 1",
+                )
+        with self._ledger.change:
+            deployment, state = self._ledger.required(), self._ledger.repair
+            table = PlacementTable.from_json(deployment.table)
+            versions = table.versions
+            among = {name for of_context in shares.values() for name in of_context}
+            if shares and deployment.canary is not None:
+                raise VersionConflictError(
+                    f"version {versions.candidate[:12]} is on trial",
+                    "end that with promote or rollback first",
+                )
+            if shares and deployment.promotion is not None:
+                raise VersionConflictError("another version is being promoted", "try again in a moment")
+            for name in sorted(among):
+                if name not in versions.live:
+                    raise not_loaded(name)
+                if not same_engine(versions, name, versions.serving):
+                    raise VersionConflictError(
+                        f"version {name[:12]} changes the engine's own weights, which one engine can't have twice",
+                        "share requests out among versions that change experts alone",
+                    )
+            if versions.shares == shares:
+                return table.epoch
+            table = replace(table, versions=with_shares(versions, shares))
+            left = {name: r for name, r in deployment.retiring.items() if name not in among}
+            deployment = replace(with_table(deployment, table), retiring=left)
+            self._ledger.save(deployment, replace(state, epoch=state.epoch + 1))
+            return state.epoch + 1
 
     def observe(self, seen: Observed) -> None:
         """What a router saw of the candidate and of the version that serves."""

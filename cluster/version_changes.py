@@ -19,7 +19,7 @@ from cluster.deployment import Deployment, with_table
 from cluster.errors import HostError, VersionConflictError, VersionError
 from cluster.in_use import TablesInUse
 from cluster.ledger import Ledger
-from cluster.live_versions import serving, with_version, without_version
+from cluster.live_versions import arms, serving, with_version, without_version
 from cluster.messages import StoreAddress
 from cluster.promotion import Promotion, Retiring
 from cluster.table import PlacementTable
@@ -76,6 +76,8 @@ class VersionsStatus:
     """Of new requests that it gets."""
     seen: tuple[int, int] = (0, 0)
     """Requests that were compared: of the version that serves, and of the candidate."""
+    shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Context → manifest → probability with which new requests get it, where they are shared out."""
     verdict: str = ""
     """On the trial that goes on, or else on the last one."""
 
@@ -118,6 +120,7 @@ class VersionChanges:
                 versions.candidate,
                 versions.share,
                 deployment.canary.requests if deployment.canary is not None else (0, 0),
+                versions.shares,
                 verdict(deployment.canary, self._wall()).reason
                 if deployment.canary is not None
                 else deployment.verdict,
@@ -169,7 +172,7 @@ class VersionChanges:
         with self._ledger.change:
             deployment, state = self._ledger.required(), self._ledger.repair
             versions = PlacementTable.from_json(deployment.table).versions
-            if digest in (versions.serving, versions.candidate):
+            if digest in (versions.serving, versions.candidate, *arms(versions)):
                 raise VersionConflictError(
                     f"version {digest[:12]} serves", "promote another one, or end its trial, first"
                 )

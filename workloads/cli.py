@@ -22,7 +22,7 @@ from cluster.errors import ExpertmeshError
 from workloads.bench.chaos_cli import chaos_app
 from workloads.bench.cli import bench_app
 from workloads.console import console
-from workloads.learn_loop_commands import learn_app
+from workloads.learn_bandit_commands import learn_app
 from workloads.live_version_commands import versions_app
 from workloads.models.cli import model_app
 from workloads.options import ConfigFile

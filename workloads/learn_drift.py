@@ -29,6 +29,8 @@ log = structlog.get_logger()
 _NAME: Final = "drift"
 _FORM: Final = TypeAdapter(DriftState)
 _MARK: Final = 16
+# Held-out texts of a domain, fewer than a track remembers, so that none is taken for new.
+_MOST: Final = 1000
 # Characters: of less nothing can be said.
 _SHORTEST: Final = 32
 
@@ -131,6 +133,7 @@ class DriftWatch:
         found = []
         for domain in sorted({*held, *live}):
             by_mark = {fingerprint(record.text)[:_MARK]: record.text for record in held.get(domain, ())}
+            by_mark = {mark: by_mark[mark] for mark in sorted(by_mark)[:_MOST]}
             track = state.tracks.get(domain, Track())
             parts = settings.holdout_parts
 

@@ -31,6 +31,7 @@ from workloads.options import ConfigFile, Json, Model
 if TYPE_CHECKING:
     from cluster.learning.journal import Round
     from cluster.versions.files import Files
+    from workloads.learn_bandit import Bandit
     from workloads.learn_loop import Loop
     from workloads.learn_readers import Reader
     from workloads.learn_serving import Pausing, Serving
@@ -62,10 +63,12 @@ def serve(
     """Learn what comes into the stream, round by round, and try out what passes the gate on the running server."""
     from cluster.learning.journal import Journal
     from cluster.versions.files import Files
+    from workloads.learn_bandit import Bandit
     from workloads.learn_drift import DriftWatch
     from workloads.learn_loop import Loop
     from workloads.learn_status import Teller
     from workloads.learn_work import MeshWork
+    from workloads.logs import configure
     from workloads.progress import stages
     from workloads.serve import open_model
 
@@ -75,6 +78,7 @@ def serve(
         checkpoint = open_model(settings, shown)[0]
         state = Files(settings.learning.state_url(checkpoint.digest), **settings.learning.options)
         with alone(state), beside(settings, url, publish_only) as (server, pausing, beside_url):
+            configure(settings.log_level)
             teller = Teller(state)
             progress = _unhurried(shown, teller, pausing)
             workshop = workshop_of(settings, checkpoint, progress, pausing)
@@ -93,10 +97,11 @@ def serve(
                 settings.learning,
             )
             loop = Loop(Journal(state), kept, work, settings.learning, drift=watch)
+            bandit = Bandit(state, kept, settings.learning.bandit, server) if server is not None else None
             if settings.learning.training.gentle:
                 _give_way(settings)
             try:
-                _run(loop, teller, once=once, until_idle=until_idle)
+                _run(loop, teller, bandit, once=once, until_idle=until_idle)
             finally:
                 teller("not running", 1.0, loop.waits_for)
 
@@ -232,9 +237,11 @@ def _give_way(config: Config) -> None:
     gentle_start.give_way()
 
 
-def _run(loop: Loop, teller: Teller, *, once: bool, until_idle: bool) -> None:
+def _run(loop: Loop, teller: Teller, bandit: Bandit | None, *, once: bool, until_idle: bool) -> None:
     ended = loop.state.rounds - (loop.state.now is not None)
     while True:
+        if bandit is not None:
+            bandit.look()
         busy = loop.look()
         rounds = loop.state.rounds - (loop.state.now is not None)
         if rounds > ended:

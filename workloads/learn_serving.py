@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, Literal
 
 import httpx
@@ -57,6 +57,14 @@ class Serving:
                 return False
             raise
         return True
+
+    def share_out(self, shares: Mapping[str, Mapping[str, float]]) -> None:
+        """Give new requests versions by lot; {} ends that. VersionError if it can't be."""
+        self._controller.ask("share_out", shares)
+
+    def promote(self, manifest: str, reason: str) -> None:
+        """Give a version to all new requests. VersionError if it can't be."""
+        self._controller.ask("promote", manifest, "expertmesh", reason, None)
 
     def trialled(self, manifest: str) -> tuple[Trialled, str]:
         """What has become of a version on trial, and why; "gone" if the server knows nothing of it."""

@@ -124,7 +124,12 @@ def live(config: ConfigFile = None, url: Url = None, json_: Json = False) -> Non
         **dict.fromkeys(status.live, "loaded"),
         **dict.fromkeys(status.retiring, "served before; let go when nobody needs it"),
         **dict.fromkeys(status.coming, "loading"),
-        status.serving: "serves",
+        **{
+            name: "shares requests, see `expertmesh learn bandit`"
+            for of in status.shares.values()
+            for name in of
+        },
+        status.serving: "serves" if not status.shares else "serves, and shares requests",
         **({status.candidate: trial} if status.candidate else {}),
         **({status.promoting: "is being promoted"} if status.promoting else {}),
     }

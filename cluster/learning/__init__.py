@@ -12,6 +12,8 @@
     journal.py      how far a loop is: the round that goes on, what was used, what is replayed
     judge.py        whether what was learnt may be served
     change.py       whether a mean has risen, by a test that may be looked at for ever
+    off_policy.py   what another way of choosing versions would have earned, from choices by lot
+    bandit.py       which version earns most, context by context, and whether one is to be promoted
     drift.py        whether what serves gets worse, domain by domain
 
 All but the stream and the journal are pure functions and values; nothing here needs torch or Ray.

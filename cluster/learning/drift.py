@@ -32,7 +32,7 @@ _SPREAD: Final[Mapping[What, float]] = {
 # Standard errors that the live reference is taken higher by, so that a mean that came out low is no alarm.
 _SURE: Final = 2.33
 _POINTS: Final = 50
-_MARKS: Final = 1000
+_MARKS: Final = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class DriftSettings:
     """Rise of the bits per byte, as a share, that is tolerable."""
     false_alarms: float = 1e-4
     """Of all texts that are read, at most."""
-    warm: int = 64
+    warm: int = 128
     """Live texts whose mean is what later ones are held against."""
 
 

@@ -41,6 +41,10 @@ class Record:
     """What was answered; of a text, all of it."""
     score: float | None = None
     """What a user said of an answer, 0 to 1."""
+    context: str = ""
+    """Of a request whose version was chosen by lot: what its chances depended on, see `cluster.contexts`."""
+    propensity: float | None = None
+    """Probability with which it got its version; None where that was not by lot."""
 
     @property
     def text(self) -> str:
@@ -48,9 +52,12 @@ class Record:
         return self.prompt + self.answer
 
 
+_NUMBERS: Final = frozenset({"at", "score", "propensity"})
+# Columns that shards of before do not have.
+_LATER: Final = frozenset({"context", "propensity"})
 _SCHEMA: Final = pa.schema(
     [
-        pa.field(field.name, pa.float64() if field.name in ("at", "score") else pa.string())
+        pa.field(field.name, pa.float64() if field.name in _NUMBERS else pa.string())
         for field in fields(Record)
     ]
 )
@@ -75,7 +82,9 @@ def from_parquet(data: bytes, what: str) -> list[Record]:
     try:
         # In this thread: of pyarrow's own some were seen to be left when a short command ended, which abort it then.
         file = pq.ParquetFile(BytesIO(data), pre_buffer=False)
-        table = file.read(columns=_SCHEMA.names, use_threads=False).cast(_SCHEMA)
+        there = frozenset(file.schema_arrow.names)
+        schema = pa.schema([field for field in _SCHEMA if field.name in there or field.name not in _LATER])
+        table = file.read(columns=schema.names, use_threads=False).cast(schema)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise LearningError(
             f"{what} is no shard of the stream: {str(error).splitlines()[0]}", "take it away"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 
 from tests.changed_model import changed_model
 from tests.e2e.asking import PROMPTS, Asking, ask
-from tests.e2e.programs import ServerProgram, free_port, settings, wait_for
+from tests.e2e.programs import ServerProgram, free_port, run, settings, wait_for
 from tests.e2e.version_mesh import LONG, Mesh, running_mesh
 from tests.grown_model import grown_model
 
@@ -27,7 +29,14 @@ STEPS = ("promotion written down", "alias moved", "table published")
 
 @pytest.fixture(scope="module")
 def mesh(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    with running_mesh(tiny_model, tmp_path_factory.mktemp("versions"), versions={"spare_experts": 2}) as mesh:
+    folder = tmp_path_factory.mktemp("versions")
+    learning = {
+        "stream": str(folder / "stream"),
+        "state": str(folder / "state"),
+        "capture": {"without_key": True, "consent": "a test", "shard_age": "1s"},
+        "bandit": {"fewest": 20},
+    }
+    with running_mesh(tiny_model, folder, versions={"spare_experts": 2}, learning=learning) as mesh:
         yield mesh
 
 
@@ -212,6 +221,49 @@ def test_users_of_a_version_on_trial_stay_on_their_side(mesh: Mesh, base: Any, v
     status = mesh.status()
     assert status.serving == digest and status.candidate == "" and "a test" in status.verdict
     assert {mesh.answer()[0] for _ in range(8)} == {digest}
+
+
+def test_of_two_versions_the_one_that_users_like_comes_to_serve(
+    mesh: Mesh, base: Any, version: str, tmp_path: Path
+) -> None:
+    def bandit(*words: str, code: int = 0) -> Any:
+        words = ("bandit", *words, "--config", str(mesh.server.config), *(("--json",) if code == 0 else ()))
+        done = run(tmp_path / f"bandit-{len(list(tmp_path.iterdir()))}", "learn", *words)
+        assert done.process.returncode == code, done.out + done.err
+        return json.loads(done.out) if code == 0 else done.err
+
+    assert "no versions share requests" in bandit("--end", "--url", mesh.server.url, code=1)
+    if version not in mesh.status().live:
+        mesh.stage(version)
+    begun = bandit("--arm", version[:12], "--url", mesh.server.url)
+    assert begun["under_way"] and begun["arms"] == [base[0], version] and begun["report"] is None
+    shares = mesh.status().shares["text/short"]
+    assert shares.keys() == {base[0], version} and min(shares.values()) > 0.4
+    assert "is on trial" in mesh.live("promote", version, "--canary", "5%", code=1)
+    wait_for(lambda: mesh.answer()[0] == version, 60, "requests to be shared out")
+    given: dict[str, str] = {}
+    for number in range(120):
+        named, answer = mesh.answer(prompt=f"what is the number after {number}?")
+        given[answer.json()["id"]] = named
+    assert 30 < sum(named == version for named in given.values()) < 90
+
+    def told(name: str, named: str) -> bool:
+        said = {"id": name, "score": float(named == version)}
+        # A moment after the answer it is known.
+        return httpx.post(f"{mesh.server.url}/expertmesh/feedback", json=said).status_code == 204
+
+    for name, named in given.items():
+        wait_for(lambda name=name, named=named: told(name, named), 30, "an answer to be remembered")  # type: ignore[misc]
+    wait_for(lambda: bandit("--dry-run")["report"]["requests"] == 120, 60, "all of it to be in the stream")
+    known = bandit("--dry-run")
+    assert known["report"]["promote"] == version and mesh.status().serving == base[0], known
+    pulls = {one["manifest"]: one["pulls"] for one in known["report"]["arms"]}
+    assert pulls == Counter(given.values())
+    found = bandit("--url", mesh.server.url)
+    assert found["promoted"] == version and not found["under_way"]
+    assert mesh.status().serving == version and mesh.status().shares == {}
+    assert found["ended"].startswith("promoted: of 2 versions: it earns")
+    mesh.rollback()
 
 
 def test_a_version_goes_the_whole_way_over_the_admin_api(mesh: Mesh, base: Any, tmp_path: Path) -> None:

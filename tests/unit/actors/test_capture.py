@@ -17,6 +17,7 @@ from actors.api_access import key_digest
 from actors.capture import Capture, Recorder
 from actors.exchanges import CHAT, COMPLETIONS, Exchange, records_of
 from actors.neighbours import PINNED
+from actors.pinning import PIN, Pin
 from cluster.errors import StoreError
 from cluster.learning.records import Record, owner
 from cluster.learning.stream import Stream
@@ -218,6 +219,7 @@ def test_a_request_passes_through_and_is_copied(
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
         assert (await receive())["body"] == b'{"prompt": "p"}'
+        scope[PIN] = Pin("m", "text/short", 0.25)
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (HEADER.encode(), b"m")]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         for start in range(0, len(body), 40):
@@ -237,3 +239,5 @@ def test_a_request_passes_through_and_is_copied(
     if count:
         (found,) = put
         assert (found.manifest, found.response, found.streamed, found.key) == ("m", body, True, owner("mine"))
+        (record,) = records_of(found, render, "traffic", "terms")
+        assert (record.context, record.propensity) == ("text/short", 0.25)

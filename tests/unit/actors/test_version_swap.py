@@ -12,10 +12,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from actors.dense_files import DenseFiles
 from actors.outages import MANIFEST
-from actors.pinning import Pinned, PinnedInputs, Pins, fingerprint, salted_anew
+from actors.pinning import PIN, Pin, Pinned, PinnedInputs, Pins, fingerprint, salted_anew
 from actors.version_swap import VersionSwap
 from cluster.errors import VersionError
-from cluster.live_versions import HEADER, LiveVersions, serving, with_version
+from cluster.live_versions import HEADER, LiveVersions, serving, with_shares, with_version
 from cluster.messages import StoreAddress
 from cluster.versions.store import Store
 
@@ -251,6 +251,49 @@ def test_an_answer_names_its_version_and_the_engine_is_told() -> None:
     assert salted_anew(given.cache_salt, "experts") == "experts:mine"
     inputs.process_inputs()
     assert given.sampling_params.extra_args[MANIFEST] == "experts", "such as a probe"
+
+
+def test_a_request_gets_its_version_by_lot_and_says_how_probable_that_was() -> None:
+    lots = iter([0.1, 0.9, 0.1])
+    pins = Pins(lot=lambda: next(lots))
+    shares = {"text/short": {"base": 0.25, "experts": 0.75}, "": {"base": 1.0}}
+    pins.use(with_shares(EXPERTS, shares))
+    seen: list[tuple[str, str, float | None]] = []
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        assert (await receive())["body"] == b"{}"
+        pin = scope[PIN]
+        seen.append((pins.current(), pin.context, pin.propensity))
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"{}"}
+
+    async def send(message: Message) -> None:
+        raise AssertionError
+
+    async def ask(path: str) -> None:
+        scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+        await Pinned(application, pins)(scope, receive, send)
+
+    for path in ("/v1/completions", "/v1/completions", "/v1/chat/completions"):
+        asyncio.run(ask(path))
+    pins.use(EXPERTS)
+    asyncio.run(ask("/v1/completions"))
+    assert seen == [
+        ("base", "text/short", 0.25),
+        ("experts", "text/short", 0.75),
+        ("base", "chat/short", 1.0),
+        ("base", "", None),
+    ]
+
+
+def test_a_request_that_goes_on_with_another_version_says_nothing_of_either() -> None:
+    pins = Pins(lot=lambda: 0.9)
+    pins.use(with_shares(EXPERTS, {"": {"base": 0.5, "experts": 0.5}}))
+    pin = asyncio.run(pins.enter("", "text/short"))
+    assert isinstance(pin, Pin) and pin.propensity == 0.5
+    pins.go_on({"experts": "base"})
+    assert (pin.manifest, pin.propensity) == ("base", None)
 
 
 def test_a_fingerprint_is_as_long_as_what_it_takes_the_place_of() -> None:

@@ -43,6 +43,9 @@ def test_keys_of_those_who_agreed(tmp_path: Path) -> None:
         ),
         ("learning: {capture: {share: 0}}", "learning.capture.share"),
         ("learning: {holdout: 1}", "learning.holdout"),
+        ("learning: {drift: {every: soon}}", "learning.drift.every"),
+        ("learning: {drift: {false_alarms: 0}}", "learning.drift.false_alarms"),
+        ("learning: {bandit: {floor: 0.6}}", "learning.bandit.floor"),
         ("learning: {captured: {}}", "did you mean learning.capture?"),
     ],
 )

@@ -13,13 +13,18 @@ from cluster.errors import VersionError
 from cluster.live_versions import (
     LiveVersions,
     Variant,
+    arms,
+    assigned,
     dead_numbers,
     live_numbers,
     new_numbers,
     numbers,
+    same_but_choice,
     same_engine,
     serving,
+    share_of,
     variants_of,
+    with_shares,
     with_version,
     without_version,
 )
@@ -125,3 +130,28 @@ def test_a_number_is_one_content_for_ever(steps: list[tuple[bool, int, Any]]) ->
         assert not dead_numbers(versions, 0, 4).intersection(held)
     table = PlacementTable("m", 3, {}, {}, versions=versions)
     assert PlacementTable.from_json(table.to_json()) == table
+
+
+@given(st.lists(st.floats(0.05, 1.0), min_size=2, max_size=4), st.floats(0.0, 1.0, exclude_max=True))
+def test_a_lot_gives_every_version_its_share(weights: list[float], lot: float) -> None:
+    names = [f"v{number}" for number in range(len(weights))]
+    of = {name: weight / sum(weights) for name, weight in zip(names, weights, strict=True)}
+    versions = with_shares(replace(BASE, live={name: {} for name in names}), {"chat": of, "": {"v0": 1.0}})
+    name, propensity = assigned(versions, "chat", lot)
+    assert propensity == of[name] and assigned(versions, "unheard of", lot) == ("v0", 1.0)
+    ends = [sum(list(of.values())[: number + 1]) for number in range(len(names))]
+    if all(abs(lot - end) > 1e-9 for end in ends):
+        assert name == names[sum(lot > end for end in ends)]
+    assert arms(versions) == tuple(names)
+    assert sum(share_of(versions, one) for one in names) == pytest.approx(1.0)
+
+
+def test_versions_that_share_requests_stay_until_another_serves() -> None:
+    both = with_version(BASE, "one", {0: {1: "a"}}, SIZES)
+    shared = with_shares(both, {"": {"base": 0.5, "one": 0.5}})
+    assert same_but_choice(both, shared)
+    with pytest.raises(AssertionError):
+        without_version(shared, "one")
+    assert serving(shared, "one").shares == {} and with_shares(shared, {}) == both
+    table = PlacementTable("m", 1, {}, {}, versions=shared)
+    assert PlacementTable.from_json(table.to_json()).versions == shared

@@ -344,3 +344,41 @@ def test_a_version_that_is_being_staged_is_no_garbage(world: VersionWorld, contr
     assert version not in collected.manifests and not set(world.store.manifests.get(version).blobs) & {
         *collected.blobs
     }
+
+
+def test_versions_share_requests_by_lot(world: VersionWorld, controller: Controller) -> None:
+    version = staged(world, controller, {0: "x"})
+    serving = live(controller).serving
+    shares = {"": {serving: 0.25, version: 0.75}, "chat/short": {serving: 1.0, version: 0.0}}
+    epoch = controller.trials.share_out(shares)
+    assert live(controller).shares == shares == controller.versions.status().shares
+    assert controller.trials.share_out(shares) == epoch, "nothing has changed"
+    with pytest.raises(VersionError, match="bandit over 2 versions is on trial"):
+        controller.trials.try_out(Trial(version, (0.05,)))
+    with pytest.raises(VersionError, match="serves"):
+        controller.versions.unstage(version)
+    other = world.controller()
+    assert live(other).shares == shares, "a controller that begins anew goes on with them"
+    controller.trials.share_out({})
+    assert live(controller).shares == {}
+    controller.trials.share_out(shares)
+    controller.versions.promote(version)
+    assert live(controller).shares == {} and live(controller).serving == version
+
+
+def test_what_can_not_share_requests_is_refused(world: VersionWorld, controller: Controller) -> None:
+    serving = live(controller).serving
+    with pytest.raises(VersionError, match="add up to 1"):
+        controller.trials.share_out({"": {serving: 0.5}})
+    with pytest.raises(VersionError, match="is not loaded"):
+        controller.trials.share_out({"": {serving: 0.5, "f" * 64: 0.5}})
+    blob, _ = world.store.blobs.put(b"router")
+    router = world.store.manifests.put(Manifest(MODEL, dense={"gate": blob}))
+    controller.versions.stage(router)
+    looked_until(world, controller, lambda: router in live(controller).live)
+    with pytest.raises(VersionError, match="which one engine can't have twice"):
+        controller.trials.share_out({"": {serving: 0.5, router: 0.5}})
+    version = staged(world, controller, {0: "x"})
+    controller.trials.try_out(Trial(version, (0.05,)))
+    with pytest.raises(VersionError, match="is on trial"):
+        controller.trials.share_out({"": {serving: 0.5, version: 0.5}})

@@ -157,3 +157,18 @@ def test_a_damaged_stream_or_journal_is_told(tmp_path: Path, run: Run) -> None:
     (tmp_path / "state" / "journal").mkdir(parents=True)
     (tmp_path / "state" / "journal" / "000000000001").write_bytes(b"{")
     assert "makes no sense" in run("status", code=1)
+
+
+def test_without_a_bandit_it_says_how_one_begins(tmp_path: Path, run: Run) -> None:
+    assert run("bandit", "--dry-run") == "no versions share requests"
+    told = json.loads(run("bandit", "--dry-run", "--json"))
+    assert told["under_way"] is False and told["report"] is None
+    assert "set learning.capture" in run("bandit", "--arm", "4f1c", code=1)
+    assert "exclude each other" in run("bandit", "--arm", "4f1c", "--end", code=2)
+    assert "error" in run("bandit", "--end", code=1)
+
+
+def test_drift_is_told_before_anything_was_learnt(tmp_path: Path, run: Run) -> None:
+    assert json.loads(run("status", "--json"))["drift"] == {"trouble": "", "domains": {}}
+    Files(str(tmp_path / "state")).renew("drift", b"{")
+    assert "makes no sense" in run("status", code=1)

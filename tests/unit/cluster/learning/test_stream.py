@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from io import BytesIO
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -27,6 +28,8 @@ records = st.builds(
     prompt=text,
     answer=text,
     score=st.none() | st.floats(0, 1),
+    context=text,
+    propensity=st.none() | st.floats(0, 1),
 )
 
 
@@ -42,6 +45,18 @@ def stream(tmp_path: Path) -> Stream:
 @given(st.lists(records, max_size=5))
 def test_records_come_back_as_they_were(given: list[Record]) -> None:
     assert from_parquet(to_parquet(given), "it") == given
+
+
+def test_shards_from_before_propensities_are_read() -> None:
+    old = BytesIO()
+    given = [said(1, score=0.5), said(2)]
+    table = pq.read_table(BytesIO(to_parquet(given))).drop_columns(["context", "propensity"])
+    pq.write_table(table, old)
+    assert from_parquet(old.getvalue(), "it") == given
+    damaged = BytesIO()
+    pq.write_table(table.drop_columns(["prompt"]), damaged)
+    with pytest.raises(LearningError, match="is no shard of the stream"):
+        from_parquet(damaged.getvalue(), "it")
 
 
 def test_what_is_no_shard_is_told_of() -> None:
