@@ -213,7 +213,8 @@ def run_steps(
     told: list[list[float]] = []
     if saved is not None:
         learner.load(saved["training"])
-        replay.load(saved["replay"])
+        # A state of an older version has none.
+        replay.load(saved.get("replay", {}))
         told = [list(one) for one in saved["told"]]
     mine = part_of(job.rows.rows, worker.rank, worker.workers)
     fresh = job.rows.rows - job.rows.replayed

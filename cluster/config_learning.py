@@ -64,10 +64,10 @@ class TrainingConfig(BaseModel):
     rows: Annotated[int, Field(ge=2)] = 8
     length: Annotated[int, Field(ge=2)] = 128
     replay: Annotated[float, Field(ge=0, le=0.9)] = 0.25
+    need: Annotated[float, Field(ge=0, le=1)] = 0.75
     rate: Positive = 1e-3
     beta: NonNegative = 0.05
     hold: NonNegative = 1.0
-    need: Annotated[float, Field(ge=0, le=1)] = 0.75
     bfloat16: bool = False
     keep_every: Count = 20
     workers: Annotated[int, Field(ge=0)] = 1
