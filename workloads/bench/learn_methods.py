@@ -246,6 +246,7 @@ class _Run:
             old = self._texts(self._known(number), settings.row_tokens)
             rows = clone_rows(model, heavy & set(picked), new, old, settings.margin)
             cloned = add_clones(model, rows)
+            self._flops.forward(2 * settings.row_tokens)
         experts = [(layer, cloned.get((layer, expert), expert)) for layer, expert in picked]
         weights = ChosenExperts(model, experts)
         self._note(weights.share, sum(m.numel() for m in weights.masters.values()))
