@@ -19,17 +19,8 @@ import torch.distributed
 
 from actors import gentle_start
 from actors.expert_training import Trained
-from actors.training_job import (
-    JobFiles,
-    Pace,
-    Progress,
-    Saved,
-    Worker,
-    from_bytes,
-    run_steps,
-    to_bytes,
-    whole,
-)
+from actors.training_job import JobFiles, Progress, Saved, from_bytes, to_bytes
+from actors.training_run import Pace, Worker, run_steps, whole
 from cluster import niceness
 from cluster.errors import ExpertmeshError, LearningError
 from cluster.messages import StoreAddress

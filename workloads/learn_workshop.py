@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from actors.distillation import TeacherSettings
     from actors.expert_slices import ChosenExperts
     from actors.ray_training import Workers
-    from actors.training_job import Encode, JobFiles, ReviewSettings, Saved, TrainingJob
+    from actors.trainable_version import Encode
+    from actors.training_job import JobFiles, ReviewSettings, Saved, TrainingJob
     from actors.training_job import Progress as TrainingProgress
     from actors.version_comparison import Comparison
 
@@ -207,7 +208,8 @@ class Workshop:
     ) -> TrainingJob:
         """Put a job down, with its samples; the one that was begun under this name, if one was."""
         from actors.expert_training import TrainSettings
-        from actors.training_job import RowSettings, TrainingJob
+        from actors.training_job import TrainingJob
+        from actors.training_rows import RowSettings
 
         wanted = self.settings.training
         job = TrainingJob(
@@ -235,7 +237,7 @@ class Workshop:
 
         LearningError if it can't be done; ExpertmeshError if workers are lost too often.
         """
-        from actors.training_job import run_here
+        from actors.training_run import run_here
 
         files = self.files(name)
         job = files.job()
@@ -277,7 +279,7 @@ class Workshop:
         from actors.bias_balance import BiasBalance
         from actors.router_review import reviewed
         from actors.trainable_version import open_encoder
-        from actors.training_job import open_job
+        from actors.training_run import open_job
 
         self.progress("the gate", 0.0)
         encode = open_encoder(self.checkpoint)

@@ -17,16 +17,9 @@ import pytest
 
 from actors.expert_training import TrainSettings
 from actors.ray_training import Workers, run_on_ray
-from actors.training_job import (
-    JobFiles,
-    Progress,
-    ReviewSettings,
-    RowSettings,
-    Saved,
-    TrainingJob,
-    run_here,
-    told,
-)
+from actors.training_job import JobFiles, Progress, ReviewSettings, Saved, TrainingJob, told
+from actors.training_rows import RowSettings
+from actors.training_run import run_here
 from cluster.auth import ensure_token
 from cluster.errors import LearningError
 from cluster.learning.records import Record

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from actors.expert_training import Trained, TrainSettings
-from actors.training_job import JobFiles, Pace, Progress, TrainingJob
+from actors.training_job import JobFiles, Progress, TrainingJob
+from actors.training_run import Pace
 from cluster.messages import StoreAddress
 from cluster.versions.files import Files
 
