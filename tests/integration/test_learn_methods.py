@@ -30,7 +30,15 @@ from workloads.bench.learn_text import Domain
 pytestmark = pytest.mark.slow
 
 SETTINGS = LearnSettings(
-    steps=12, rows=4, length=24, rate_all=3e-3, rate_chosen=1e-2, count_tokens=480, fisher_rows=4, most=0.3
+    steps=12,
+    rows=4,
+    length=24,
+    rate_all=3e-3,
+    rate_chosen=1e-2,
+    count_tokens=480,
+    row_tokens=480,
+    fisher_rows=4,
+    most=0.3,
 )
 SMALL: dict[str, Any] = {
     "vocab_size": 32,
@@ -230,7 +238,7 @@ def test_a_measurement_has_bars_and_every_number() -> None:
         "general": ["the", "a", "of", "river", "boat", "day"],
     }
     texts = {name: [" ".join(dice.choices(known, k=60)) for _ in range(120)] for name, known in words.items()}
-    learn = LearnSettings(steps=4, rows=4, length=32, count_tokens=256, fisher_rows=2)
+    learn = LearnSettings(steps=4, rows=4, length=32, count_tokens=256, row_tokens=256, fisher_rows=2)
     told: list[str] = []
     report = measure(
         Settings(texts, None, learn, seeds=2, judged_tokens=1000, learnt_tokens=20_000, small_steps=4),

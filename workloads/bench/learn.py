@@ -100,7 +100,9 @@ def settings_for(
         texts[GENERAL] = builtin[GENERAL]
     learn = LearnSettings(steps, rows, length, replay=replay)
     if quick:
-        learn = LearnSettings(_QUICK_STEPS, 8, 128, replay=replay, count_tokens=4096, fisher_rows=16)
+        learn = LearnSettings(
+            _QUICK_STEPS, 8, 128, replay=replay, count_tokens=4096, row_tokens=4096, fisher_rows=16
+        )
     return Settings(
         texts,
         model,
