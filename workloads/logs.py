@@ -12,5 +12,6 @@ def configure(level: str) -> None:
     """Send structlog to standard error from `level` up; standard output stays for results."""
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # Looked up at each line: it may be another one by then, where the command was called by a program.
+        logger_factory=lambda *args: structlog.PrintLogger(sys.stderr),
     )
