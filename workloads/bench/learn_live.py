@@ -76,7 +76,8 @@ def measure(
         folder = Path(name)
         config = _configured(config, folder)
         file = folder / "mesh.yaml"
-        tree = config.model_dump(mode="json", exclude_none=True)
+        # With what is null: to look for drift never is said that way.
+        tree = config.model_dump(mode="json")
         tree["server"].pop("api_keys")
         file.write_text(yaml.safe_dump(tree), "utf-8")
         note("starting a server")
