@@ -267,7 +267,8 @@ def _open(settings: Settings, progress: Progress) -> tuple[Any, dict[str, Domain
     from workloads.bench.learn_text import divide
 
     if settings.device == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.jobs))
+        # Fewer where OMP_NUM_THREADS says so: two threads on a busy core wait for each other.
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // settings.jobs)))
     of_text: Callable[[str], list[int]] = encode
     model: Any = None
     if settings.model is not None:
