@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from actors.expert_slices import DTYPES
-from actors.text_routing import expert_modules
-from actors.trainable_version import router_modules
+from actors.text_routing import expert_modules, router_modules
 from cluster.checkpoint import Checkpoint
 from cluster.versions.growth import routers
 

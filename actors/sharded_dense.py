@@ -14,8 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from actors.text_routing import expert_modules
-from actors.trainable_version import router_modules
+from actors.text_routing import expert_modules, router_modules
 
 
 def shard_dense(model: Any) -> None:

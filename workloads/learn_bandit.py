@@ -13,11 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
 import structlog
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from cluster.config_learning import BanditConfig
 from cluster.errors import LearningError, VersionError
 from cluster.learning.bandit import BanditReport, BanditSettings, check, judged, rewarded, shares
+from cluster.learning.documents import read_document
 from cluster.learning.off_policy import Logged
 from cluster.learning.stream import Stream
 from cluster.version_changes import VersionsStatus
@@ -92,22 +93,8 @@ class Bandit:
 
     def state(self) -> BanditState:
         """What was written last. LearningError if it is damaged, or of another form."""
-        if not self._files.has(_NAME):
-            return BanditState()
-        where = f"{self._files.url}/{_NAME}"
-        try:
-            found = _FORM.validate_json(self._files.read(_NAME))
-        except ValidationError as error:
-            raise LearningError(
-                f"{where} makes no sense: {str(error).splitlines()[0]}",
-                "take it away, and promote the version that is to serve",
-            ) from error
-        if found.form != BanditState().form:
-            raise LearningError(
-                f"{where} is of form {found.form}, and this expertmesh knows {BanditState().form}",
-                "take the expertmesh that wrote it, or take the file away",
-            )
-        return found
+        hint = "take it away, and promote the version that is to serve"
+        return read_document(self._files, _NAME, _FORM, BanditState(), hint)
 
     def begin(self, others: Sequence[str]) -> BanditState:
         """Share requests out among the version that serves and some others, evenly at first.

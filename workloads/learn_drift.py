@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import structlog
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from cluster.config_learning import LearningConfig
-from cluster.errors import ExpertmeshError, LearningError
+from cluster.errors import ExpertmeshError
+from cluster.learning.documents import read_document
 from cluster.learning.drift import DriftSettings, DriftState, Track, alarmed, answered, looked
 from cluster.learning.journal import LoopState
 from cluster.learning.records import Record
@@ -40,21 +41,8 @@ Held = Callable[[int], Mapping[str, Sequence[Record]]]
 
 def load(files: Files) -> DriftState:
     """What was written last. LearningError if it is damaged, or of another form."""
-    if not files.has(_NAME):
-        return DriftState()
-    try:
-        found = _FORM.validate_json(files.read(_NAME))
-    except ValidationError as error:
-        raise LearningError(
-            f"{files.url}/{_NAME} makes no sense: {str(error).splitlines()[0]}",
-            "take it away: what is held against what begins anew",
-        ) from error
-    if found.form != DriftState().form:
-        raise LearningError(
-            f"{files.url}/{_NAME} is of form {found.form}, and this expertmesh knows {DriftState().form}",
-            "take the expertmesh that wrote it, or take the file away",
-        )
-    return found
+    hint = "take it away: what is held against what begins anew"
+    return read_document(files, _NAME, _FORM, DriftState(), hint)
 
 
 @dataclass(frozen=True, slots=True)
