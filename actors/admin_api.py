@@ -8,6 +8,7 @@ with keys of its own. What it answers is what the commands `expertmesh versions 
     POST /versions/{version}/stage, /promote, /unstage; /rollback      what serves
     GET  /live                                                         what hosts have loaded, and what serves
     POST /gc                                                           take out of the store what nobody needs
+    GET  /groups and the rest of `actors.admin_groups`                 hosts and nodes
 
 `{version}` is an alias, a digest, or how one begins.
 """
@@ -26,12 +27,14 @@ from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from actors.admin_errors import NO_KEY, NOT_HERE, handle_errors
+from actors.admin_groups import add_groups
 from actors.admin_requests import Collect, Promote, Rollback
 from actors.api_access import ApiKeys, OwnPagesOnly
 from cluster.canary import Trial
 from cluster.checkpoint import Checkpoint
 from cluster.controller import Controller
 from cluster.errors import ExpertmeshError, StoreError, VersionError
+from cluster.group_wishes import GroupWishes
 from cluster.messages import AdminSettings
 from cluster.table import PlacementTable
 from cluster.version_changes import Promoted, Staged
@@ -60,8 +63,8 @@ _ROLLBACK: Final = Rollback()
 _PIECE_BYTES: Final = 1 << 20
 
 
-def admin_app(controller: Controller, settings: AdminSettings) -> FastAPI:
-    """The application; requests may come at the same time."""
+def admin_app(controller: Controller, settings: AdminSettings, wishes: GroupWishes | None = None) -> FastAPI:
+    """The application; requests may come at the same time. Without `wishes` it says nothing of host groups."""
     dependencies = [Depends(HTTPBearer(auto_error=False))] if settings.key_digests else []
     app = FastAPI(title="expertmesh admin", redoc_url=None, dependencies=dependencies)
     handle_errors(app)
@@ -72,6 +75,8 @@ def admin_app(controller: Controller, settings: AdminSettings) -> FastAPI:
     _add_reading(app, controller)
     _add_store(app, controller, settings)
     _add_serving(app, controller)
+    if wishes is not None:
+        add_groups(app, wishes)
     return app
 
 

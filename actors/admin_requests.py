@@ -56,3 +56,16 @@ class Collect(_Body):
     """Nothing younger goes."""
     history: Annotated[int, Field(ge=1)] | None = None
     """Moves of each alias that are kept; as configured if not given."""
+
+
+class Scale(_Body):
+    """A group's number of hosts."""
+
+    hosts: Annotated[int, Field(ge=0)]
+
+
+class Drain(_Body):
+    """A node's hosts are to go elsewhere."""
+
+    reason: Annotated[str, Field(max_length=300)] = ""
+    """Shown by `/groups`."""

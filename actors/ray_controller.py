@@ -21,6 +21,8 @@ from cluster.canary import Observed, Trial
 from cluster.changes import ChangeStatus
 from cluster.controller import Controller, Deployment
 from cluster.experts_report import EXPERTS, ExpertsReport, experts_report
+from cluster.external_nodes import ExternalNodeProvider
+from cluster.group_wishes import GroupWishes
 from cluster.messages import HostProgress, HostReport, Sources, Traffic
 from cluster.moves import Proposal
 from cluster.rebalancer import Rebalancer
@@ -71,13 +73,13 @@ class KvStore:
 
 
 class GroupScaler:
-    """The rebalancer as the autoscaler uses it."""
+    """What the autoscaler changes groups by."""
 
-    def __init__(self, rebalancer: Rebalancer) -> None:
-        self._rebalancer = rebalancer
+    def __init__(self, wishes: GroupWishes) -> None:
+        self._wishes = wishes
 
     def scale(self, group: str, count: int) -> None:
-        self._rebalancer.scale(group, count)
+        self._wishes.scale_now(group, count)
 
 
 @_actor
@@ -90,6 +92,8 @@ class ControllerActor:
         self._controller = Controller(RayHosts(namespace, partial(sources, namespace)), store, RayNodes())
         self._controller.supervise(_PERIOD_S)
         self._rebalancer = Rebalancer(self._controller)
+        self._external_nodes = ExternalNodeProvider()
+        self._wishes = GroupWishes(self._controller, self._rebalancer, self._external_nodes)
         self._autoscaler: tuple[str, Autoscaler] | None = None
         self._admin: AdminServer | None = None
         self._administering = threading.Lock()
@@ -195,7 +199,9 @@ class ControllerActor:
                 from actors.admin_api import admin_app
                 from actors.admin_server import AdminServer
 
-                self._admin = AdminServer(admin_app(self._controller, wanted), wanted, patient=patient)
+                self._admin = AdminServer(
+                    admin_app(self._controller, wanted, self._wishes), wanted, patient=patient
+                )
 
     def autoscaled(self) -> tuple[AutoscaleStatus, ...]:
         return self._autoscaler[1].statuses() if self._autoscaler is not None else ()
@@ -210,8 +216,12 @@ class ControllerActor:
         if deployment is None or all(group.autoscale is None for group in deployment.groups):
             return
         if self._autoscaler is None:
+            by_operator = deployment.nodes == "operator"
             scaler = Autoscaler(
-                deployment.groups, self._rebalancer.loads, GroupScaler(self._rebalancer), RayNodeProvider()
+                deployment.groups,
+                self._rebalancer.loads,
+                GroupScaler(self._wishes),
+                self._external_nodes if by_operator else RayNodeProvider(),
             )
             self._autoscaler = run, scaler
         self._autoscaler[1].look()
@@ -223,7 +233,12 @@ class ControllerActor:
         while True:
             time.sleep(_LOOK_S)
             # One that fails must not keep the others from their turn.
-            for look in (self._rebalancer.take_in, self._rebalancer.look, self._autoscale):
+            for look in (
+                self._rebalancer.take_in,
+                self._wishes.pursue,
+                self._rebalancer.look,
+                self._autoscale,
+            ):
                 try:
                     look()
                 except Exception:

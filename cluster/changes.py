@@ -5,7 +5,7 @@ What is to be done is decided in `cluster.reconcile`; here it is done, a step wi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final
@@ -110,6 +110,13 @@ class Changes:
             kept = [node for node in deployment.limits.drained if node not in node_ids]
             limits = replace(deployment.limits, drained=(*kept, *(node_ids if drained else ())))
             self._ledger.save(replace(deployment, limits=limits), self._ledger.repair)
+
+    def amend(self, change: Callable[[Deployment], Deployment]) -> None:
+        """Save the deployment as `change` makes it; for what concerns neither table nor hosts."""
+        with self._ledger.change:
+            deployment = self._ledger.required()
+            if (after := change(deployment)) != deployment:
+                self._ledger.save(after, self._ledger.repair)
 
     def change(self) -> ChangeStatus:
         """How far the change of the placement is, if there is one."""

@@ -117,13 +117,15 @@ class ServerConfig(_Section):
 class RayConfig(_Section):
     """Which Ray cluster to join, or ``local`` for one of this process's own.
 
-    ``controller_selector``: labels of the nodes that the controller may run on.
+    ``controller_selector``: labels of the nodes that the controller may run on. ``nodes``: who brings nodes for
+    groups that grow.
     """
 
     address: RayAddress = "local"
     token_path: Name | None = None
     namespace: Name = "expertmesh"
     controller_selector: dict[str, str] = {}
+    nodes: Literal["ray", "operator"] = "ray"
 
 
 class DataPlaneConfig(_Section):
@@ -179,6 +181,18 @@ class Config(_Section):
             raise BadValue(
                 f"{admin.port} is server.port as well",
                 "give the admin API a port of its own",
+                path=("admin", "port"),
+            )
+        return admin
+
+    @field_validator("admin")
+    @classmethod
+    def _heard_by_the_operator(cls, admin: AdminConfig, info: ValidationInfo) -> AdminConfig:
+        ray = info.data.get("ray")
+        if ray is not None and ray.nodes == "operator" and admin.port is None:
+            raise BadValue(
+                "ray.nodes is operator, which hears by the admin API what is wanted",
+                "set admin.port, or leave ray.nodes at ray",
                 path=("admin", "port"),
             )
         return admin

@@ -62,6 +62,12 @@ class Deployment:
     """A version on trial."""
     verdict: str = ""
     """What became of the last trial, and why."""
+    nodes: str = "ray"
+    """Who brings nodes: ray or operator."""
+    evacuated: Mapping[str, str] = field(default_factory=dict)
+    """Node id → why its hosts are to go elsewhere, for nodes that are drained by the admin API."""
+    wishes: Mapping[str, int] = field(default_factory=dict)
+    """Group → hosts that it is to have as soon as there are nodes for them."""
 
     def same(self, other: Deployment) -> bool:
         """Whether they are to run the same; hosts may have come and gone since."""

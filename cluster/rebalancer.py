@@ -134,7 +134,7 @@ class Rebalancer:
     def drain(self, node: str) -> list[str]:
         """Empty a node's hosts, and end them; their ids. PlacementError if the others can't take what they hold."""
         snapshot = self._snapshot()
-        node_id = _node_id(snapshot, node)
+        node_id = node_id_of(snapshot, node)
         going = [host_id for host_id, host in snapshot.hosts.items() if host.node_id == node_id]
         self._try_without(snapshot, going, f"node {node} can't be drained")
         self._controller.changes.drain([node_id], drained=True)
@@ -144,7 +144,12 @@ class Rebalancer:
     def undrain(self, node: str) -> None:
         """Hosts may be placed on a node again."""
         snapshot = self._snapshot()
-        self._controller.changes.drain([_node_id(snapshot, node)], drained=False)
+        self._controller.changes.drain([node_id_of(snapshot, node)], drained=False)
+
+    def leave(self, going: Collection[str], what: str) -> None:
+        """Empty hosts, and end them. PlacementError, beginning with `what`, if the others can't take what they hold."""
+        self._try_without(self._snapshot(), going, what)
+        self._controller.changes.leave(going)
 
     def scale(self, group: str, count: int) -> tuple[list[str], list[str]]:
         """Change a group to so many hosts: those that come, and those that leave."""
@@ -225,7 +230,7 @@ class Rebalancer:
         return self._traffic[1]
 
 
-def _node_id(snapshot: Snapshot, name: str) -> str:
+def node_id_of(snapshot: Snapshot, name: str) -> str:
     """The id of the node of that id, the beginning of it, or that name or address."""
     found = [
         n

@@ -25,6 +25,7 @@ from workloads.console import console
 from workloads.learn_bandit_commands import learn_app
 from workloads.live_version_commands import versions_app
 from workloads.models.cli import model_app
+from workloads.operator import operator
 from workloads.options import ConfigFile
 
 app = typer.Typer(
@@ -41,6 +42,7 @@ app.add_typer(versions_app, name="versions")
 app.add_typer(learn_app, name="learn")
 app.add_typer(bench_app, name="bench")
 app.add_typer(chaos_app, name="chaos")
+app.command()(operator)
 
 out = console()
 err = Console(stderr=True)

@@ -116,6 +116,7 @@ def blueprint(
         store=store_address(config, checkpoint) if versions is not None else None,
         version_settings=version_settings(config),
         admin=admin_settings(config, checkpoint) if versions is not None else None,
+        nodes=config.ray.nodes,
     )
     return Blueprint(checkpoint, dtype, served_name, engines, chosen, placed, deployment)
 
