@@ -181,6 +181,7 @@ class KubernetesApi:
         from kubernetes.client.exceptions import ApiException
 
         method, given = self._method(verb, resource)
+        verb = "watch" if options.get("watch") else verb
         if name:
             given["name"] = name
         try:
@@ -263,7 +264,8 @@ def _events(resource: Resource, lines: Iterator[bytes]) -> Iterator[WatchEvent]:
 
 
 def _words(verb: str, resource: Resource, name: str) -> str:
-    return f"{verb} {resource.plural}{f' {name}' if name else ''}"
+    """As a Role calls it."""
+    return f"{'update' if verb == 'replace' else verb} {resource.plural}{f' {name}' if name else ''}"
 
 
 def _said(error: Any) -> str:

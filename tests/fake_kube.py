@@ -22,7 +22,7 @@ class FakeKube:
         self.denied: set[Verb] = set()
         self.away = False
         """Whether it answers nothing, as while it is started again."""
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
         self._objects: dict[tuple[Resource, str], dict[str, Any]] = {}
         self._log: list[tuple[int, Resource, WatchEvent]] = []
         self._version, self._forgotten = 100, 0
@@ -153,9 +153,7 @@ class FakeKube:
 
 def _apply(document: dict[str, Any], operation: dict[str, Any]) -> None:
     """`test` and `add` of RFC 6902, as the API server answers them."""
-    *above, last = [
-        part.replace("~1", "/").replace("~0", "~") for part in operation["path"].split("/")[1:]
-    ]
+    *above, last = [part.replace("~1", "/").replace("~0", "~") for part in operation["path"].split("/")[1:]]
     place: Any = document
     try:
         for part in above:

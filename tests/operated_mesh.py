@@ -56,7 +56,8 @@ class OperatedMesh(MemoryWorld):
         return replace(
             plain,
             hosts=tuple(
-                replace(spec, group=spec.host_id[0], node_id=places[spec.host_id].node_id) for spec in plain.hosts
+                replace(spec, group=spec.host_id[0], node_id=places[spec.host_id].node_id)
+                for spec in plain.hosts
             ),
             run="run",
             layers=LAYERS,

@@ -96,6 +96,7 @@ def test_hosts_that_nobody_can_stand_in_for_stay_until_somebody_can(
     mesh: OperatedMesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
+
         def no_room(*_: object) -> None:
             raise PlacementError("layer 2, expert 0: no host")
 

@@ -146,7 +146,9 @@ def test_what_is_somebody_elses_is_not_counted() -> None:
 
 
 @st.composite
-def situations(draw: st.DrawFn) -> tuple[list[WorkerPod], list[NodeState], int, WorkerGroup, dict[str, KubeNode]]:
+def situations(
+    draw: st.DrawFn,
+) -> tuple[list[WorkerPod], list[NodeState], int, WorkerGroup, dict[str, KubeNode]]:
     least = draw(st.integers(0, 3))
     most = draw(st.integers(least, 6))
     replicas = draw(st.integers(0, 6))
