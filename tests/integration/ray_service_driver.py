@@ -29,7 +29,8 @@ def main(address: str, token: str, file: str, timeout_s: str) -> None:
             if application.status in ("RUNNING", "DEPLOY_FAILED") or time.monotonic() > deadline:
                 break
             time.sleep(0.2)
-        print(json.dumps({"status": application.status, "message": application.message}))
+        messages = [application.message, *(one.message for one in application.deployments.values())]
+        print(json.dumps({"status": application.status, "message": "\n".join(messages)}))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,9 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
-    dense = make_tiny_dense(folder / "dense", num_attention_heads=2, num_key_value_heads=1)
+    dense = make_tiny_dense(
+        folder / "dense", num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024
+    )
     model = upcycle(dense, folder / "tiny", dtype="float32")
     hosts = [("fast-a", "fast"), ("fast-b", "fast"), ("slow-a", "slow")]
     workers = [
