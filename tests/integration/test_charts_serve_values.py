@@ -116,6 +116,8 @@ _REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"gateway": {"enabled": True, "parentRefs": [{"name": "public"}]}},
         "networkPolicy.gatewayFrom",
     ),
+    "a load balancer that is closed": ({"service": {"type": "LoadBalancer"}}, "networkPolicy.gatewayFrom"),
+    "a model of one machine": ({"config": {"model": {"path": "default"}}}, "config.model.path"),
     "an Ingress for any name": ({"ingress": {"enabled": True}}, "ingress.hosts"),
     "root": ({"securityContext": {"runAsUse": 0}}, "securityContext.runAsUse"),
     "the chart's own label": (

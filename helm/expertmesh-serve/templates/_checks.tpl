@@ -29,6 +29,12 @@
 {{- if and (or $v.gateway.enabled $v.ingress.enabled) $v.networkPolicy.enabled (not $v.networkPolicy.gatewayFrom) -}}
 {{- fail "networkPolicy.gatewayFrom: is empty, so that the gateway or ingress controller could not reach the API; name its pods or namespace" -}}
 {{- end -}}
+{{- if and (ne $v.service.type "ClusterIP") $v.networkPolicy.enabled (not $v.networkPolicy.gatewayFrom) -}}
+{{- fail (printf "networkPolicy.gatewayFrom: is empty, so that nobody outside could reach the API, whose service.type is %s; name addresses as ipBlock" $v.service.type) -}}
+{{- end -}}
+{{- if eq ($v.config.model.path | default "default") "default" -}}
+{{- fail "config.model.path: is default, a model that expertmesh makes on one machine for itself; name a folder of the model's volume, such as /models/mixtral" -}}
+{{- end -}}
 {{- include "expertmesh.checkDevice" (dict "key" "router" "group" $v.router) -}}
 {{- include "expertmesh.checkBudget" (dict "key" "router" "group" $v.router "least" $v.router.replicas) -}}
 {{- if gt (int $v.head.minAvailable) 1 -}}
