@@ -95,9 +95,7 @@ def diff(
             charts, overlay, values, sets, release, namespace, kubeconfig, context, source
         )
     except ExpertmeshError as error:
-        err.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
-        if error.hint:
-            err.print(f"  {escape(error.hint)}", highlight=False, soft_wrap=True)
+        _print_mistake(error)
         raise typer.Exit(MISTAKE) from None
     if count:
         raise typer.Exit(DIFFERENT)
@@ -167,9 +165,10 @@ def submit(
     kubeconfig: Kubeconfig = None,
     context: Context = None,
 ) -> None:
-    """Create a RayJob once and wait for its end: what the CronJob of expertmesh-learn runs."""
+    """Create a RayJob once and wait for its end, as the CronJob of expertmesh-learn does; exit code 1 if it failed."""
     import yaml
 
+    from workloads.k8s_api import KubeError
     from workloads.k8s_submit import Owner, RayJobError, await_end, ray_job
     from workloads.k8s_submit import submit as submitted
 
@@ -177,14 +176,21 @@ def submit(
         found = yaml.safe_load(manifest.read_text("utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise RayJobError(f"{manifest} can't be read: {error}", "give the YAML file of a RayJob") from error
-    api = _connected(kubeconfig, context)
-    place = namespace or api.namespace
-    job = ray_job(found or {}, name, place, Owner(name, uid) if uid else None)
-    made = submitted(api, job)
-    out.print(f"{name} {'is created' if made else 'is there already'}", highlight=False)
-    if not wait:
-        return
-    ended = await_end(api, place, name, timeout, lambda said: out.print(said, highlight=False, soft_wrap=True))
+    try:
+        api = _connected(kubeconfig, context)
+        place = namespace or api.namespace
+        job = ray_job(found or {}, name, place, Owner(name, uid) if uid else None)
+        made = submitted(api, job)
+        out.print(f"{name} {'is created' if made else 'is there already'}", highlight=False)
+        if not wait:
+            return
+        ended = await_end(
+            api, place, name, timeout, lambda said: out.print(said, highlight=False, soft_wrap=True)
+        )
+    except KubeError as error:
+        # Of the cluster, not of the round: the Job that runs this may try again.
+        _print_mistake(error)
+        raise typer.Exit(MISTAKE) from None
     if not ended.succeeded:
         raise RayJobError(
             f"the RayJob {name} failed: {ended.said}", f"kubectl -n {place} describe rayjob {name}"
@@ -224,6 +230,12 @@ def _wanted(
         )
         for name in names
     ]
+
+
+def _print_mistake(error: ExpertmeshError) -> None:
+    err.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
+    if error.hint:
+        err.print(f"  {escape(error.hint)}", highlight=False, soft_wrap=True)
 
 
 def _connected(kubeconfig: Path | None, context: str | None) -> HttpApi:
