@@ -24,7 +24,7 @@ GATES: Final = {
     "GCSFaultToleranceEmbeddedStorage": (False, "a head that comes back without Redis"),
 }
 """Feature gates of KubeRay 1.7 that something here can use: their default, and what for."""
-_CRDS_HINT: Final = "kubectl apply --server-side -k k8s/kuberay (k8s/kuberay/README.md)"
+_CRDS_HINT: Final = "install or upgrade KubeRay's CRDs: k8s/kuberay/README.md"
 
 
 @dataclass(frozen=True, slots=True)
