@@ -91,9 +91,7 @@ def diff(
 ) -> None:
     """Show what installing or upgrading would change in the cluster; exit code 1 if anything, 2 for a mistake."""
     try:
-        count = _print_changes(
-            charts, overlay, values, sets, release, namespace, kubeconfig, context, source
-        )
+        count = _print_changes(charts, overlay, values, sets, release, namespace, kubeconfig, context, source)
     except ExpertmeshError as error:
         _print_mistake(error)
         raise typer.Exit(MISTAKE) from None
@@ -157,7 +155,8 @@ def submit(
     manifest: Annotated[Path, typer.Argument(help="YAML of a RayJob.")],
     name: Annotated[str, typer.Option(envvar="JOB_NAME", help="Of the RayJob; one that is there is joined.")],
     uid: Annotated[
-        str | None, typer.Option(envvar="JOB_UID", help="Of the Job of that name, which the RayJob goes with.")
+        str | None,
+        typer.Option(envvar="JOB_UID", help="Of the Job of that name, which the RayJob goes with."),
     ] = None,
     namespace: Namespace = None,
     wait: Annotated[bool, typer.Option(help="Until the RayJob has ended; exit code 1 if it failed.")] = True,

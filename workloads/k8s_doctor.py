@@ -68,7 +68,9 @@ def findings(api: Api, asked: Asked) -> Iterator[Finding]:
         "namespace",
         lambda: [checks.check_namespace(namespace, api.get(f"/api/v1/namespaces/{namespace}"))],
     )
-    yield from _look("crds", lambda: checks.check_crds({name: _crd(api, f"{name}.ray.io") for name in checks.CRDS}))
+    yield from _look(
+        "crds", lambda: checks.check_crds({name: _crd(api, f"{name}.ray.io") for name in checks.CRDS})
+    )
     yield from _look("kuberay", lambda: checks.check_operator(_operators(api), namespace))
     yield from _look("nodes", lambda: checks.check_nodes(_items(api, "/api/v1/nodes"), _plugins(api)))
     yield from _look(
@@ -172,7 +174,9 @@ def _tokens(api: Api, namespace: str) -> Iterator[Finding]:
             )
             continue
         secret = str(options.get("secretName") or name)
-        found = checks.check_keys(secret, _secret(api, namespace, secret), ("auth_token",), "KubeRay makes it")
+        found = checks.check_keys(
+            secret, _secret(api, namespace, secret), ("auth_token",), "KubeRay makes it"
+        )
         yield Finding(f"token of {name}", found.status, found.found, found.hint)
 
 

@@ -46,7 +46,9 @@ class Kinds:
         if found is None:
             raise KubeError(
                 f"{self._api.server} has no {kind} of {version}",
-                _FROM.get(version.partition("/")[0], "see `kubectl api-resources`; the cluster may be too old"),
+                _FROM.get(
+                    version.partition("/")[0], "see `kubectl api-resources`; the cluster may be too old"
+                ),
             )
         return found
 
