@@ -90,7 +90,7 @@ def test_the_image_runs_as_nobody_in_particular_and_writes_to_volumes_only(file:
         pair.split("=", 1) for word, rest in stage if word == "ENV" for pair in shlex.split(rest)
     )
     assert environment["XDG_CACHE_HOME"] == "/cache"
-    assert environment["HOME"] == "/tmp"
+    assert environment["HOME"] == "/cache"
     assert environment["PYTHONDONTWRITEBYTECODE"] == "1"
     assert environment["PATH"].startswith("/opt/expertmesh/bin:")
     # getpass.getuser() would look a user up that the cluster may have replaced.

@@ -9,18 +9,21 @@
 {{- if not (or (eq .Values.model.path "/models") (hasPrefix "/models/" .Values.model.path)) -}}
 {{- fail (printf "model.path is %s: the claim of model.existingClaim is mounted at /models" .Values.model.path) -}}
 {{- end -}}
-{{- range $name, $place := dict "versions" .Values.versions.store "stream" .Values.stream.url "state" .Values.state.url -}}
-{{- $key := ternary "versions.store" (printf "%s.url" $name) (eq $name "versions") -}}
-{{- $claim := index $.Values $name "existingClaim" -}}
-{{- if include "expertmesh-learn.isFolder" $place -}}
-{{- if not (or (eq $place (printf "/%s" $name)) (hasPrefix (printf "/%s/" $name) $place)) -}}
-{{- fail (printf "%s is %s: give a folder under /%s, where its claim is mounted, or a URL such as s3://bucket/%s" $key $place $name $name) -}}
+{{- range $key, $place := include "expertmesh-learn.places" . | fromYaml -}}
+{{- $own := first (splitList "." $key) -}}
+{{- $volume := first (splitList "/" (trimPrefix "/" $place)) -}}
+{{- if and (not (contains "://" $place)) (not (has $volume (list "versions" $own))) -}}
+{{- fail (printf "%s is %s: give a folder under /%s or /versions, where claims are mounted, or a URL such as s3://bucket/%s" $key $place $own $own) -}}
 {{- end -}}
-{{- if and (not $claim) (ne $name "state") -}}
-{{- fail (printf "%s.existingClaim is empty: name the claim that the server uses, or set %s to a URL" $name $key) -}}
 {{- end -}}
-{{- else if $claim -}}
-{{- fail (printf "%s.existingClaim is given, and %s is a URL: leave one of them out" $name $key) -}}
+{{- $used := (include "expertmesh-learn.used" . | fromYaml).volumes | default list -}}
+{{- range $volume := list "versions" "stream" "state" -}}
+{{- $claim := index $.Values $volume "existingClaim" -}}
+{{- if and (has $volume $used) (not $claim) (ne $volume "state") -}}
+{{- fail (printf "%s.existingClaim is empty: name the claim that the server uses, or set what lies under /%s to a URL" $volume $volume) -}}
+{{- end -}}
+{{- if and $claim (not (has $volume $used)) -}}
+{{- fail (printf "%s.existingClaim is given, and nothing lies under /%s: leave it out" $volume $volume) -}}
 {{- end -}}
 {{- end -}}
 {{- if and (eq .Values.scheduler "RayCronJob") (contains "TZ" .Values.schedule) -}}

@@ -17,17 +17,18 @@
 {{- default (printf "%s-submitter" (include "expertmesh-learn.fullname" .)) .Values.serviceAccount.name -}}
 {{- end -}}
 
+{{/* What selects pods of this release. KubeRay sets app.kubernetes.io/name of Ray's pods itself. */}}
 {{- define "expertmesh-learn.selector" -}}
-app.kubernetes.io/name: {{ include "expertmesh-learn.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/part-of: expertmesh
 {{- end -}}
 
 {{- define "expertmesh-learn.labels" -}}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{ include "expertmesh-learn.selector" . }}
+app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
-app.kubernetes.io/part-of: expertmesh
 {{- with .Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
@@ -37,7 +38,7 @@ app.kubernetes.io/part-of: expertmesh
 {{- define "expertmesh-learn.podLabels" -}}
 {{ include "expertmesh-learn.selector" .root }}
 app.kubernetes.io/component: {{ .component }}
-app.kubernetes.io/part-of: expertmesh
+expertmesh.io/role: {{ .component }}
 {{- with .root.Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
@@ -61,14 +62,36 @@ app.kubernetes.io/part-of: expertmesh
 {{- end -}}
 {{- end -}}
 
-{{/* "true" where a place is a folder of a volume, and not a URL. */}}
-{{- define "expertmesh-learn.isFolder" -}}
-{{- if not (contains "://" .) -}}true{{- end -}}
+{{/* What is kept where: versions, stream and state by their key. */}}
+{{- define "expertmesh-learn.places" -}}
+{{- toYaml (dict "versions.store" .Values.versions.store "stream.url" .Values.stream.url "state.url" .Values.state.url) -}}
+{{- end -}}
+
+{{/* The volumes that places are on, of versions, stream and state: `volumes: [...]`. */}}
+{{- define "expertmesh-learn.used" -}}
+{{- $used := list -}}
+{{- range $volume := list "versions" "stream" "state" -}}
+{{- range $place := include "expertmesh-learn.places" $ | fromYaml -}}
+{{- if or (eq $place (printf "/%s" $volume)) (hasPrefix (printf "/%s/" $volume) $place) -}}
+{{- $used = append $used $volume -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml (dict "volumes" (uniq $used)) -}}
 {{- end -}}
 
 {{/* The claim of learning's state. */}}
 {{- define "expertmesh-learn.stateClaim" -}}
 {{- default (printf "%s-state" (include "expertmesh-learn.fullname" .)) .Values.state.existingClaim -}}
+{{- end -}}
+
+{{/* Environment of everything in the image: what is written goes to the volume at /cache. */}}
+{{- define "expertmesh-learn.environment" -}}
+- {name: HOME, value: /cache}
+- {name: XDG_CACHE_HOME, value: /cache}
+- {name: NUMBA_CACHE_DIR, value: /cache/numba}
+- {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+- {name: HF_HUB_OFFLINE, value: "1"}
 {{- end -}}
 
 {{/* The container's and the pod's security: what the level `restricted` of pod security asks for, and no more rights. */}}

@@ -7,20 +7,10 @@
   persistentVolumeClaim:
     claimName: {{ .Values.model.existingClaim }}
     readOnly: true
-{{- if include "expertmesh-learn.isFolder" .Values.versions.store }}
-- name: versions
+{{- range (include "expertmesh-learn.used" . | fromYaml).volumes }}
+- name: {{ . }}
   persistentVolumeClaim:
-    claimName: {{ .Values.versions.existingClaim }}
-{{- end }}
-{{- if include "expertmesh-learn.isFolder" .Values.stream.url }}
-- name: stream
-  persistentVolumeClaim:
-    claimName: {{ .Values.stream.existingClaim }}
-{{- end }}
-{{- if include "expertmesh-learn.isFolder" .Values.state.url }}
-- name: state
-  persistentVolumeClaim:
-    claimName: {{ include "expertmesh-learn.stateClaim" . }}
+    claimName: {{ ternary (include "expertmesh-learn.stateClaim" $) (index $.Values . "existingClaim") (eq . "state") }}
 {{- end }}
 - name: cache
   emptyDir:
@@ -37,14 +27,8 @@
 {{- define "expertmesh-learn.mounts" -}}
 - {name: config, mountPath: /etc/expertmesh, readOnly: true}
 - {name: models, mountPath: /models, readOnly: true}
-{{- if include "expertmesh-learn.isFolder" .Values.versions.store }}
-- {name: versions, mountPath: /versions}
-{{- end }}
-{{- if include "expertmesh-learn.isFolder" .Values.stream.url }}
-- {name: stream, mountPath: /stream}
-{{- end }}
-{{- if include "expertmesh-learn.isFolder" .Values.state.url }}
-- {name: state, mountPath: /state}
+{{- range (include "expertmesh-learn.used" . | fromYaml).volumes }}
+- {name: {{ . }}, mountPath: /{{ . }}}
 {{- end }}
 - {name: cache, mountPath: /cache}
 - {name: tmp, mountPath: /tmp}
@@ -56,7 +40,6 @@
 metadata:
   labels:
     {{- include "expertmesh-learn.podLabels" . | nindent 4 }}
-    expertmesh.io/role: {{ .component }}
 spec:
   # KubeRay begins a round anew on new pods; a container that starts again would join a cluster that is gone.
   restartPolicy: Never
@@ -106,8 +89,8 @@ spec:
         - {name: client, containerPort: 10001}
       {{- end }}
       env:
-        - name: EXPERTMESH_CONFIG
-          value: /etc/expertmesh/expertmesh.yaml
+        {{- include "expertmesh-learn.environment" .root | nindent 8 }}
+        - {name: EXPERTMESH_CONFIG, value: /etc/expertmesh/expertmesh.yaml}
         # Threads see the node's cores, not the pod's share of them.
         - name: OMP_NUM_THREADS
           valueFrom:

@@ -22,6 +22,8 @@ submitterPodTemplate:
       - name: ray-job-submitter
         image: {{ include "expertmesh-learn.image" . | quote }}
         imagePullPolicy: {{ .Values.image.pullPolicy }}
+        env:
+          - {name: HOME, value: /tmp}
         resources:
           {{- toYaml .Values.submitter.resources | nindent 10 }}
         securityContext:
