@@ -12,6 +12,7 @@ import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
+from urllib.request import proxy_bypass_environment
 
 import httpx
 
@@ -163,11 +164,18 @@ def _http_client(settings: Any) -> httpx.Client:
     return httpx.Client(
         base_url=settings.host,
         verify=trust,
-        proxy=settings.proxy or None,
+        proxy=proxy_for(settings.host, settings.proxy, settings.no_proxy),
         timeout=_ANSWER_S,
         trust_env=False,
         auth=_authorise(settings.auth_settings),
     )
+
+
+def proxy_for(server: str, proxy: str | None, no_proxy: str | None) -> str | None:
+    """The proxy through which a server is asked; None where it is asked itself."""
+    host = httpx.URL(server).host
+    bypassed = no_proxy and proxy_bypass_environment(host, {"no": no_proxy})
+    return None if not proxy or bypassed else proxy
 
 
 def _authorise(credentials: Callable[[], Mapping[str, Any]]) -> Callable[[httpx.Request], httpx.Request]:

@@ -116,7 +116,7 @@ def render(root: Path, wanted: Wanted, environ: Mapping[str, str] = os.environ) 
     if ended.returncode:
         raise HelmError(
             f"helm refuses expertmesh-{wanted.chart}: {told(ended.stderr)}",
-            "helm/expertmesh-{0}/README.md says what each value means".format(wanted.chart),
+            f"helm/expertmesh-{wanted.chart}/README.md says what each value means",
         )
     return ended.stdout
 

@@ -193,7 +193,9 @@ def beside(
             controller = held.enter_context(running_controller(config, url))
         except NotRunningError as error:
             if not publish_only or url is not None:
-                raise ExpertmeshError(error.message, "start a server, or learn with --publish-only") from error
+                raise ExpertmeshError(
+                    error.message, "start a server, or learn with --publish-only"
+                ) from error
         if controller is None:
             # A cluster that is there for learning alone, such as a RayJob's, has no server.
             held.enter_context(ray_for_training(config))

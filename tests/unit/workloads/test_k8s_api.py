@@ -8,7 +8,16 @@ from pathlib import Path
 import httpx
 import pytest
 
-from workloads.k8s_api import ConflictError, ForbiddenError, HttpApi, KubeError, connect, in_pod, read_answer
+from workloads.k8s_api import (
+    ConflictError,
+    ForbiddenError,
+    HttpApi,
+    KubeError,
+    connect,
+    in_pod,
+    proxy_for,
+    read_answer,
+)
 
 SERVER = "https://cluster.test"
 
@@ -123,3 +132,19 @@ def test_no_cluster_at_all_is_said_with_the_way_out(tmp_path: Path, monkeypatch:
     with pytest.raises(KubeError, match="no cluster is configured here") as error:
         connect(tmp_path / "absent")
     assert "--kubeconfig" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("proxy", "no_proxy", "asked"),
+    [
+        (None, None, None),
+        ("http://proxy:1", None, "http://proxy:1"),
+        ("http://proxy:1", "example.com", "http://proxy:1"),
+        ("http://proxy:1", "example.com,.test", None),
+        ("http://proxy:1", "*", None),
+    ],
+)
+def test_a_proxy_is_passed_by_where_it_is_to_be(
+    proxy: str | None, no_proxy: str | None, asked: str | None
+) -> None:
+    assert proxy_for(SERVER, proxy, no_proxy) == asked
