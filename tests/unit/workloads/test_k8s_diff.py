@@ -94,7 +94,7 @@ def test_values_of_secrets_are_told_apart_and_not_shown() -> None:
 
 def test_a_cluster_without_the_namespace_or_the_kind_is_named(api: Documents) -> None:
     service = {"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": {"name": "mesh"}}
-    with pytest.raises(KubeError, match="no RayService of ray.io/v1") as error:
+    with pytest.raises(KubeError, match=r"no RayService of ray\.io/v1") as error:
         list(changes(api, [service], "expertmesh"))
     assert "KubeRay" in error.value.hint
     with pytest.raises(KubeError, match="no namespace other"):

@@ -80,7 +80,8 @@ def test_what_helm_makes_is_handed_on(tmp_path: Path) -> None:
 
 
 def test_what_helm_refuses_is_one_message(tmp_path: Path) -> None:
-    script = 'echo "WARNING: of no use" >&2; echo "Error: execution error at (x): model.existingClaim is empty" >&2; exit 1'
+    said = ("WARNING: of no use", "Error: execution error at (x): model.existingClaim is empty")
+    script = "".join(f'echo "{line}" >&2\n' for line in said) + "exit 1"
     with pytest.raises(HelmError, match=r"refuses expertmesh-learn: execution error .* is empty"):
         render(ROOT, Wanted("learn"), helm(tmp_path, script))
     assert told("") == "it says nothing"
