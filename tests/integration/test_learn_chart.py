@@ -189,11 +189,12 @@ def reached(objects: Sequence[Object], pod: Pod, direction: str) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(
-    "row", [row for row in ROWS if of_kind(rendered(row), "NetworkPolicy")] if ROWS else [], ids=str
-)
+@pytest.mark.parametrize("row", ROWS, ids=str)
 def test_every_pod_is_denied_all_but_what_is_meant(row: Row) -> None:
     objects = rendered(row)
+    if row.switch == "open-network" or row.file.stem == "raycronjob-values":
+        assert of_kind(objects, "NetworkPolicy") == []
+        return
     found = {pod.labels["expertmesh.io/role"]: pod for pod in all_pods(objects)}
     for role, pod in found.items():
         for kind in ("Ingress", "Egress"):
