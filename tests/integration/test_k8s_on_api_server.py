@@ -13,6 +13,7 @@ import yaml
 from tests.charts.helm import ROOT, Helm, Object, load_objects, of_kind, one
 from tests.integration.test_k8s_rendered import platform
 from tests.kube_api_server import CRDS
+from tests.kube_api_server import kube_api_server as kube_api_server
 from workloads.k8s_api import ForbiddenError, HttpApi, KubeError, connect
 from workloads.k8s_checks import Finding
 from workloads.k8s_diff import Change, changes

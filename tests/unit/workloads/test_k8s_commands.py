@@ -131,7 +131,7 @@ def test_diff_says_by_its_exit_code_whether_anything_would_change(
     ended = run("diff", "learn")
     assert (ended.code, ended.out, ended.err) == (0, "", "")
     helm("apiVersion: ray.io/v1\nkind: RayService\nmetadata: {name: one}\n")
-    ended = run("diff", "serve")
+    ended = run("diff", "learn")
     assert ended.code == 2 and "has no RayService" in ended.err
 
 
