@@ -1,4 +1,4 @@
-"""Other replicas of the router on this node, for requests whose version this one's engine can't compute.
+"""Other replicas of the router, for requests whose version this one's engine can't compute.
 
 Each replica listens on a port of its own besides the one that all share, and takes there what another replica hands
 on, with the manifest that it is pinned to. A request on it must name that under a key that only processes of this
@@ -44,9 +44,9 @@ class Request(Protocol):
     def engines(self) -> tuple[str, ...]: ...
 
 
-def engine_name(random: str, port: int) -> str:
+def engine_name(random: str, host: str, port: int) -> str:
     """What a replica is called: by it others find where it listens."""
-    return f"{random}:{port}"
+    return f"{random}@{f'[{host}]' if ':' in host else host}:{port}"
 
 
 class Neighbours:
@@ -170,7 +170,7 @@ def others(engines: Collection[str], own: str) -> list[str]:
 
 
 def _url(engine: str, path: str) -> str:
-    return f"http://127.0.0.1:{int(engine.rpartition(':')[2])}{path}"
+    return f"http://{engine.partition('@')[2]}{path}"
 
 
 async def _left(receive: Receive) -> None:

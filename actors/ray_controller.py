@@ -293,10 +293,10 @@ def sources(namespace: str, host_id: str) -> Sources:
     return answer
 
 
-def get_or_start(namespace: str) -> Any:
-    """The cluster's controller; the first caller starts it, on its own node."""
+def get_or_start(namespace: str, selector: Mapping[str, str] | None = None) -> Any:
+    """The cluster's controller; the first caller starts it, on a node with these labels or else on its own."""
     actor: Any = ControllerActor
-    here = ray.get_runtime_context().get_node_id()
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     return actor.options(
         name=NAME,
         namespace=namespace,
@@ -304,7 +304,7 @@ def get_or_start(namespace: str) -> Any:
         get_if_exists=True,
         # Anywhere else it might be lost or cut off with a node of hosts, when it has most to do. By label and not
         # by soft affinity, with which it was seen elsewhere on a cluster that had just started.
-        label_selector={"ray.io/node-id": here},
+        label_selector=dict(selector or here),
     ).remote(namespace)
 
 

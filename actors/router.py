@@ -66,12 +66,12 @@ class Router:
         report: Callable[[Traffic], Routing | None] | None = None,
         experts: Callable[[], str] | None = None,
         observe: Callable[[Observed], None] | None = None,
-        inner_port: int = 0,
+        inner: tuple[str, int] = ("127.0.0.1", 0),
     ) -> None:
         """`fetch_table` waits for the first table; `next_table` for one after an epoch, at most so many seconds, and is
         told this replica's name and the manifests of running requests; `report` is told of the traffic, every few
         seconds, and says how even it is; `experts` gives the JSON of all that is known of the experts; `observe` is
-        told what is seen of a version on trial; on `inner_port` other replicas reach this one.
+        told what is seen of a version on trial; at `inner`, host and port, other replicas reach this one.
         """
         self.spec = spec
         self._report, self.experts, self._observe = report, experts, observe
@@ -82,7 +82,7 @@ class Router:
         self.version_metrics = VersionMetrics()
         self.recorder: Recorder | None = None
         """Of requests that are kept to be learnt from."""
-        self._name = engine_name(os.urandom(8).hex(), inner_port)
+        self._name = engine_name(os.urandom(8).hex(), *inner)
         self.pins, self.neighbours = Pins(self._name), Neighbours(data_plane_key)
         self.watch = CanaryWatch(self.pins)
         self._dense = DenseFiles(spec.settings.store)

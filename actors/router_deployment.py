@@ -41,11 +41,11 @@ def serve_application(
             # The engine's process inherits it.
             niceness.usual()
             node_id = ray.get_runtime_context().get_node_id()
-            # Where other replicas of this node hand requests on.
-            self._inner = HttpServer("127.0.0.1", 0)
-            self._router = Router(
-                spec, fetch_table, node_id, next_table, report, experts, observe, self._inner.port
-            )
+            # Where other replicas hand requests on.
+            host = ray.util.get_node_ip_address() if spec.spread else "127.0.0.1"
+            self._inner = HttpServer(host, 0)
+            inner = host, self._inner.port
+            self._router = Router(spec, fetch_table, node_id, next_table, report, experts, observe, inner)
             self._http = HttpServer(spec.http_host, spec.http_port)
             try:
                 app = await self._router.start()

@@ -51,10 +51,14 @@ class ModelConfig(_Section):
 
 
 class EngineConfig(_Section):
-    """The vLLM engine: everything but the routed experts. ``options`` go to vLLM as they are."""
+    """The vLLM engine: everything but the routed experts. ``options`` go to vLLM as they are.
+
+    ``selector``: labels of the nodes that engines run on, in Ray's notation.
+    """
 
     replicas: Count = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    selector: dict[str, str] = {}
     threads: AutoCount = "auto"
     max_model_len: Count | None = None
     max_num_seqs: Count = 64
@@ -111,11 +115,15 @@ class ServerConfig(_Section):
 
 
 class RayConfig(_Section):
-    """Which Ray cluster to join, or ``local`` for one of this process's own."""
+    """Which Ray cluster to join, or ``local`` for one of this process's own.
+
+    ``controller_selector``: labels of the nodes that the controller may run on.
+    """
 
     address: RayAddress = "local"
     token_path: Name | None = None
     namespace: Name = "expertmesh"
+    controller_selector: dict[str, str] = {}
 
 
 class DataPlaneConfig(_Section):

@@ -292,6 +292,8 @@ class RouterSpec:
     ready_timeout_s: float
     http_host: str
     http_port: int
+    spread: bool = False
+    """Whether replicas run on several nodes, and reach each other between them."""
     holdout: str = ""
     """File of texts that versions on trial are compared by; "" for none."""
     capture: CaptureSettings | None = None

@@ -20,7 +20,7 @@ from rich.markup import escape
 from cluster.config import LoadedConfig, load_config
 from cluster.errors import ExpertmeshError
 from workloads.bench.chaos_cli import chaos_app
-from workloads.bench.cli import bench_app
+from workloads.bench.learn_cli import bench_app
 from workloads.console import console
 from workloads.k8s_commands import k8s_app
 from workloads.learn_bandit_commands import learn_app
@@ -110,6 +110,12 @@ def plan(
     dtype: Dtype = None,
     hosts: Hosts = None,
     address: Address = None,
+    ray_cluster: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="On the nodes of a RayCluster or RayService that `helm template` printed."
+        ),
+    ] = None,
 ) -> None:
     """Show which host would hold which experts; starts nothing of the mesh."""
     from cluster.ray_cluster import local_node
@@ -121,8 +127,13 @@ def plan(
     loaded = _load(config, model, dtype, hosts, address, {})
     with stages(err) as progress:
         checkpoint, dtype_name, name = open_model(loaded.config, progress)
-    if loaded.config.ray.address == "local":
-        nodes: tuple[Any, ...] = (local_node(),)
+    nodes: tuple[Any, ...]
+    if ray_cluster is not None:
+        from cluster.ray_cluster_manifest import read_nodes
+
+        nodes = read_nodes(ray_cluster)
+    elif loaded.config.ray.address == "local":
+        nodes = (local_node(),)
     else:
         from cluster.ray_cluster import connected
         from cluster.ray_cluster import nodes as cluster_nodes

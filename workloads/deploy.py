@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.cache_folder import cache_folder
@@ -18,7 +18,7 @@ from cluster.config import Config
 from cluster.deployment import Deployment, holding
 from cluster.errors import CheckpointError, PlacementError
 from cluster.frame import ITEM_BYTES
-from cluster.inventory import slots
+from cluster.inventory import matches, slots
 from cluster.live_versions import LiveVersions
 from cluster.messages import (
     AdminSettings,
@@ -51,7 +51,8 @@ class Blueprint:
     checkpoint: Checkpoint
     dtype: str
     served_name: str
-    engine_node: NodeInfo
+    engine_nodes: tuple[NodeInfo, ...]
+    """Those that engines may run on."""
     slots: tuple[HostSlot, ...]
     plan: Plan
     deployment: Deployment
@@ -73,9 +74,10 @@ def blueprint(
     """
     check_supported(checkpoint)
     counts = read_counts(config.placement.rules)
-    engine, reserved = engine_node(nodes, here), engine_memory(config, checkpoint, dtype)
+    engines = engine_nodes(nodes, config.engine.selector, here)
+    reserved = reserved_memory(config, checkpoint, dtype, engines)
     try:
-        chosen = slots(config.hosts, nodes, reserved_memory={engine.node_id: reserved})
+        chosen = slots(config.hosts, nodes, reserved_memory=reserved)
         placed = plan(
             checkpoint.moe_layers,
             chosen,
@@ -85,7 +87,7 @@ def blueprint(
             nodes=nodes,
         )
     except PlacementError as error:
-        if not reserved:
+        if not any(reserved.values()):
             raise
         raise PlacementError(
             f"{error.message}\n  {engine_needs(config, checkpoint, dtype)}",
@@ -104,7 +106,7 @@ def blueprint(
             {layer.index: layer.num_experts for layer in checkpoint.moe_layers},
         ),
         table.to_json(),
-        Limits({slot.host_id: selectors[slot.group] for slot in chosen}, {engine.node_id: reserved}),
+        Limits({slot.host_id: selectors[slot.group] for slot in chosen}, reserved),
         run=run,
         layers=checkpoint.moe_layers,
         item_bytes=ITEM_BYTES[dtype],
@@ -115,7 +117,7 @@ def blueprint(
         version_settings=version_settings(config),
         admin=admin_settings(config, checkpoint) if versions is not None else None,
     )
-    return Blueprint(checkpoint, dtype, served_name, engine, chosen, placed, deployment)
+    return Blueprint(checkpoint, dtype, served_name, engines, chosen, placed, deployment)
 
 
 def admin_settings(config: Config, checkpoint: Checkpoint) -> AdminSettings | None:
@@ -139,24 +141,45 @@ def check_supported(checkpoint: Checkpoint) -> None:
         )
 
 
-def engine_node(nodes: Sequence[NodeInfo], here: str = "") -> NodeInfo:
-    """The node that the engines run on: the one that `serve` was called on, if Ray may start anything there.
+def engine_nodes(
+    nodes: Sequence[NodeInfo], selector: Mapping[str, str], here: str = ""
+) -> tuple[NodeInfo, ...]:
+    """The nodes that engines may run on: those that match the selector, if there is one.
 
-    All of them on one node, where they share the server's port.
+    Without one all engines run on one node, where they share the server's port: the one that `serve` was called on,
+    if Ray may start anything there. PlacementError if there is none.
     """
     able = [node for node in nodes if node.cpus >= ENGINE_CPUS]
     if not able:
         raise PlacementError(
             "no node of the Ray cluster has a CPU for the engine", "start nodes with --num-cpus"
         )
-    return next((node for node in able if node.node_id == here), able[0])
+    if not selector:
+        return (next((node for node in able if node.node_id == here), able[0]),)
+    found = tuple(node for node in able if matches(selector, node.labels))
+    if not found:
+        wanted = ", ".join(f"{key}: {value}" for key, value in selector.items())
+        raise PlacementError(
+            f"no node with a CPU matches engine.selector {wanted}",
+            "label a node with `ray start --labels=...`, or leave the selector out",
+        )
+    return found
+
+
+def reserved_memory(
+    config: Config, checkpoint: Checkpoint, dtype: str, engines: Sequence[NodeInfo]
+) -> dict[str, int]:
+    """Bytes by node id that engines take, if they are spread evenly over the nodes they may run on."""
+    each = engine_memory(config, checkpoint, dtype)
+    most = -(-config.engine.replicas // len(engines))
+    return {node.node_id: most * each for node in engines}
 
 
 def engine_memory(config: Config, checkpoint: Checkpoint, dtype: str) -> int:
-    """Bytes that the engines take of their node's memory; none where they hold weights and KV cache on GPUs."""
+    """Bytes that one engine takes of its node's memory; none where it holds weights and KV cache on a GPU."""
     if config.engine.device == "cuda":
         return 0
-    return config.engine.replicas * (checkpoint.dense_bytes(dtype) + int(config.engine.kv_cache))
+    return checkpoint.dense_bytes(dtype) + int(config.engine.kv_cache)
 
 
 def engine_needs(config: Config, checkpoint: Checkpoint, dtype: str) -> str:
@@ -207,7 +230,8 @@ def host_specs(
 
 def router_spec(config: Config, print_: Blueprint) -> RouterSpec:
     """What the router replicas are told to be; they ask the controller for the table when they start."""
-    return router_spec_for(config, print_.checkpoint, print_.dtype, print_.served_name)
+    spec = router_spec_for(config, print_.checkpoint, print_.dtype, print_.served_name)
+    return replace(spec, spread=len(print_.engine_nodes) > 1)
 
 
 def capture_settings(config: Config, checkpoint: Checkpoint) -> CaptureSettings | None:

@@ -24,8 +24,8 @@ from cluster.learning.journal import ACCEPTED, Journal, LoopState, Phase, Round,
 from cluster.learning.records import Record
 from cluster.learning.reservoir import Reservoir
 from cluster.learning.stream import Stream
+from workloads.learn_judging import Judgement
 from workloads.learn_serving import Trialled
-from workloads.learn_workshop import Judgement
 
 # Servers that began anew in the middle of one trial, after which it is given up.
 _ATTEMPTS: Final = 3

@@ -15,7 +15,8 @@ import typer
 
 from cluster.config import Config
 from cluster.errors import LearningError
-from workloads.learn_commands import (
+from workloads.learn_commands import learn_app as learn_app
+from workloads.learn_parts import (
     StoreUrl,
     StreamUrl,
     configured,
@@ -25,7 +26,6 @@ from workloads.learn_commands import (
     ray_for_training,
     workshop_of,
 )
-from workloads.learn_commands import learn_app as learn_app
 from workloads.options import ConfigFile, Json, Model
 
 if TYPE_CHECKING:

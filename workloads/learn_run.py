@@ -19,7 +19,9 @@ from cluster.learning.reservoir import Reservoir
 from cluster.learning.split import holdout_of
 from cluster.learning.stream import Stream
 from workloads.learn_experts import ExpertChoice, Samples, domains_of, samples_for
-from workloads.learn_workshop import Lesson, Workshop
+from workloads.learn_judging import judge_learnt
+from workloads.learn_lesson import Lesson, choose
+from workloads.learn_workshop import Workshop
 
 if TYPE_CHECKING:
     from actors.expert_training import Trained
@@ -82,11 +84,11 @@ def learn(workshop: Workshop, material: Material, seed: int) -> Outcome:
     old = Reservoir(workshop.settings.reservoir, seed)
     old.add(record for records in samples.old.values() for record in records)
     samples = Samples(samples.domain, samples.new, old.kept)
-    lesson = workshop.choose(samples, parent, seed)
+    lesson = choose(workshop, samples, parent, seed)
     name = _name(workshop, lesson, parent, seed)
     job = workshop.begin(name, lesson, parent, seed)
     saved = workshop.train(name)
-    found = workshop.judge(job, saved, samples.domain, material.held, seed=seed)
+    found = judge_learnt(workshop, job, saved, samples.domain, material.held, seed=seed)
     workshop.files(name).discard()
     return Outcome(lesson.choice, found.trained_share, told(saved), found.verdict, found.manifest, job.clones)
 

@@ -14,9 +14,11 @@ from cluster.learning.reservoir import Reservoir
 from cluster.learning.split import fingerprint, holdout_of
 from cluster.learning.stream import Stream
 from workloads.learn_experts import Samples
+from workloads.learn_judging import Judgement, judge_learnt
+from workloads.learn_lesson import choose
 from workloads.learn_run import held_out, too_few
 from workloads.learn_serving import Serving, Trialled
-from workloads.learn_workshop import Judgement, Workshop
+from workloads.learn_workshop import Workshop
 
 
 @dataclass
@@ -54,7 +56,7 @@ class MeshWork:
             raise LearningError(f"no sample is left of the filters ({why or 'all are known'})")
         self.workshop.check_room()
         samples = Samples(now.domain, new, old)
-        lesson = self.workshop.choose(samples, now.parent, now.seed)
+        lesson = choose(self.workshop, samples, now.parent, now.seed)
         return len(self.workshop.begin(now.name, lesson, now.parent, now.seed).chosen)
 
     def train(self, now: Round) -> int:
@@ -75,8 +77,8 @@ class MeshWork:
         files = self.workshop.files(now.name)
         saved = files.kept()
         assert saved is not None, "the training has ended"
-        return self.workshop.judge(
-            files.job(), saved, now.domain, texts, seed=now.seed, created=round(now.began, 3)
+        return judge_learnt(
+            self.workshop, files.job(), saved, now.domain, texts, seed=now.seed, created=round(now.began, 3)
         )
 
     def stage(self, now: Round) -> None:

@@ -1,75 +1,40 @@
 """One round of learning, phase by phase: what `learn run` does once, and the loop again and again.
 
-1. choose     the experts that the new samples are about, by the version from which on is learnt
+1. choose     the experts that the new samples are about, by the version from which on is learnt (`learn_lesson`)
 2. begin      the job with its samples is put down: from here on it is that job, however often it is begun again
 3. train      here, or by Ray Train
-4. judge      bits per byte before and after, in the domain and in all others
+4. judge      bits per byte before and after, in the domain and in all others (`learn_judging`)
 5. publish    what passes, with the gate's numbers; nothing serves it yet
 """
 
 from __future__ import annotations
 
-import gc
-import random
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from cluster.checkpoint import Checkpoint
 from cluster.config_learning import LearningConfig
 from cluster.errors import LearningError
-from cluster.learning.judge import GateSettings, GateVerdict, Judged, imbalance, judge, touched
+from cluster.learning.judge import GateSettings
 from cluster.learning.needs import check_room, needs
-from cluster.learning.records import Record
 from cluster.messages import StoreAddress
 from cluster.versions.files import Files
-from cluster.versions.growth import routers
-from cluster.versions.publish import base_manifest, publish
+from cluster.versions.publish import base_manifest
 from cluster.versions.store import Store
-from workloads.learn_experts import ExpertChoice, Samples, clones_for, experts_for, unsure
+from workloads.learn_lesson import Lesson
 
 if TYPE_CHECKING:
-    import torch
-
-    from actors.bias_balance import BiasBalance
     from actors.distillation import TeacherSettings
-    from actors.expert_slices import ChosenExperts
     from actors.ray_training import Workers
-    from actors.trainable_version import Encode
     from actors.training_job import JobFiles, ReviewSettings, Saved, TrainingJob
     from actors.training_job import Progress as TrainingProgress
-    from actors.version_comparison import Comparison
 
 Progress = Callable[[str, float], None]
-CloneRows = Mapping[tuple[int, int], "torch.Tensor"]
-"""(Layer, expert) → the row of the router of its clone."""
 
 _PAUSE_S: Final = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """What a round is about."""
-
-    samples: Samples
-    """Those that are learnt: all of the new ones, or what the model is least sure of."""
-    choice: ExpertChoice
-    rows: CloneRows
-
-
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """What the gate says, and what of the model it is about."""
-
-    verdict: GateVerdict
-    trained_share: float
-    """Of the model's weights."""
-    manifest: str = ""
-    """Of the version that was published; "" where the gate did not let it through."""
 
 
 @dataclass(frozen=True)
@@ -148,57 +113,6 @@ class Workshop:
                     place = place.parent
                 check_room(found.disk, shutil.disk_usage(place).free, f"disk at {place}", "make room there")
 
-    def choose(self, samples: Samples, parent: str, seed: int) -> Lesson:
-        """The samples that are learnt, the experts that they are about, and rows of those that are to be cloned.
-
-        LearningError if there are none.
-        """
-        from actors.text_routing import expert_modules
-        from actors.trainable_version import open_encoder, open_version
-
-        self.progress("loading the model", 0.0)
-        model = open_version(self.checkpoint, self.store, self.own(parent))
-        wanted, encode = self.settings.training, open_encoder(self.checkpoint)
-        if wanted.select < 1:
-            new = unsure(model, encode, samples.new, wanted.select, self.progress)
-            samples = Samples(samples.domain, new, samples.old)
-        weights = sum(parameter.numel() for parameter in model.parameters())
-        largest = max(layout.expert_parameters for layout in self.checkpoint.layouts.values())
-        found = experts_for(
-            model,
-            encode,
-            samples,
-            reach=wanted.reach,
-            tokens=wanted.counted,
-            seed=seed,
-            progress=self.progress,
-            most=max(1, int(wanted.most * weights / largest)),
-        )
-        rows: CloneRows = {}
-        if wanted.clones:
-            sizes = {layer: int(module.num_experts) for layer, module in expert_modules(model).items()}
-
-            def room(layer: int) -> int:
-                return max(0, wanted.clones - sizes[layer] + self.checkpoint.layout(layer).num_experts)
-
-            rows = clones_for(model, encode, samples, found, room, tokens=wanted.counted, seed=seed)
-            rows = {which: self._rounded(which[0], row) for which, row in rows.items()}
-        del model
-        gc.collect()
-        if not found.chosen:
-            raise LearningError(
-                f"no expert is asked for {samples.domain} more than for what is known",
-                "it may be known already; or give more text of it",
-            )
-        return Lesson(samples, found, rows)
-
-    def _rounded(self, layer: int, row_H: torch.Tensor) -> torch.Tensor:
-        """As the checkpoint's dtype can hold it: what will serve."""
-        from actors.expert_slices import DTYPES
-
-        name = next(name for name, of in routers(self.checkpoint).items() if of == layer)
-        return row_H.to(DTYPES[self.checkpoint.tensors[name].dtype]).float()
-
     def begin(
         self,
         name: str,
@@ -262,130 +176,6 @@ class Workshop:
         files.keep(saved)
         return saved
 
-    def judge(
-        self,
-        job: TrainingJob,
-        saved: Saved,
-        domain: str,
-        held: Mapping[str, Sequence[Record]],
-        *,
-        seed: int,
-        created: float | None = None,
-    ) -> Judgement:
-        """What the gate says of what was learnt, which is published if it passes.
-
-        Published twice with the same `created` (seconds since 1970) it is the same version.
-        """
-        from actors.bias_balance import BiasBalance
-        from actors.router_review import reviewed
-        from actors.trainable_version import open_encoder
-        from actors.training_run import open_job
-
-        self.progress("the gate", 0.0)
-        encode = open_encoder(self.checkpoint)
-        judged = {name: self._for_gate(records, encode, seed) for name, records in held.items()}
-        model, chosen = open_job(job, self.files(job.name))
-        chosen.load(saved["training"]["masters"])
-        # What is judged is what will serve, and not what was still finer.
-        chosen.round_to(self.checkpoint)
-        before, biases = [chosen.as_before], None
-        if job.review is not None:
-            routers = reviewed(model, self.checkpoint, saved["review"])
-            biases = BiasBalance(model, 0.0)
-            biases.load(saved["biases"])
-            biases.round_to(self.checkpoint)
-            before += [routers.as_before, biases.as_before]
-        found, read = self._compared(model, _all_of(before), judged)
-        known = [read[name] for name in held if name != domain]
-        counts = [one.before for one in known], [one.after for one in known]
-        verdict = judge(
-            domain,
-            found,
-            self.gate,
-            # Of domains with as many tokens each, near enough.
-            divergence=sum(one.divergence for one in known) / max(1, len(known)),
-            imbalance=imbalance(*counts),
-            touched=touched(*counts, self.checkpoint.top_k),
-        )
-        share = chosen.share
-        manifest = ""
-        if verdict.passed:
-            manifest = self._publish(model, chosen, biases, job, domain, verdict, created)
-        del model, chosen, before, biases
-        gc.collect()
-        return Judgement(verdict, share, manifest)
-
-    def _publish(
-        self,
-        model: Any,
-        chosen: ChosenExperts,
-        biases: BiasBalance | None,
-        job: TrainingJob,
-        domain: str,
-        verdict: GateVerdict,
-        created: float | None,
-    ) -> str:
-        from safetensors.torch import save_file
-
-        from actors.router_review import router_tensors
-        from actors.text_routing import expert_modules
-
-        tensors = chosen.tensors(self.checkpoint)
-        routers = set(expert_modules(model)) if job.review else {layer for layer, _ in job.clones}
-        if routers:
-            tensors |= router_tensors(model, self.checkpoint, routers)
-        if biases is not None:
-            tensors |= biases.tensors(self.checkpoint)
-        with tempfile.TemporaryDirectory(prefix="expertmesh-learn-") as folder:
-            file = Path(folder) / "learnt.safetensors"
-            save_file(tensors, file)
-            return publish(
-                self.store,
-                self.checkpoint,
-                file,
-                parent=job.parent,
-                author=self.author,
-                reason=f"learnt {domain}",
-                metrics={**verdict.metrics, "trained_share": chosen.share},
-                created=created,
-            ).digest
-
-    def _for_gate(self, records: Sequence[Record], encode: Encode, seed: int) -> list[tuple[str, list[int]]]:
-        """Texts with their tokens."""
-        wanted = self.settings.gate
-        picked = random.Random(seed).sample(list(records), min(wanted.texts, len(records)))
-        found = [(record.text, encode(record.text)) for record in picked]
-        return [(text, tokens[: wanted.tokens]) for text, tokens in found if len(tokens) > 1]
-
-    def _compared(
-        self,
-        model: Any,
-        as_before: Callable[[], AbstractContextManager[None]],
-        judged: Mapping[str, Sequence[tuple[str, list[int]]]],
-    ) -> tuple[dict[str, list[Judged]], dict[str, Comparison]]:
-        """Every held-out text by the version before and by what was learnt, by domain."""
-        from actors.version_comparison import compare
-
-        count, done = sum(map(len, judged.values())), 0
-
-        def told() -> None:
-            nonlocal done
-            done += 1
-            self.progress("the gate", done / count)
-
-        read = {
-            name: compare(model, as_before, [tokens for _, tokens in texts], told)
-            for name, texts in judged.items()
-        }
-        found = {
-            name: [
-                Judged(len(text.encode()), *bits)
-                for (text, _), bits in zip(texts, read[name].bits, strict=True)
-            ]
-            for name, texts in judged.items()
-        }
-        return found, read
-
     def _made(self, fraction: float) -> None:
         """A step was made in this process, which waits where it is to."""
         self.progress("training", fraction)
@@ -445,16 +235,3 @@ def folder_bytes(folder: Path) -> int:
     if folder == Path():
         return 0
     return sum(file.stat().st_size for file in folder.expanduser().glob("*.safetensors"))
-
-
-def _all_of(
-    contexts: Sequence[Callable[[], AbstractContextManager[None]]],
-) -> Callable[[], AbstractContextManager[None]]:
-    @contextmanager
-    def entered() -> Iterator[None]:
-        with ExitStack() as stack:
-            for context in contexts:
-                stack.enter_context(context())
-            yield
-
-    return entered

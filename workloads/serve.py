@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import httpx
 import psutil
 
 from cluster.checkpoint import Checkpoint
-from cluster.config import Config
+from cluster.config import Config, RayConfig
 from cluster.errors import ConfigError, ExpertmeshError, HostError
 from cluster.ray_cluster import connected, here, nodes
 from workloads import run_file
@@ -36,19 +35,17 @@ from workloads.deploy import (
     blueprint,
     check_supported,
     choose_dtype,
-    router_spec,
     served_name,
 )
+from workloads.mesh_application import START_TIMEOUT_S, mesh_application
 from workloads.models.default_model import default_model
 from workloads.models.provenance import read_provenance
 from workloads.rehearse import rehearse
-from workloads.serve_options import replica_options
 from workloads.take_down import APP, take_down
 from workloads.version_store import first_version
 
 Progress = Callable[[str, float], None]
 
-_START_TIMEOUT_S = 900.0
 _POLL_S = 0.2
 
 
@@ -126,7 +123,7 @@ def serving(config: Config, progress: Progress) -> Iterator[Server]:
         with breakdown.stage("plan"):
             print_ = blueprint(config, checkpoint, dtype, name, nodes(), here(), versions)
         url = f"http://{_url_host(config, print_)}:{config.server.port}"
-        controller = _claim(config.ray.namespace, print_, stack)
+        controller = _claim(config.ray, print_, stack)
         _bring_up(config, print_, controller, breakdown, progress)
         wait_ready(url, breakdown, progress)
         breakdown.ended = time.monotonic()
@@ -157,11 +154,11 @@ def check_port(
             ) from error
 
 
-def _claim(namespace: str, print_: Blueprint, stack: contextlib.ExitStack) -> Any:
+def _claim(config: RayConfig, print_: Blueprint, stack: contextlib.ExitStack) -> Any:
     """The controller, told to start the hosts. HostError if another server has this cluster's namespace."""
     from actors import ray_controller
 
-    controller = ray_controller.get_or_start(namespace)
+    controller = ray_controller.get_or_start(config.namespace, config.controller_selector)
     running = _get(controller.deployment.remote())
     if running is not None:
         # Before the take-down is registered: what runs there is not ours to end.
@@ -169,7 +166,7 @@ def _claim(namespace: str, print_: Blueprint, stack: contextlib.ExitStack) -> An
             f"{running.served_name} is deployed on this cluster already",
             "end it with `expertmesh down` first, or choose another ray.namespace",
         )
-    stack.callback(take_down, namespace)
+    stack.callback(take_down, config.namespace)
     _get(controller.deploy.remote(print_.deployment))
     return controller
 
@@ -180,23 +177,10 @@ def _bring_up(
     from ray import serve
     from ray.serve.config import ProxyLocation
 
-    from actors import ray_controller
-    from actors.router_deployment import serve_application
-
-    namespace = config.ray.namespace
     with breakdown.stage("serve"):
         serve.start(proxy_location=ProxyLocation.Disabled)
     with breakdown.stage("engine and hosts"):
-        application = serve_application(
-            router_spec(config, print_),
-            partial(ray_controller.published_table, namespace, _START_TIMEOUT_S),
-            partial(ray_controller.next_table, namespace),
-            partial(ray_controller.report_traffic, namespace),
-            partial(ray_controller.experts_json, namespace),
-            partial(ray_controller.observe, namespace),
-            replicas=config.engine.replicas,
-            options=replica_options(config, print_.engine_node.node_id),
-        )
+        application = mesh_application(config, print_)
         target = serve.RunTarget(application, name=APP, route_prefix=None)
         serve.run_many(
             [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
@@ -206,7 +190,7 @@ def _bring_up(
 
 def _watch(serve: Any, controller: Any, progress: Progress) -> None:
     """Show hosts and engine coming up until the application runs; what fails is raised."""
-    deadline = time.monotonic() + _START_TIMEOUT_S
+    deadline = time.monotonic() + START_TIMEOUT_S
     loading = True
     while True:
         if loading:
@@ -244,7 +228,7 @@ def _cause(application: Any) -> str:
 
 def wait_ready(url: str, breakdown: Breakdown, progress: Progress) -> None:
     """Ask /ready until it says yes."""
-    deadline = time.monotonic() + _START_TIMEOUT_S
+    deadline = time.monotonic() + START_TIMEOUT_S
     with breakdown.stage("first token"), httpx.Client(timeout=5) as client:
         while True:
             progress("first token", 0.5)
@@ -297,7 +281,7 @@ def _get(reference: Any) -> Any:
     import ray
 
     try:
-        return ray.get(reference, timeout=_START_TIMEOUT_S)
+        return ray.get(reference, timeout=START_TIMEOUT_S)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ExpertmeshError):
             raise error.cause from None
@@ -314,14 +298,14 @@ def _admin_url(config: Config) -> str:
 
 def _url_host(config: Config, print_: Blueprint) -> str:
     """Where the server is reached from here. ConfigError if it would listen on another machine's loopback."""
-    host, node = config.server.host, print_.engine_node
+    host, node = config.server.host, print_.engine_nodes[0]
     remote = node.hostname != socket.gethostname()
     if host in ("0.0.0.0", "::"):
         return node.ip if remote else "127.0.0.1"
     if remote and (host == "localhost" or host.startswith("127.") or host == "::1"):
         raise ConfigError(
-            f"server.host {host} is not reached from here: the engine runs on {node.hostname}, since no node here "
-            "offers a CPU",
-            "start a node here with --num-cpus, or set server.host to an address and server.api_keys",
+            f"server.host {host} is not reached from here: the engine runs on {node.hostname}",
+            "start a node here with --num-cpus and the labels of engine.selector, or set server.host to an address "
+            "and server.api_keys",
         )
     return f"[{host}]" if ":" in host else host

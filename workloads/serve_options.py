@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.config import Config
 from workloads.deploy import ENGINE_CPUS, engine_environment
 
 
-def replica_options(config: Config, node_id: str) -> dict[str, Any]:
-    """Options of the router's deployment, whose replicas run on the node `node_id`."""
+def replica_options(config: Config, selector: Mapping[str, str]) -> dict[str, Any]:
+    """Options of the router's deployment, whose replicas run on nodes that match `selector`."""
     return {
         "ray_actor_options": {
             "num_cpus": ENGINE_CPUS,
-            "label_selector": {"ray.io/node-id": node_id},
+            "label_selector": dict(selector),
             "runtime_env": {"env_vars": engine_environment(config)},
         },
         # Requests are drained by `take_down`; what Serve itself would wait for is over by then.

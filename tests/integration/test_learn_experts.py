@@ -34,7 +34,7 @@ from cluster.versions.manifest import Manifest
 from cluster.versions.store import Store
 from tests.tiny_dense import make_tiny_dense
 from tests.tiny_models import make_tiny
-from workloads import cli, learn_workshop
+from workloads import cli, learn_judging
 from workloads.learn_run import held_out
 from workloads.models.upcycle import upcycle
 
@@ -196,7 +196,7 @@ def test_what_the_gate_stops_is_not_published_and_says_why(
     def stop(*args: Any, **more: Any) -> GateVerdict:
         return replace(judge(*args, **more), passed=False, reasons=("code: +3.00% bits per byte",))
 
-    monkeypatch.setattr(learn_workshop, "judge", stop)
+    monkeypatch.setattr(learn_judging, "judge", stop)
     small = ("run", "--domain", "law", "--steps", "2")
     made = json.loads(run(*small, "--json", code=1))
     assert not made["passed"] and made["manifest"] == "" and made["reasons"] == ["code: +3.00% bits per byte"]

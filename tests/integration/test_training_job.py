@@ -20,12 +20,14 @@ from actors.ray_training import Workers, run_on_ray
 from actors.training_job import JobFiles, Progress, ReviewSettings, Saved, TrainingJob, told
 from actors.training_rows import RowSettings
 from actors.training_run import run_here
+from cluster.auth import ensure_token
 from cluster.errors import LearningError
 from cluster.learning.records import Record
 from cluster.messages import StoreAddress
 from cluster.versions.files import Files
 from tests.e2e.programs import wait_for
 from tests.tiny_dense import make_tiny_dense
+from workloads.bench.ray_nodes import RayNodes, Worker
 from workloads.models.upcycle import upcycle
 
 pytestmark = pytest.mark.slow
@@ -209,3 +211,35 @@ def test_what_can_not_be_done_is_not_tried_again(ray_cluster: str, begin: Begin,
     begin("never", chosen=((7, 0),))
     with pytest.raises(LearningError, match="no expert 0 in layer 7"):
         run_on_ray("never", StoreAddress(str(tmp_path / "state")), Workers(), lambda progress: None)
+
+
+def test_a_node_that_joins_takes_part(begin: Begin, whole: Saved, tmp_path: Path) -> None:
+    files = begin("grows", review=REVIEW, parallel="experts")
+    files.pause(True)
+    token = tmp_path / "token"
+    ensure_token(token)
+    nodes = RayNodes(token, [Worker("a")], {"OMP_NUM_THREADS": "1"})
+    driver = None
+    try:
+        nodes.start(head_cpus=0)
+        here = [sys.executable, "-m", "tests.integration.training_driver"]
+        numbers = ("1", "2", "1", "1")
+        driver = subprocess.Popen(
+            [*here, nodes.address, str(token), str(tmp_path / "state"), "grows", *numbers],
+            env=nodes.environment,
+        )
+        wait_for(lambda: checkpoints(tmp_path, "grows"), START_S, "the first state")
+        first = files.progress()
+        assert first is not None and first.workers == 1
+        nodes.join(Worker("b"))
+        wait_for(lambda: (now := files.progress()) and now.workers == 2, START_S, "the second worker")
+        files.pause(False)
+        assert driver.wait(START_S) == 0
+    finally:
+        if driver is not None:
+            driver.kill()
+            driver.wait(30)
+        nodes.close()
+    saved, last = files.kept(), files.progress()
+    assert saved is not None and last is not None and last.workers == 2
+    same(saved, whole)

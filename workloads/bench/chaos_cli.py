@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from workloads.bench.cli import Check, JsonFile
+from workloads.bench.command_parts import Check, JsonFile
 from workloads.console import console
 
 chaos_app = typer.Typer(help="Faults on purpose, and what clients see of them.", no_args_is_help=True)

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -35,6 +35,10 @@ _NODE = "EXPERTMESH_RAY_NODE"
 _START_S = 120.0
 _END_S = 20.0
 _POLL_S = 0.1
+# Ray gives a node 30 seconds to be seen in the control plane, and no setting changes that; on a machine under load
+# one was not, once in some hundred starts.
+_STARTS = 2
+_TOO_BUSY = "The current node timed out during startup"
 _OBJECT_STORE_BYTES = 80 * 2**20
 # 1 is PR_SET_PDEATHSIG: a node ends with the program that started it, however that ends. Ray has its own
 # processes end with `ray start --block` in the same way.
@@ -46,10 +50,14 @@ _RAY = (
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A node beside the head; its label is ``zone=<name>``."""
+    """A node beside the head."""
 
     name: str
     cpus: int = 1
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """``zone=<name>`` if there are none."""
+    memory_bytes: int = 0
+    """What Ray may give out; 0 for what the machine has."""
     namespace: bool = False
     """Whether it gets a network namespace of its own, so that it can be cut off."""
     before: tuple[str, ...] = ()
@@ -84,7 +92,9 @@ class RayNodes:
             niceness.RAY_VARIABLE: niceness.of_workers(),
         }
 
-    def start(self, *, head_cpus: int, persistent: bool = False) -> None:
+    def start(
+        self, *, head_cpus: int, persistent: bool = False, head_labels: Mapping[str, str] | None = None
+    ) -> None:
         """Start the head and then every worker. HostError with Ray's words if one does not start, ExpertmeshError
         if a worker is to have a network namespace and there can be none.
 
@@ -101,7 +111,17 @@ class RayNodes:
         self._start(
             HEAD,
             (ip, ()),
-            ["--head", f"--port={port}", f"--num-cpus={head_cpus}", "--include-dashboard=false"],
+            [
+                "--head",
+                f"--port={port}",
+                f"--num-cpus={head_cpus}",
+                "--include-dashboard=false",
+                *(
+                    [f"--labels={','.join(f'{k}={v}' for k, v in head_labels.items())}"]
+                    if head_labels
+                    else ()
+                ),
+            ],
             store,
         )
         self.start_workers()
@@ -110,16 +130,27 @@ class RayNodes:
         """Start the workers that do not run: all at first, later those that were killed."""
         for worker in self._workers.values():
             if not self.processes(worker.name):
+                labels = worker.labels or {"zone": worker.name}
                 self._start(
                     worker.name,
                     self._place(worker),
                     [
                         f"--address={self.address}",
                         f"--num-cpus={worker.cpus}",
-                        f"--labels=zone={worker.name}",
+                        f"--labels={','.join(f'{key}={value}' for key, value in labels.items())}",
+                        *([f"--memory={worker.memory_bytes}"] if worker.memory_bytes else ()),
                     ],
                     {},
                 )
+
+    def join(self, worker: Worker) -> None:
+        """One worker more."""
+        self._workers[worker.name] = worker
+        self.start_workers()
+
+    def ip(self, node: str) -> str:
+        """The address of a worker that was started."""
+        return self._places[node][0]
 
     def processes(self, node: str) -> list[psutil.Process]:
         """All of a node that lives."""
@@ -222,10 +253,26 @@ class RayNodes:
         arguments: Sequence[str],
         environment: Mapping[str, str],
     ) -> None:
+        for left in reversed(range(_STARTS)):
+            self._started[name] = self._launch(name, place, arguments, environment)
+            told = self._started_or_told(name)
+            if told is None:
+                return
+            kill_all(functools.partial(self.processes, name), _END_S)
+            if not left or _TOO_BUSY not in told:
+                raise HostError(f"Ray's node {name} did not start:\n{told.strip()[-2000:]}")
+
+    def _launch(
+        self,
+        name: str,
+        place: tuple[str, Sequence[str]],
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+    ) -> subprocess.Popen[bytes]:
         ip, prefix = place
         ports = [free_port() for _ in range(4)]
         with self._log(name).open("wb") as out:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 [
                     *prefix,
                     *(sys.executable, "-c", _RAY, "start"),
@@ -244,14 +291,17 @@ class RayNodes:
                 env={**self.environment, **environment, _NODE: f"{self._folder}:{name}"},
                 start_new_session=True,
             )
-        self._started[name] = process
+
+    def _started_or_told(self, name: str) -> str | None:
+        """Wait until a node has started: None then, and what it said if it has ended instead."""
         deadline = time.monotonic() + _START_S
         while "Ray runtime started" not in (told := self._log(name).read_text(errors="replace")):
-            if process.poll() is not None:
-                raise HostError(f"Ray's node {name} did not start:\n{told.strip()[-2000:]}")
+            if self._started[name].poll() is not None:
+                return told
             if time.monotonic() > deadline:
-                raise HostError(f"Ray's node {name} did not start within {_START_S:.0f} s")
+                return f"not within {_START_S:.0f} s\n{told}"
             time.sleep(_POLL_S)
+        return None
 
     def control_plane_pid(self) -> int:
         """The process that `kill_control_plane` kills; HostError if it does not run."""

@@ -29,7 +29,7 @@ class Replica:
 
     def __init__(self) -> None:
         self.inner, self.outer = HttpServer("127.0.0.1", 0), HttpServer("127.0.0.1", 0)
-        self.name = engine_name("r", self.inner.port)
+        self.name = engine_name("r", "127.0.0.1", self.inner.port)
         self.pins, self.neighbours = Pins(self.name), Neighbours(lambda: KEY)
         self.left, self.go = asyncio.Event(), asyncio.Event()
         self.go.set()

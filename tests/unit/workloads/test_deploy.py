@@ -23,7 +23,7 @@ from workloads.deploy import (
     choose_dtype,
     engine_environment,
     engine_memory,
-    engine_node,
+    engine_nodes,
     router_spec,
     served_name,
 )
@@ -133,9 +133,10 @@ def test_experts_that_do_not_fit_are_refused_with_the_number(checkpoint: Checkpo
 def test_memory_is_kept_for_the_engines_on_their_node(checkpoint: Checkpoint) -> None:
     settings = config(hosts=[{"count": 2}], engine={"kv_cache": "512MiB", "replicas": 3})
     dense = checkpoint.dense_bytes("float32")
-    taken = 3 * (GIB // 2 + dense)
-    assert engine_memory(settings, checkpoint, "float32") == taken
-    assert engine_memory(settings, checkpoint, "bfloat16") == 3 * (GIB // 2 + dense // 2)
+    each = GIB // 2 + dense
+    assert engine_memory(settings, checkpoint, "float32") == each
+    assert engine_memory(settings, checkpoint, "bfloat16") == GIB // 2 + dense // 2
+    taken = 3 * each
     left = planned(settings, checkpoint, 2).slots
     memory = {slot.node_id: slot.memory_bytes for slot in left}
     assert memory == {"n0": int((4 * GIB - taken) * 0.8), "n1": int(4 * GIB * 0.8)}
@@ -144,10 +145,25 @@ def test_memory_is_kept_for_the_engines_on_their_node(checkpoint: Checkpoint) ->
 def test_the_engine_runs_where_it_is_asked_for_if_it_may() -> None:
     bare = NodeInfo("bare", "10.0.0.9", "head", cpus=0, gpus=0, memory_bytes=GIB)
     two = nodes(2)
-    assert engine_node(two, "n1").node_id == "n1"
-    assert engine_node((bare, *two), "bare").node_id == "n0"
+    assert engine_nodes(two, {}, "n1") == two[1:]
+    assert engine_nodes((bare, *two), {}, "bare") == two[:1]
     with pytest.raises(PlacementError, match="CPU"):
-        engine_node((bare,), "bare")
+        engine_nodes((bare,), {}, "bare")
+
+
+def test_engines_run_on_the_nodes_that_their_selector_names() -> None:
+    labelled = tuple(replace(node, labels={"role": role}) for node, role in zip(nodes(3), "abb", strict=True))
+    assert engine_nodes(labelled, {"role": "b"}, "n0") == labelled[1:]
+    with pytest.raises(PlacementError, match=r"matches engine\.selector role: c"):
+        engine_nodes(labelled, {"role": "c"})
+
+
+def test_memory_is_kept_on_every_node_that_engines_may_come_to(checkpoint: Checkpoint) -> None:
+    settings = config(engine={"kv_cache": "512MiB", "replicas": 3, "selector": {"role": "!x"}})
+    made = planned(settings, checkpoint, 2)
+    each = engine_memory(settings, checkpoint, "float32")
+    # At most two of three on one of them.
+    assert made.deployment.limits.reserved_bytes == {"n0": 2 * each, "n1": 2 * each}
 
 
 def test_an_engine_on_a_gpu_takes_no_memory_of_its_node(checkpoint: Checkpoint) -> None:
@@ -288,7 +304,9 @@ def test_a_moved_host_keeps_to_its_groups_nodes_and_off_the_engines_memory(check
     made = planned(settings, checkpoint, 2)
     limits = made.deployment.limits
     assert limits.selectors == {"a-0": {}, "b-0": {"zone": "!x"}}
-    assert limits.reserved_bytes == {made.engine_node.node_id: engine_memory(settings, checkpoint, "float32")}
+    assert limits.reserved_bytes == {
+        made.engine_nodes[0].node_id: engine_memory(settings, checkpoint, "float32")
+    }
 
 
 def test_the_engine_is_told_what_to_do_without_a_replica(checkpoint: Checkpoint) -> None:

@@ -20,10 +20,10 @@ from cluster.learning.reservoir import Reservoir
 from cluster.learning.split import holdout_of
 from cluster.learning.stream import Stream
 from cluster.versions.files import Files
+from workloads.learn_judging import Judgement
 from workloads.learn_loop import Loop
 from workloads.learn_serving import Pausing, Trialled
 from workloads.learn_work import in_turn
-from workloads.learn_workshop import Judgement
 
 
 class Killed(BaseException):
