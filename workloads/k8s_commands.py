@@ -27,7 +27,7 @@ DIFFERENT: Final = 1
 MISTAKE: Final = 2
 
 Charts = Annotated[
-    list[str] | None, typer.Argument(help="serve, learn, operator (default: all three).", show_default=False)
+    list[str] | None, typer.Argument(help="serve, learn, operator (default: all).", show_default=False)
 ]
 Overlay = Annotated[
     str | None, typer.Option("--overlay", "-o", help="Values of k8s/overlays: dev, gpu or mixed.")
@@ -68,7 +68,7 @@ def render(
     from workloads.k8s_render import sources, written
 
     root = sources(source)
-    wanted = _wanted(charts, overlay, values, sets, release, namespace, kube_version)
+    wanted = _wanted(root, charts, overlay, values, sets, release, namespace, kube_version)
     texts = {one.chart: rendered(root, one) for one in wanted}
     if output is None:
         print("".join(texts.values()), end="")
@@ -115,7 +115,7 @@ def _print_changes(
     from workloads.k8s_render import render as rendered
 
     root = sources(source)
-    wanted = _wanted(charts, overlay, values, sets, release, namespace, None)
+    wanted = _wanted(root, charts, overlay, values, sets, release, namespace, None)
     texts = [(one, rendered(root, one)) for one in wanted]
     api, count = _connected(kubeconfig, context), 0
     for one, text in texts:
@@ -198,6 +198,7 @@ def submit(
 
 
 def _wanted(
+    root: Path,
     charts: list[str] | None,
     overlay: str | None,
     values: list[Path] | None,
@@ -209,7 +210,7 @@ def _wanted(
     """What is to be rendered. HelmError for what does not go together."""
     from workloads.k8s_render import CHARTS, NAMESPACE, HelmError, Wanted
 
-    names = charts or list(CHARTS)
+    names = charts or [one for one in CHARTS if (root / "helm" / f"expertmesh-{one}").is_dir()]
     for name in names:
         if name not in CHARTS:
             raise HelmError(f"there is no chart {name}", f"charts are {', '.join(CHARTS)}")
