@@ -26,7 +26,7 @@ from workloads.k8s_commands import k8s_app
 from workloads.learn_bandit_commands import learn_app
 from workloads.live_version_commands import versions_app
 from workloads.models.cli import model_app
-from workloads.options import ConfigFile
+from workloads.options import ConfigFile, Json
 
 app = typer.Typer(
     name="expertmesh",
@@ -116,10 +116,11 @@ def plan(
             metavar="FILE", help="On the nodes of a RayCluster or RayService that `helm template` printed."
         ),
     ] = None,
+    json_: Json = False,
 ) -> None:
     """Show which host would hold which experts; starts nothing of the mesh."""
     from cluster.ray_cluster import local_node
-    from workloads.config_view import plan_table
+    from workloads.config_view import plan_json, plan_table
     from workloads.deploy import blueprint, engine_memory, engine_needs
     from workloads.progress import stages
     from workloads.serve import open_model
@@ -141,6 +142,9 @@ def plan(
         with connected(loaded.config.ray):
             nodes = cluster_nodes()
     placed = blueprint(loaded.config, checkpoint, dtype_name, name, nodes)
+    if json_:
+        print(json.dumps(plan_json(placed.plan, placed.slots, nodes), indent=2))
+        return
     out.print(plan_table(placed.plan, placed.slots, nodes))
     if engine_memory(loaded.config, checkpoint, dtype_name):
         out.print(engine_needs(loaded.config, checkpoint, dtype_name), highlight=False)

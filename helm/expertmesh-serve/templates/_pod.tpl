@@ -25,11 +25,7 @@ spec:
   terminationGracePeriodSeconds: {{ int .group.terminationGracePeriodSeconds }}
   securityContext:
     runAsNonRoot: true
-    {{- range $key := list "runAsUser" "runAsGroup" "fsGroup" }}
-    {{- if not (kindIs "invalid" (get $v.securityContext $key)) }}
-    {{ $key }}: {{ int64 (get $v.securityContext $key) }}
-    {{- end }}
-    {{- end }}
+    {{- include "expertmesh.users" (dict "root" $root "keys" (list "runAsUser" "runAsGroup" "fsGroup")) | nindent 4 }}
     fsGroupChangePolicy: OnRootMismatch
     seccompProfile: {type: RuntimeDefault}
   {{- with $v.image.pullSecrets }}
@@ -124,6 +120,18 @@ expertmesh.io/group: {{ .name }}
 {{- $spread = append $spread (merge (dict) . (dict "labelSelector" $selector)) -}}
 {{- end -}}
 {{- with $spread -}}{{- toYaml . -}}{{- end -}}
+{{- end -}}
+
+{{/* Those of securityContext's keys that are given: what is null is left to the cluster. */}}
+{{- define "expertmesh.users" -}}
+{{- $users := dict -}}
+{{- range $key := .keys -}}
+{{- /* Not `get`, which makes "" of what is missing, and so user 0. */ -}}
+{{- with index $.root.Values.securityContext $key -}}
+{{- $_ := set $users $key (int64 .) -}}
+{{- end -}}
+{{- end -}}
+{{- with $users -}}{{- toYaml . -}}{{- end -}}
 {{- end -}}
 
 {{- define "expertmesh.containerSecurity" -}}
