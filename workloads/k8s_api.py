@@ -12,7 +12,6 @@ import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
-from urllib.request import proxy_bypass_environment
 
 import httpx
 
@@ -174,7 +173,8 @@ def _http_client(settings: Any) -> httpx.Client:
 def proxy_for(server: str, proxy: str | None, no_proxy: str | None) -> str | None:
     """The proxy through which a server is asked; None where it is asked itself."""
     host = httpx.URL(server).host
-    bypassed = no_proxy and proxy_bypass_environment(host, {"no": no_proxy})
+    past = [entry.strip().lstrip(".") for entry in (no_proxy or "").split(",") if entry.strip()]
+    bypassed = any(entry in ("*", host) or host.endswith(f".{entry}") for entry in past)
     return None if not proxy or bypassed else proxy
 
 
