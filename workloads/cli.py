@@ -22,6 +22,7 @@ from cluster.errors import ExpertmeshError
 from workloads.bench.chaos_cli import chaos_app
 from workloads.bench.learn_cli import bench_app
 from workloads.console import console
+from workloads.k8s_commands import k8s_app
 from workloads.learn_bandit_commands import learn_app
 from workloads.live_version_commands import versions_app
 from workloads.models.cli import model_app
@@ -41,6 +42,7 @@ app.add_typer(versions_app, name="versions")
 app.add_typer(learn_app, name="learn")
 app.add_typer(bench_app, name="bench")
 app.add_typer(chaos_app, name="chaos")
+app.add_typer(k8s_app, name="k8s")
 
 out = console()
 err = Console(stderr=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tests.charts.helm import Object
+from tests.charts.helm import Object, load_objects
 from tests.charts.kubernetes_schemas import pod_templates
 
 
@@ -28,7 +28,15 @@ class Pod:
 
 def pods(objects: Sequence[Object]) -> list[Pod]:
     """All there would be, of Ray's groups and others, each with its labels as KubeRay merges them."""
-    return [pod for item in objects for pod in _pods(item)]
+    return [pod for item in (*objects, *kept(objects)) for pod in _pods(item)]
+
+
+def kept(objects: Sequence[Object]) -> Iterator[Object]:
+    """Objects of KubeRay's that are kept in ConfigMaps, to be made later."""
+    for item in objects:
+        for text in (item.get("data") or {}).values() if item["kind"] == "ConfigMap" else ():
+            if "apiVersion: ray.io/v1" in text:
+                yield from load_objects(text)
 
 
 def _pods(item: Object) -> Iterator[Pod]:
