@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: setup serve test unit integration lint clean
+.PHONY: setup serve test unit integration lint render clean
 
 setup: $(STAMP)
 
@@ -47,6 +47,10 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# What the charts make of each overlay, to be committed with what it follows from; needs helm and kubectl.
+render: setup
+	k8s/render.sh
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -6,9 +6,10 @@ Shape suffixes: T = tokens, V = vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,10 @@ from actors.text_routing import counted
 
 Choices = Mapping[int, Sequence[int]]
 """Layer index → how often each of its experts was chosen."""
+
+# Of what the version before says of texts, kept while the other reads them: to go from one version to the other
+# moves all weights that were trained, which for short texts takes as long as reading them.
+_AT_ONCE_BYTES: Final = 512 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +38,7 @@ class Comparison:
 
 
 def compare(
-    model: nn.Module,
+    model: Any,
     as_before: Callable[[], AbstractContextManager[None]],
     texts: Sequence[Sequence[int]],
     told: Callable[[], None] = lambda: None,
@@ -42,14 +47,27 @@ def compare(
     bits, nats = [], 0.0
     with torch.inference_mode():
         before, after = _nothing(model), _nothing(model)
-        for tokens in texts:
+        for together in _batches(texts, _AT_ONCE_BYTES // (4 * model.get_input_embeddings().num_embeddings)):
             with as_before():
-                before_TV = _read(model, tokens, before)
-            now_TV = _read(model, tokens, after)
-            bits.append((_bits(before_TV, tokens), _bits(now_TV, tokens)))
-            nats += F.kl_div(now_TV, before_TV, log_target=True, reduction="sum").item()
-            told()
+                read = [_read(model, tokens, before) for tokens in together]
+            for tokens, before_TV in zip(together, read, strict=True):
+                now_TV = _read(model, tokens, after)
+                bits.append((_bits(before_TV, tokens), _bits(now_TV, tokens)))
+                nats += F.kl_div(now_TV, before_TV, log_target=True, reduction="sum").item()
+                told()
     return Comparison(tuple(bits), nats / max(1, sum(map(len, texts))), _as_lists(before), _as_lists(after))
+
+
+def _batches(texts: Sequence[Sequence[int]], tokens: int) -> Iterator[list[Sequence[int]]]:
+    """One text after the other, as many together as have so many tokens at most; one at least."""
+    found: list[Sequence[int]] = []
+    for text in texts:
+        if found and sum(map(len, found)) + len(text) > tokens:
+            yield found
+            found = []
+        found.append(text)
+    if found:
+        yield found
 
 
 def bits_of(model: nn.Module, tokens: Sequence[int]) -> float:

@@ -22,11 +22,12 @@ from cluster.errors import ExpertmeshError
 from workloads.bench.chaos_cli import chaos_app
 from workloads.bench.learn_cli import bench_app
 from workloads.console import console
+from workloads.k8s_commands import k8s_app
 from workloads.learn_bandit_commands import learn_app
 from workloads.live_version_commands import versions_app
 from workloads.models.cli import model_app
 from workloads.operator import operator
-from workloads.options import ConfigFile
+from workloads.options import ConfigFile, Json
 
 app = typer.Typer(
     name="expertmesh",
@@ -42,6 +43,7 @@ app.add_typer(versions_app, name="versions")
 app.add_typer(learn_app, name="learn")
 app.add_typer(bench_app, name="bench")
 app.add_typer(chaos_app, name="chaos")
+app.add_typer(k8s_app, name="k8s")
 app.command()(operator)
 
 out = console()
@@ -116,10 +118,11 @@ def plan(
             metavar="FILE", help="On the nodes of a RayCluster or RayService that `helm template` printed."
         ),
     ] = None,
+    json_: Json = False,
 ) -> None:
     """Show which host would hold which experts; starts nothing of the mesh."""
     from cluster.ray_cluster import local_node
-    from workloads.config_view import plan_table
+    from workloads.config_view import plan_json, plan_table
     from workloads.deploy import blueprint, engine_memory, engine_needs
     from workloads.progress import stages
     from workloads.serve import open_model
@@ -141,6 +144,9 @@ def plan(
         with connected(loaded.config.ray):
             nodes = cluster_nodes()
     placed = blueprint(loaded.config, checkpoint, dtype_name, name, nodes)
+    if json_:
+        print(json.dumps(plan_json(placed.plan, placed.slots, nodes), indent=2))
+        return
     out.print(plan_table(placed.plan, placed.slots, nodes))
     if engine_memory(loaded.config, checkpoint, dtype_name):
         out.print(engine_needs(loaded.config, checkpoint, dtype_name), highlight=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from pydantic import ByteSize, SecretStr
 from rich.table import Table
@@ -71,6 +71,24 @@ def plan_table(plan: Plan, slots: Sequence[HostSlot], nodes: Sequence[NodeInfo])
         used_share,
     )
     return table
+
+
+def plan_json(plan: Plan, slots: Sequence[HostSlot], nodes: Sequence[NodeInfo]) -> dict[str, Any]:
+    """The same for a program; `bytes` of weights and of what the host may hold."""
+    hostnames, sizes = {node.node_id: node.hostname for node in nodes}, plan.bytes_by_host
+    return {
+        "hosts": {
+            slot.host_id: {
+                "node": hostnames.get(slot.node_id) or slot.node_id,
+                "device": slot.device,
+                "threads": slot.threads,
+                "bytes": sizes[slot.host_id],
+                "limit_bytes": slot.memory_bytes,
+                "experts": {layer: list(held) for layer, held in plan.assignments[slot.host_id].items()},
+            }
+            for slot in slots
+        }
+    }
 
 
 def show_value(value: object) -> str:

@@ -187,12 +187,22 @@ def beside(
         with ray_for_training(config):
             yield None, lambda: False, ""
         return
-    try:
-        with running_controller(config, url) as controller:
-            found = None if publish_only else Serving(controller)
-            yield found, pausing(controller.url), controller.url
-    except NotRunningError as error:
-        raise ExpertmeshError(error.message, "start a server, or learn with --publish-only") from error
+    with contextlib.ExitStack() as held:
+        controller = None
+        try:
+            controller = held.enter_context(running_controller(config, url))
+        except NotRunningError as error:
+            if not publish_only or url is not None:
+                raise ExpertmeshError(
+                    error.message, "start a server, or learn with --publish-only"
+                ) from error
+        if controller is None:
+            # A cluster that is there for learning alone, such as a RayJob's, has no server.
+            held.enter_context(ray_for_training(config))
+            yield None, lambda: False, ""
+            return
+        found = None if publish_only else Serving(controller)
+        yield found, pausing(controller.url), controller.url
 
 
 def _unhurried(shown: Progress, teller: Progress, pausing: Callable[[], bool]) -> Progress:

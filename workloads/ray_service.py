@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import structlog
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.config import Config, load_config
 from cluster.deployment import Deployment
-from cluster.errors import HostError
+from cluster.errors import ConfigError, HostError
 from cluster.inventory import matches
 from cluster.messages import NodeInfo
 from workloads.deploy import blueprint, check_supported
@@ -45,13 +45,14 @@ class Arguments(BaseModel):
     """How long to wait for a node per host, before hosts are laid onto those that are there."""
 
 
-def application(arguments: Arguments) -> Any:
+def application(args: dict[str, Any]) -> Any:
     """The router's application, after controller and hosts were started on the cluster that this is called in.
 
     Serve shows the ExpertmeshError of what can't be in the application's message.
     """
     from cluster.ray_cluster import here, nodes
 
+    arguments = read_arguments(args)
     config = load_config(arguments.config, {}, os.environ).config
     checkpoint, dtype, name = open_model(config, lambda what, share: log.info(what, share=round(share, 2)))
     check_supported(checkpoint)
@@ -60,6 +61,18 @@ def application(arguments: Arguments) -> Any:
     print_ = blueprint(config, checkpoint, dtype, name, nodes(), here(), versions)
     _deploy(config, print_.deployment)
     return mesh_application(config, print_)
+
+
+def read_arguments(args: Mapping[str, Any]) -> Arguments:
+    """ConfigError that names what is wrong."""
+    try:
+        return Arguments.model_validate(args)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise ConfigError(
+            f"args of the application in serveConfigV2: {wrong}",
+            "give args: {config: /etc/expertmesh/expertmesh.yaml}",
+        ) from None
 
 
 def lacking(config: Config, nodes: Sequence[NodeInfo]) -> Mapping[str, int]:

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -29,7 +30,30 @@ def main(address: str, token: str, file: str, timeout_s: str) -> None:
             if application.status in ("RUNNING", "DEPLOY_FAILED") or time.monotonic() > deadline:
                 break
             time.sleep(0.2)
-        print(json.dumps({"status": application.status, "message": application.message}))
+        messages = [application.message, *(one.message for one in application.deployments.values())]
+        told = {"status": application.status, "message": "\n".join(messages), "hosts": _hosts()}
+        print(json.dumps(told))
+
+
+def _hosts() -> dict[str, dict[str, Any]]:
+    """Of what is deployed: each host's experts and its node's labels, as the controller has them."""
+    import ray
+
+    from actors import ray_controller
+    from cluster.ray_cluster import nodes
+
+    controller = ray_controller.find(RayConfig().namespace)
+    deployment = None if controller is None else ray.get(controller.deployment.remote(), timeout=60)
+    labels = {node.node_id: dict(node.labels) for node in nodes()}
+    return {
+        spec.host_id: {
+            "experts": {str(layer): list(held) for layer, held in spec.experts.items()},
+            "group": labels[spec.node_id].get("expertmesh.io/group"),
+            "threads": spec.threads,
+            "node": spec.node_id,
+        }
+        for spec in (deployment.hosts if deployment is not None else ())
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The mesh as KubeRay runs it, without KubeRay: nodes with the charts' labels, and Serve given a file to deploy.
+"""The mesh as KubeRay runs it, without KubeRay: a node for each pod of a rendered chart, with its labels and
+resources, and Serve given the chart's file to deploy.
 
 The head has no CPUs, engines run on nodes of their own, and hosts one on each node.
 """
@@ -19,7 +20,9 @@ import psutil
 import pytest
 import yaml
 
-from tests.e2e.programs import free_port, settings, wait_for
+from cluster.ray_cluster_manifest import read_nodes
+from tests.charts.helm import Helm, load_objects, of_kind, one
+from tests.e2e.programs import free_port, run, wait_for
 from tests.integration.test_nodes import greedy
 from tests.tiny_dense import make_tiny_dense
 from workloads.bench.ray_nodes import HEAD, RayNodes, Worker
@@ -28,6 +31,22 @@ from workloads.models.upcycle import upcycle
 pytestmark = pytest.mark.slow
 
 KEY = "k-of-the-test"
+HOSTS = ("fast-0", "fast-1", "slow-0")
+
+
+VALUES: dict[str, Any] = {
+    "keys": {"existingSecret": "keys"},
+    "config": {
+        "model": {"name": "tiny"},
+        "engine": {"enforce_eager": True, "max_model_len": 512, "kv_cache": "64MiB", "max_num_seqs": 16},
+    },
+    "router": {"resources": {"limits": {"cpu": "1", "memory": "4Gi"}}},
+    "hostGroups": [
+        {"name": "fast", "replicas": 2, "resources": {"limits": {"cpu": "2", "memory": "1Gi"}}},
+        {"name": "slow", "replicas": 1, "resources": {"limits": {"cpu": "1", "memory": "1Gi"}}},
+    ],
+}
+"""A router's pod, and three of unequal hosts."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +56,17 @@ class Mesh:
     nodes: RayNodes
     token: Path
     folder: Path
+    manifests: Path
     serve_config: dict[str, Any]
+    config: dict[str, Any]
+    """What the chart makes of the values, with ports and folders of this machine's."""
     model: Path
-    port: int
-    admin_port: int
 
-    def deploy(self, timeout_s: float = 240, **arguments: Any) -> dict[str, str]:
+    @property
+    def port(self) -> int:
+        return self.config["server"]["port"]
+
+    def deploy(self, timeout_s: float = 240, **arguments: Any) -> dict[str, Any]:
         (application,) = self.serve_config["applications"]
         changed = {**application, "args": {**application["args"], **arguments}}
         file = self.folder / "serve.yaml"
@@ -61,21 +85,8 @@ class Mesh:
         return json.loads(told.stdout.splitlines()[-1])
 
     def write(self, name: str, **sections: Any) -> Path:
-        config = settings(
-            self.model,
-            self.port,
-            engine={"selector": {"expertmesh.io/role": "router"}},
-            hosts=[
-                {"name": group, "threads": 1, "count": count, "selector": {"expertmesh.io/group": group}}
-                for group, count in (("fast", 2), ("slow", 1))
-            ],
-            server={"host": "0.0.0.0", "api_keys": ["env:EXPERTMESH_API_KEY"]},
-            ray={"address": "auto", "controller_selector": {"expertmesh.io/role": "head"}},
-            admin={"port": self.admin_port},
-            **sections,
-        )
         file = self.folder / name
-        file.write_text(yaml.safe_dump(config))
+        file.write_text(yaml.safe_dump({**self.config, **sections}))
         return file
 
 
@@ -85,52 +96,71 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
-    dense = make_tiny_dense(folder / "dense", num_attention_heads=2, num_key_value_heads=1)
+    dense = make_tiny_dense(
+        folder / "dense", num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024
+    )
     model = upcycle(dense, folder / "tiny", dtype="float32")
-    hosts = [("fast-a", "fast"), ("fast-b", "fast"), ("slow-a", "slow")]
+
+    manifests = folder / "manifests.yaml"
+    manifests.write_text(Helm(4).rendered("expertmesh-serve", values=VALUES))
+    objects = load_objects(manifests.read_text())
+    serve_config = yaml.safe_load(one(objects, "RayService")["spec"]["serveConfigV2"])
+    serve_config["http_options"] = {"host": "127.0.0.1", "port": free_port()}
+    files = [item["data"] for item in of_kind(objects, "ConfigMap")]
+    (file,) = (data["expertmesh.yaml"] for data in files if "expertmesh.yaml" in data)
+    config = yaml.safe_load(file)
+    config["model"]["path"] = str(model)
+    config["server"]["port"], config["admin"]["port"] = free_port(), free_port()
+    config["versions"]["store"] = str(folder / "versions")
+
+    pods = {node.node_id: node for node in read_nodes(manifests)}
+    head = pods.pop("head")
     workers = [
-        Worker("router", labels={"expertmesh.io/role": "router"}),
-        *(
-            Worker(name, labels={"expertmesh.io/role": "host", "expertmesh.io/group": group})
-            for name, group in hosts
-        ),
+        Worker(name, cpus=int(pod.cpus), labels=pod.labels, memory_bytes=pod.memory_bytes)
+        for name, pod in pods.items()
     ]
-    nodes = RayNodes(token, workers, {"OMP_NUM_THREADS": "1", "EXPERTMESH_API_KEY": KEY})
-    serve_config = {
-        "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": free_port()},
-        "applications": [
-            {
-                "name": "expertmesh",
-                "route_prefix": "/",
-                "import_path": "workloads.ray_service:application",
-                "args": {},
-            }
-        ],
-    }
+    keys = {"EXPERTMESH_API_KEY": KEY, "EXPERTMESH_ADMIN_KEY": f"{KEY}-admin"}
+    nodes = RayNodes(token, workers, {"OMP_NUM_THREADS": "1", **keys})
     try:
-        nodes.start(head_cpus=0, head_labels={"expertmesh.io/role": "head"})
-        yield Mesh(nodes, token, folder, serve_config, model, free_port(), free_port())
+        nodes.start(head_cpus=int(head.cpus), head_labels=head.labels)
+        yield Mesh(nodes, token, folder, manifests, serve_config, config, model)
     finally:
         nodes.close()
 
 
-def test_serve_builds_the_mesh_and_the_router_answers(mesh: Mesh) -> None:
-    told = mesh.deploy(config=str(mesh.write("mesh.yaml")))
+def test_the_mesh_is_as_planned_and_its_router_answers(mesh: Mesh, tmp_path: Path) -> None:
+    config = mesh.write("mesh.yaml")
+    told = mesh.deploy(config=str(config))
     assert told["status"] == "RUNNING", told["message"]
     # What KubeRay asks before it calls the service ready; requests do not pass there.
     health = httpx.get(f"http://127.0.0.1:{mesh.serve_config['http_options']['port']}/-/healthz", timeout=30)
     assert (health.status_code, health.text) == (200, "success")
-    url = f"http://{address(mesh, 'router')}:{mesh.port}"
+    url = f"http://{mesh.nodes.ip('router-0')}:{mesh.port}"
     wait_for(lambda: httpx.get(f"{url}/ready", timeout=30).status_code == 200, 60, "readiness")
     assert complete(url, "The river", 12) == greedy(mesh.model, "The river", 12)
     assert httpx.post(f"{url}/v1/completions", json={}, timeout=30).status_code == 401
-    titles = {name: actors(mesh, name) for name in (HEAD, "router", "fast-a", "fast-b", "slow-a")}
-    assert "ControllerActor" in titles[HEAD] and "RouterReplica" in titles["router"]
-    for name in ("fast-a", "fast-b", "slow-a"):
-        assert titles[name] == {"HostActor"}, titles
-    admin = httpx.get(f"http://127.0.0.1:{mesh.admin_port}/health", timeout=30)
-    assert admin.json() == {"status": "ok"}
+    assert "ControllerActor" in actors(mesh, HEAD) and "RouterReplica" in actors(mesh, "router-0")
+    for name in HOSTS:
+        assert actors(mesh, name) == {"HostActor"}, name
+    health = httpx.get(f"http://127.0.0.1:{mesh.config['admin']['port']}/health", timeout=30)
+    assert health.json() == {"status": "ok"}
+
+    # What is planned of the manifests alone is what came about.
+    planned = run(
+        tmp_path / "plan",
+        *("plan", "--config", str(config), "--ray-cluster", str(mesh.manifests), "--json"),
+        environment=mesh.nodes.environment,
+    )
+    assert planned.process.returncode == 0, planned.err
+    hosts = json.loads(planned.out)["hosts"]
+    assert sorted(host["node"] for host in hosts.values()) == sorted(HOSTS)
+    assert len({host["node"] for host in told["hosts"].values()}) == len(HOSTS)
+    assert {
+        host_id: (host["node"].rpartition("-")[0], host["threads"], host["experts"])
+        for host_id, host in hosts.items()
+    } == {
+        host_id: (host["group"], host["threads"], host["experts"]) for host_id, host in told["hosts"].items()
+    }
 
 
 def test_the_same_again_keeps_hosts_and_another_is_refused(mesh: Mesh) -> None:
@@ -144,10 +174,6 @@ def test_the_same_again_keeps_hosts_and_another_is_refused(mesh: Mesh) -> None:
     assert "tiny is deployed on this cluster with another placement" in told["message"]
     assert "upgrade through a new cluster" in told["message"]
     assert pids(mesh, "HostActor") == before
-
-
-def address(mesh: Mesh, node: str) -> str:
-    return mesh.nodes.ip(node)
 
 
 def complete(url: str, prompt: str, tokens: int) -> str:
@@ -170,8 +196,7 @@ def actors(mesh: Mesh, node: str) -> set[str]:
 
 
 def pids(mesh: Mesh, actor: str) -> set[int]:
-    nodes = ("fast-a", "fast-b", "slow-a")
-    return {pid for node in nodes for pid, title in ray_processes(mesh, node) if actor in title}
+    return {pid for node in HOSTS for pid, title in ray_processes(mesh, node) if actor in title}
 
 
 def ray_processes(mesh: Mesh, node: str) -> list[tuple[int, str]]:

@@ -10,7 +10,7 @@ from rich.table import Table
 from cluster.config import PlacementConfig, load_config
 from cluster.messages import HostSlot, MoeLayer, NodeInfo
 from cluster.placement import plan
-from workloads.config_view import config_table, plan_table, show_duration, show_size
+from workloads.config_view import config_table, plan_json, plan_table, show_duration, show_size
 
 
 def lines(table: Table) -> list[str]:
@@ -61,6 +61,12 @@ def test_the_plan_shows_hosts_nodes_experts_and_memory() -> None:
         "h1 node1-lo cpu 4 in 0-2, 2 in 3 4 14 448 MiB 1 GiB 44%",
         "all 28 896 MiB 2 GiB 44%",
     ]
+    told = plan_json(placed, slots, nodes)["hosts"]
+    assert {host_id: (host["node"], host["bytes"]) for host_id, host in told.items()} == {
+        "h0": ("alpha", 14 * 2**25),
+        "h1": ("node1-long-id", 14 * 2**25),
+    }
+    assert told["h0"]["experts"] == {layer: list(held) for layer, held in placed.assignments["h0"].items()}
 
 
 def test_the_plan_shows_the_numbers_of_copies() -> None:

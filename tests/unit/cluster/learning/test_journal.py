@@ -132,7 +132,7 @@ def run(folder: Path, crashes: list[bool], ends: list[Phase]) -> tuple[LoopState
     return state, journal.replayed(state, CAPACITY).to_bytes(), used
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(st.lists(st.booleans(), max_size=80), st.lists(st.sampled_from(ENDS), min_size=1, max_size=4))
 def test_crashes_change_nothing(crashes: list[bool], ends: list[Phase]) -> None:
     if set(ends) == {"superseded"}:
