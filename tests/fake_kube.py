@@ -1,4 +1,4 @@
-"""Kubernetes' API in memory: versions, conflicts, JSON and merge patches, watches that end with 410, and who may what."""
+"""Kubernetes' API in memory: versions, conflicts, JSON and merge patches, watches that end in 410, permissions."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ class FakeKube:
                 news = [(at, event) for at, kind, event in self._log if kind == resource and at > since]
                 if not news and not self._changed.wait(timeout_s):
                     return
-            for since, event in news:
+            for at, event in news:
+                since = at
                 yield copy.deepcopy(event)
 
     def create(self, resource: Resource, body: Object) -> Object:
