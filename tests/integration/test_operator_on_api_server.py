@@ -161,19 +161,33 @@ class RealKube:
         os.kill(process.pid, signal.SIGKILL)
         # It is no child of ours, so it is gone when nobody of that number runs it any more.
         wait_for(lambda: not psutil.pid_exists(process.pid) or _is_dead(process), 20, "the API server to end")
-        with (folder / "apiserver.log").open("ab") as log:
-            again = subprocess.Popen(
-                command, cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
-            )
-        file.write_text(f"{again.pid}\n")
+
+        def start() -> subprocess.Popen[bytes]:
+            with (folder / "apiserver.log").open("ab") as log:
+                again = subprocess.Popen(
+                    command,
+                    cwd=folder,
+                    stdout=log,
+                    stderr=log,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            file.write_text(f"{again.pid}\n")
+            return again
+
+        running = start()
 
         def ready() -> bool:
+            nonlocal running
+            if running.poll() is not None:
+                # Its port may be somebody's for a moment: the kernel gives it to whoever connects.
+                running = start()
             try:
                 return self._http.get("/readyz").text == "ok"
             except httpx.HTTPError:
                 return False
 
-        wait_for(ready, 60, "the API server to be ready again")
+        wait_for(ready, 120, "the API server to be ready again")
 
 
 def _is_dead(process: psutil.Process) -> bool:
