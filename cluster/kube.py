@@ -170,9 +170,10 @@ class KubernetesApi:
 
     def _call(self, verb: str, resource: Resource, name: str, **options: Any) -> Any:
         response = self._response(verb, resource, name, **options)
+        broken: tuple[type[Exception], ...] = (*_transport_errors(), ValueError)
         try:
             return json.loads(response.data)
-        except (*_transport_errors(), ValueError) as error:
+        except broken as error:
             raise UnavailableError(f"can't {_words(verb, resource, name)}: {error}") from error
         finally:
             response.release_conn()

@@ -31,6 +31,7 @@ _GROUPS = {
     "integration/test_versions_on_s3.py": "s3",
     "integration/test_charts_on_api_server.py": "kube",
     "integration/test_k8s_on_api_server.py": "kube",
+    "integration/test_operator_on_api_server.py": "kube",
     "integration/test_ray_service.py": "ray service",
     "e2e/test_live_changes.py": "server",
     "e2e/test_api_errors.py": "server",

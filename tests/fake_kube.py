@@ -1,4 +1,4 @@
-"""Kubernetes' API in memory: versions, conflicts, patches, watches that end with 410, and who may what."""
+"""Kubernetes' API in memory: versions, conflicts, JSON and merge patches, watches that end in 410, permissions."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ INSTALLS: Final = {
     ),
     "operator": (
         *_ALL,
-        ("", "services"),
         ("apps", "deployments"),
+        ("policy", "poddisruptionbudgets"),
         ("rbac.authorization.k8s.io", "roles"),
         ("rbac.authorization.k8s.io", "rolebindings"),
     ),

@@ -265,7 +265,7 @@ def started(config: Config, name: str, vocabulary: int, cluster: Cluster | None 
         if cluster is not None:
             token = token_path(config.ray.token_path)
             ensure_token(token)
-            workers = [Worker(node.zone, node.cpus, node.namespace) for node in cluster.nodes]
+            workers = [Worker(node.zone, node.cpus, namespace=node.namespace) for node in cluster.nodes]
             nodes = RayNodes(token, workers, {MARK: uuid.uuid4().hex, VARIABLE: "1"})
             stack.callback(_close, nodes)
             nodes.start(head_cpus=cluster.head_cpus, persistent=cluster.persistent)

@@ -27,7 +27,11 @@
 {{- $_ := set $server "api_keys" (list "env:EXPERTMESH_API_KEY") -}}
 {{- $_ := set $config "server" $server -}}
 {{- $_ := set $config "admin" (dict "host" "0.0.0.0" "port" 8081 "keys" (list "env:EXPERTMESH_ADMIN_KEY")) -}}
-{{- $_ := set $config "ray" (dict "address" "auto" "controller_selector" (dict "expertmesh.io/role" "head")) -}}
+{{- $ray := dict "address" "auto" "controller_selector" (dict "expertmesh.io/role" "head") -}}
+{{- if .Values.operator.enabled -}}
+{{- $_ := set $ray "nodes" "operator" -}}
+{{- end -}}
+{{- $_ := set $config "ray" $ray -}}
 {{- $versions := $config.versions | default dict -}}
 {{- $_ := set $versions "store" (.Values.storage.versions.url | default "/versions") -}}
 {{- $_ := set $config "versions" $versions -}}
