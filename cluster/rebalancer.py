@@ -21,10 +21,12 @@ from cluster.errors import ExpertmeshError, HostError, PlacementError
 from cluster.fleet_view import fleet, layer_loads, plan_settings, proposal, settled
 from cluster.group_loads import Queue
 from cluster.group_loads import Snapshot as Loads
+from cluster.holdings import by_host
 from cluster.messages import Traffic
 from cluster.moves import Proposal
 from cluster.new_hosts import may_have, new_hosts, with_host
 from cluster.router_queues import RouterQueues
+from cluster.table import PlacementTable
 from cluster.traffic import Routing, TrafficStatistics
 
 log = structlog.get_logger()
@@ -88,7 +90,7 @@ class Rebalancer:
             return
         members = frozenset((host_id, host_id in snapshot.deployment.leaving) for host_id in snapshot.hosts)
         if self._members is None:
-            self._members = members
+            self._members = _placed(snapshot)
         config = snapshot.deployment.placement.rebalance
         changed, now = members != self._members, self._clock()
         if not changed and (config.mode == "manual" or now < self._next_look):
@@ -228,6 +230,13 @@ class Rebalancer:
         if self._traffic is None or self._traffic[0] != run:
             self._traffic = run, TrafficStatistics(snapshot.deployment.layers)
         return self._traffic[1]
+
+
+def _placed(snapshot: Snapshot) -> frozenset[tuple[str, bool]]:
+    """Who was there when the table was made: a predecessor may have ended before it saw who came or was to leave."""
+    held = by_host(PlacementTable.from_json(snapshot.deployment.table).experts)
+    leaving = snapshot.deployment.leaving
+    return frozenset((host, host not in held) for host in snapshot.hosts if host in held or host in leaving)
 
 
 def node_id_of(snapshot: Snapshot, name: str) -> str:

@@ -39,8 +39,6 @@ class OperatedMesh(MemoryWorld):
         self.running.publish(10)
         self.running.look()
         self.rebalancer = Rebalancer(self.running, clock=lambda: self.now)
-        # The first look takes in who is there; what changes is seen from the next one on.
-        self.rebalancer.look()
         self.external = ExternalNodeProvider(lambda: self.now)
         self.wishes = GroupWishes(self.running, self.rebalancer, self.external, clock=lambda: self.now)
         app = admin_app(self.running, AdminSettings("127.0.0.1", 1, "/absent"), self.wishes)

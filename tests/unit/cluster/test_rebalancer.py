@@ -146,6 +146,22 @@ def test_hosts_that_join_get_their_share(world: World) -> None:
     assert all_held(world, controller)
 
 
+def test_a_successor_fills_and_empties_what_its_predecessor_did_not_come_to(world: World) -> None:
+    world.placement = PlacementConfig.model_validate({"rebalance": {"mode": "manual"}})
+    controller, rebalancer = world.served()
+    rebalancer.scale("a", 1)
+    rebalancer.scale("b", 2)
+    controller.close()
+    successor = world.controller()
+    successor.look()
+    world.go_on(successor, Rebalancer(successor, clock=lambda: world.now))
+    assert by_host(table_of(successor).experts).keys() == {"a-0", "b-0", "b-1"} == world.living()
+    assert all_held(world, successor)
+    settled = successor.table()
+    world.go_on(successor, Rebalancer(successor, clock=lambda: world.now), 200)
+    assert successor.table() == settled, "one more successor finds nothing to do"
+
+
 def test_a_group_that_shrinks_is_emptied_first(world: World) -> None:
     controller, rebalancer = world.served()
     rebalancer.look()
