@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from cluster.kube_disruptions import why_node_goes
-from cluster.kube_objects import KubeNode, Taint
+from cluster.kube_objects import KubeNode, Taint, quantity
 
 # The first that a node has: NVIDIA's feature discovery, GKE, EKS with Karpenter, AKS, AMD.
 _GPU_PRODUCTS: Final = (
@@ -26,10 +26,6 @@ _INSTANCE: Final = ("node.kubernetes.io/instance-type", "beta.kubernetes.io/inst
 _ZONE: Final = ("topology.kubernetes.io/zone", "failure-domain.beta.kubernetes.io/zone")
 # Taints that every node may have for a while, or that its drain sets.
 _PASSING: Final = ("node.kubernetes.io/", "node.cloudprovider.kubernetes.io/")
-_UNITS: Final[Mapping[str, float]] = {
-    "n": 1e-9, "u": 1e-6, "m": 1e-3, "": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18,
-    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50, "Ei": 2**60,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +86,6 @@ def class_rows(classes: Sequence[NodeClass]) -> list[tuple[str, ...]]:
             )
         )
     return rows
-
-
-def quantity(text: str) -> float:
-    """A quantity of Kubernetes as a number: `500m`, `64Gi`, `1e3`. ValueError if it is none."""
-    digits = text.strip()
-    unit = ""
-    for length in (2, 1):
-        if digits[-length:] in _UNITS and len(digits) > length and not digits[-length:].isdigit():
-            digits, unit = digits[:-length], digits[-length:]
-            break
-    return float(digits) * _UNITS[unit]
 
 
 def _kind(node: KubeNode) -> NodeClass:

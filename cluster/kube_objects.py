@@ -110,6 +110,14 @@ class Service:
     """Whether some worker group is one of hosts: others are not ours."""
 
 
+def quantity(text: object) -> float:
+    """A quantity of Kubernetes, such as ``500m``, ``64Gi`` or ``1e3``, as a number. ValueError if it is none."""
+    # Here, since the mesh's own processes need none of Kubernetes' client.
+    from kubernetes.utils.quantity import parse_quantity
+
+    return float(parse_quantity(str(text)))
+
+
 def read_service(raw: Object) -> Service:
     """From a RayService."""
     meta, status = raw["metadata"], raw.get("status") or {}

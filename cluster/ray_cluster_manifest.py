@@ -14,6 +14,7 @@ from typing import Any, Final
 import yaml
 
 from cluster.errors import ConfigError
+from cluster.kube_objects import quantity
 from cluster.messages import NodeInfo
 
 _GPU: Final = "gpu"
@@ -77,6 +78,4 @@ def _node(name: str, group: Mapping[str, Any]) -> NodeInfo:
 
 def _quantity(wanted: Iterable[object]) -> int:
     """The first that is given, in whole units: Ray counts in them, and KubeRay rounds up."""
-    from kubernetes.utils.quantity import parse_quantity
-
-    return next((math.ceil(parse_quantity(value)) for value in wanted if value), 0)
+    return next((math.ceil(quantity(value)) for value in wanted if value), 0)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from cluster.kube_objects import quantity
 from workloads.k8s_api import Document
 
 Status = Literal["ok", "warn", "fail"]
@@ -145,7 +146,7 @@ def check_nodes(nodes: Sequence[Document], pods_of_plugin: int) -> Iterator[Find
     if not ready:
         yield Finding("nodes", "fail", f"none of {len(nodes)} nodes takes pods", "see `kubectl get nodes`")
     else:
-        cores = sum(cpus(_allocatable(node, "cpu")) for node in ready)
+        cores = sum(quantity(_allocatable(node, "cpu") or 0) for node in ready)
         yield Finding("nodes", "ok", f"{len(ready)} of {len(nodes)} take pods, {cores:g} cores")
     having = [node for node in ready if int(_allocatable(node, "nvidia.com/gpu") or 0)]
     labelled = [node for node in ready if node["metadata"].get("labels", {}).get("nvidia.com/gpu.present")]
@@ -251,11 +252,6 @@ def release(text: str) -> tuple[int, int] | None:
     """(major, minor) of a version as tags and servers write it."""
     found = re.match(r"v?(\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else None
-
-
-def cpus(quantity: str) -> float:
-    """Cores of a quantity, such as 500m."""
-    return float(quantity[:-1]) / 1000 if quantity.endswith("m") else float(quantity or 0)
 
 
 def _allocatable(node: Document, resource: str) -> str:

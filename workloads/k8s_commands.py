@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from cluster.errors import ExpertmeshError
 from workloads.console import console
@@ -148,6 +150,24 @@ def doctor(
         out.print(as_table(found))
     if any(one.status == "fail" for one in found):
         raise typer.Exit(1)
+
+
+@k8s_app.command()
+def nodes(kubeconfig: Kubeconfig = None, context: Context = None, json_: Json = False) -> None:
+    """Show what a cluster has for hosts: nodes by class, their capacity and taints, and those that will not stay."""
+    from cluster.kube_inventory import class_rows, node_classes
+    from cluster.kube_objects import read_node
+    from workloads.k8s_doctor import items
+
+    found = node_classes(map(read_node, items(_connected(kubeconfig, context), "/api/v1/nodes")))
+    if json_:
+        print(json.dumps([asdict(one) for one in found], indent=2))
+        return
+    heads, *rows = class_rows(found)
+    table = Table(*heads)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    out.print(table)
 
 
 @k8s_app.command()

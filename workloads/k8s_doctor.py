@@ -72,9 +72,9 @@ def findings(api: Api, asked: Asked) -> Iterator[Finding]:
         "crds", lambda: checks.check_crds({name: _crd(api, f"{name}.ray.io") for name in checks.CRDS})
     )
     yield from _look("kuberay", lambda: checks.check_operator(_operators(api), namespace))
-    yield from _look("nodes", lambda: checks.check_nodes(_items(api, "/api/v1/nodes"), _plugins(api)))
+    yield from _look("nodes", lambda: checks.check_nodes(items(api, "/api/v1/nodes"), _plugins(api)))
     yield from _look(
-        "storage", lambda: [checks.check_storage(_items(api, "/apis/storage.k8s.io/v1/storageclasses"))]
+        "storage", lambda: [checks.check_storage(items(api, "/apis/storage.k8s.io/v1/storageclasses"))]
     )
     for chart, resources in INSTALLS.items():
         yield checks.check_permissions(chart, _refused(api, namespace, resources))
@@ -117,19 +117,19 @@ def _crd(api: Api, name: str) -> Document | None:
     return api.get(f"{_CRD}/{name}")
 
 
-def _items(api: Api, path: str, **query: str) -> list[Document]:
+def items(api: Api, path: str, **query: str) -> list[Document]:
     return list((api.get(path, **query) or {}).get("items") or ())
 
 
 def _operators(api: Api) -> list[Document]:
-    return _items(api, _DEPLOYMENTS, labelSelector="app.kubernetes.io/name=kuberay-operator")
+    return items(api, _DEPLOYMENTS, labelSelector="app.kubernetes.io/name=kuberay-operator")
 
 
 def _plugins(api: Api) -> int:
     """DaemonSets of NVIDIA's device plugin that run on some node."""
     return sum(
         1
-        for one in _items(api, "/apis/apps/v1/daemonsets")
+        for one in items(api, "/apis/apps/v1/daemonsets")
         if "nvidia-device-plugin" in one["metadata"]["name"]
         and (one.get("status") or {}).get("numberAvailable")
     )
@@ -163,7 +163,7 @@ def _secret(api: Api, namespace: str, name: str) -> Document | None:
 
 def _tokens(api: Api, namespace: str) -> Iterator[Finding]:
     """Of the Ray clusters that are there: that each asks for a token, and has it."""
-    for cluster in _items(api, f"/apis/ray.io/v1/namespaces/{namespace}/rayclusters"):
+    for cluster in items(api, f"/apis/ray.io/v1/namespaces/{namespace}/rayclusters"):
         name, options = cluster["metadata"]["name"], cluster["spec"].get("authOptions") or {}
         if options.get("mode") != "token":
             yield Finding(

@@ -167,3 +167,14 @@ def test_submitting_is_told_and_fails_with_the_round(
     cluster.forbidden.add("/apis/ray.io/v1/namespaces/expertmesh/rayjobs")
     assert run("submit", str(file), "--name", "other").code == 2
     assert run("submit", str(tmp_path / "absent"), "--name", "r").code == 1
+
+
+def test_nodes_are_shown_by_class(run: Callable[..., Ended], cluster: Documents) -> None:
+    shown, told = run("nodes"), run("nodes", "--json")
+    assert shown.code == told.code == 0 and "device" in shown.out
+    classes = json.loads(told.out)
+    there = cluster.get("/api/v1/nodes")
+    assert there is not None and there["items"]
+    assert sorted(name for one in classes for name in one["nodes"]) == sorted(
+        item["metadata"]["name"] for item in there["items"]
+    )
