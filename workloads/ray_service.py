@@ -139,5 +139,6 @@ def differing(running: Deployment, wanted: Deployment) -> list[str]:
         "placement": lambda d: d.placement,
         "store of versions": lambda d: (d.store, d.version_settings),
         "admin API": lambda d: d.admin,
+        "ray.nodes": lambda d: d.nodes,
     }
     return [name for name, of in parts.items() if of(running) != of(wanted)]

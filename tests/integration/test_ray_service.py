@@ -185,14 +185,11 @@ def complete(url: str, prompt: str, tokens: int) -> str:
 
 
 def actors(mesh: Mesh, node: str) -> set[str]:
-    """Classes of ours with an actor on the node; Serve's and idle workers left out."""
-    found = set()
-    for _, title in ray_processes(mesh, node):
-        name = title.removeprefix("ray::").split(".")[0].split(":")[-1]
-        found |= {name} & {"ControllerActor", "HostActor", "RouterReplica"}
-        if "RouterReplica" in title or "router" in title.lower():
-            found.add("RouterReplica")
-    return found
+    """What of ours runs on the node, by how Ray titles processes: a named actor by its name first, in mid-call."""
+    titles = {name: name for name in ("ControllerActor", "HostActor")}
+    titles["RouterReplica"] = "ServeReplica:expertmesh:router"
+    running = [title for _, title in ray_processes(mesh, node)]
+    return {name for name, title in titles.items() if any(title in one for one in running)}
 
 
 def pids(mesh: Mesh, actor: str) -> set[int]:

@@ -97,3 +97,4 @@ def test_the_same_deployment_is_kept_and_another_one_is_named(tmp_path: Path) ->
     assert differing(one, made(placement={"replicas": 2})) == ["placement"]
     assert differing(one, replace(one, served_name="other")) == ["model"]
     assert differing(one, made(hosts=[GROUPS["hosts"][0]])) == ["hosts"]
+    assert differing(one, replace(one, nodes="operator")) == ["ray.nodes"]
