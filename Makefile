@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: setup serve test unit integration lint render clean
+.PHONY: setup serve test test-all unit integration lint render clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,12 @@ serve: setup
 
 test: setup lint unit integration
 
+# With the long ones among the integration tests, some half an hour more: every chaos scenario, loss of nodes,
+# elastic training, autoscaling, a learning loop that is killed.
+SELECT := -m "not long"
+test-all: SELECT :=
+test-all: test
+
 # Byte code is kept, even where the environment says otherwise: tests start hundreds of processes, and what pytest
 # makes of the tests' own code costs each of its workers 4 s anew.
 unit integration: export PYTHONDONTWRITEBYTECODE :=
@@ -41,7 +47,7 @@ unit: setup
 # where each may have a /dev/shm of its own: that nothing is left there is a part of what they show.
 integration: setup
 	$(VENV)/bin/python -m pytest -n $$($(VENV)/bin/python -m tests.own_shared_memory) --dist loadgroup --no-loadscope-reorder --durations=30 --durations-min=5 \
-	  tests/integration tests/e2e $(ARGS)
+	  tests/integration tests/e2e $(SELECT) $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

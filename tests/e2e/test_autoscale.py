@@ -29,6 +29,7 @@ GROUP = {
 }
 
 
+@pytest.mark.long
 def test_a_group_grows_with_its_work_and_shrinks_without(tiny_model: Path, tmp_path: Path) -> None:
     server = ServerProgram(tmp_path / "server", settings(tiny_model, free_port(), hosts=[GROUP]))
     number = iter(range(1000))

@@ -181,6 +181,7 @@ def test_a_poisoned_batch_is_stopped_and_says_why(mesh: Mesh, tmp_path: Path) ->
     assert "refused" in shown and "repeats itself" in " ".join(shown.split())
 
 
+@pytest.mark.long
 def test_a_loop_that_is_interrupted_or_killed_goes_on_with_its_round(mesh: Mesh, tmp_path: Path) -> None:
     rounds = len(status(mesh, tmp_path / "before")["rounds"])
     dropped(mesh, tmp_path / "law", "law", [f"{text} again" for text in of_words("law", 160)])
@@ -214,6 +215,7 @@ def test_a_loop_that_is_interrupted_or_killed_goes_on_with_its_round(mesh: Mesh,
     assert found["round"] is None and found["waiting"] == {} and not list(jobs.glob("*"))
 
 
+@pytest.mark.long
 def test_an_alarm_says_that_people_ask_for_something_else(mesh: Mesh, tmp_path: Path) -> None:
     dice = random.Random(6)
     noise = ["".join(chr(dice.randrange(33, 126)) for _ in range(100)) for _ in range(60)]

@@ -29,6 +29,7 @@ def mesh(tiny_model: Path, tmp_path: Path) -> Iterator[Mesh]:
         yield mesh
 
 
+@pytest.mark.long
 def test_a_router_is_tried_out_on_some_users_while_the_others_have_theirs(mesh: Mesh, tmp_path: Path) -> None:
     digest, answers = mesh.answer()[0], mesh.answers()
     gates = [name for name in Checkpoint.open(mesh.model).tensors if ".gate.weight" in name]

@@ -163,6 +163,7 @@ def test_the_mesh_is_as_planned_and_its_router_answers(mesh: Mesh, tmp_path: Pat
     }
 
 
+@pytest.mark.long
 def test_the_same_again_keeps_hosts_and_another_is_refused(mesh: Mesh) -> None:
     before = pids(mesh, "HostActor")
     assert len(before) == 3

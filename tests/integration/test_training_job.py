@@ -176,6 +176,7 @@ def test_one_of_two_workers_is_killed(ray_cluster: str, begin: Begin, whole: Sav
     assert next(one.step for one in seen if one.pid != seen[0].pid) > 1, "it went on, and did not begin anew"
 
 
+@pytest.mark.long
 def test_all_of_a_job_is_killed_and_it_goes_on_with_fewer_workers(
     ray_cluster: str, begin: Begin, whole: Saved, tmp_path: Path
 ) -> None:
@@ -213,6 +214,7 @@ def test_what_can_not_be_done_is_not_tried_again(ray_cluster: str, begin: Begin,
         run_on_ray("never", StoreAddress(str(tmp_path / "state")), Workers(), lambda progress: None)
 
 
+@pytest.mark.long
 def test_a_node_that_joins_takes_part(begin: Begin, whole: Saved, tmp_path: Path) -> None:
     files = begin("grows", review=REVIEW, parallel="experts")
     files.pause(True)
