@@ -13,14 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from cluster.errors import ExpertmeshError
+from cluster.kube_credentials import credentials
+from cluster.kube_errors import (
+    AbsentError,
+    ConflictError,
+    ForbiddenError,
+    GoneError,
+    KubeError,
+    UnavailableError,
+)
 
 Object = Mapping[str, Any]
 
 # Writes end well before a lease does that was just renewed: see `cluster.leader`.
 _CALL_S: Final = (3.0, 4.0)
 _PAGE: Final = 500
-_SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,30 +47,6 @@ PODS: Final = Resource("", "v1", "pods")
 NODES: Final = Resource("", "v1", "nodes", namespaced=False)
 LEASES: Final = Resource("coordination.k8s.io", "v1", "leases")
 EVENTS: Final = Resource("events.k8s.io", "v1", "events")
-
-
-class KubeError(ExpertmeshError):
-    """The API server refused, or did not answer."""
-
-
-class GoneError(KubeError):
-    """410: what a watch or a page was to go on from is forgotten; list again."""
-
-
-class ConflictError(KubeError):
-    """409, or a patch whose `test` failed: somebody else changed the object, or made it, meanwhile."""
-
-
-class ForbiddenError(KubeError):
-    """401 or 403: the Role lacks a verb."""
-
-
-class AbsentError(KubeError):
-    """404: there is no such object, or no such kind."""
-
-
-class UnavailableError(KubeError):
-    """No answer, or 429 and 5xx: try again later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,28 +191,10 @@ class KubernetesApi:
 
 
 def connect(kubeconfig: Path | None, context: str | None, namespace: str | None) -> KubernetesApi:
-    """Connect as kubectl would, or as a pod with a service account does where there is no kubeconfig.
+    """Connect to the cluster of `credentials`; KubeError if there is none. `namespace` if not its own."""
+    from kubernetes import client
 
-    `namespace` is the context's, or the pod's own, if it is not given. KubeError if there is no way to a cluster.
-    """
-    from kubernetes import client, config
-
-    settings = client.Configuration()
-    in_cluster = kubeconfig is None and (_SERVICE_ACCOUNT / "token").exists()
-    try:
-        if in_cluster:
-            config.load_incluster_config(client_configuration=settings)
-            own = (_SERVICE_ACCOUNT / "namespace").read_text("utf-8").strip()
-        else:
-            file = str(kubeconfig) if kubeconfig is not None else None
-            config.load_kube_config(file, context, settings)
-            contexts, active = config.list_kube_config_contexts(file)
-            chosen = next((c for c in contexts if c["name"] == context), active)
-            own = chosen["context"].get("namespace", "default")
-    except (config.ConfigException, OSError, ValueError) as error:
-        raise KubeError(
-            f"no way to a Kubernetes cluster: {error}", "give --kubeconfig, or run where kubectl works"
-        ) from error
+    settings, own = credentials(kubeconfig, context)
     # Who calls decides about trying again, with pauses that grow.
     settings.retries = False
     return KubernetesApi(client.ApiClient(settings), namespace or own)

@@ -21,18 +21,8 @@ import structlog
 from cluster import kube_status
 from cluster.admin_client import MeshAdmin, MeshError, MeshStartingError
 from cluster.groups_report import Drained
-from cluster.kube import (
-    EVENTS,
-    NODES,
-    PODS,
-    RAYCLUSTERS,
-    RAYSERVICES,
-    ConflictError,
-    ForbiddenError,
-    KubeApi,
-    KubeError,
-    Object,
-)
+from cluster.kube import EVENTS, NODES, PODS, RAYCLUSTERS, RAYSERVICES, KubeApi, Object
+from cluster.kube_errors import ConflictError, ForbiddenError, KubeError
 from cluster.kube_groups import Todo, todo
 from cluster.kube_objects import Cluster, Service, read_cluster, read_node, read_pods, read_service
 from cluster.kube_patches import annotations_patch, event, resize_patch

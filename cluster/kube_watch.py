@@ -14,7 +14,8 @@ from typing import Final
 
 import structlog
 
-from cluster.kube import ForbiddenError, GoneError, KubeApi, KubeError, Listed, Object, Resource, WatchEvent
+from cluster.kube import KubeApi, Listed, Object, Resource, WatchEvent
+from cluster.kube_errors import ForbiddenError, GoneError, KubeError
 
 log = structlog.get_logger()
 

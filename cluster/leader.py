@@ -20,15 +20,8 @@ from typing import Any, Final
 
 import structlog
 
-from cluster.kube import (
-    LEASES,
-    AbsentError,
-    ConflictError,
-    ForbiddenError,
-    KubeApi,
-    KubeError,
-    Object,
-)
+from cluster.kube import LEASES, KubeApi, Object
+from cluster.kube_errors import AbsentError, ConflictError, ForbiddenError, KubeError
 
 log = structlog.get_logger()
 

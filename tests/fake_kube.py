@@ -7,7 +7,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from cluster.kube import KubeError, Listed, Object, Resource, WatchEvent, refusal
+from cluster.kube import Listed, Object, Resource, WatchEvent, refusal
+from cluster.kube_errors import KubeError
 
 Verb = tuple[str, str, str]
 """API group, plural, verb: as a Role has them."""

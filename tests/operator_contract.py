@@ -15,17 +15,8 @@ from typing import Any, Protocol
 import pytest
 
 from cluster.admin_client import HttpMeshAdmin
-from cluster.kube import (
-    EVENTS,
-    LEASES,
-    NODES,
-    PODS,
-    RAYCLUSTERS,
-    RAYSERVICES,
-    ForbiddenError,
-    KubeApi,
-    Resource,
-)
+from cluster.kube import EVENTS, LEASES, NODES, PODS, RAYCLUSTERS, RAYSERVICES, KubeApi, Resource
+from cluster.kube_errors import ForbiddenError
 from cluster.kube_loop import Operator
 from cluster.leader import Leader, LeaseTimes, NotLeaderError
 from tests import kube_objects as objects

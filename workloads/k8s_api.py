@@ -1,13 +1,13 @@
 """The Kubernetes API with plain documents: get, list, create, and apply as a trial.
 
-Whose cluster and with which credentials is what the `kubernetes` package says, which reads kubeconfig files and a
-pod's service account. Requests are sent by httpx, since releases 36 and 37 of that package have different calls.
+For commands that render, compare and look: any kind by its path, and a server-side apply as a trial. The operator,
+which watches a few kinds, has the `kubernetes` client (`cluster.kube`). That client's call for any path is another one
+in release 37 than in 36, so requests are sent by httpx here, with the same credentials.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,26 +15,14 @@ from typing import Any, Final, Protocol
 
 import httpx
 
-from cluster.errors import ExpertmeshError
+from cluster.kube_credentials import credentials
+from cluster.kube_errors import ConflictError, ForbiddenError, KubeError
 
 Document = dict[str, Any]
 
 # Long enough for an API server that is far away, short enough for somebody who waits.
 _ANSWER_S: Final = 20.0
-_IN_POD: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _APPLY: Final = "application/apply-patch+yaml"
-
-
-class KubeError(ExpertmeshError):
-    """The cluster can't be reached, or refuses what is asked."""
-
-
-class ForbiddenError(KubeError):
-    """These credentials may not do that."""
-
-
-class ConflictError(KubeError):
-    """It is there already, or somebody else changed it."""
 
 
 class Api(Protocol):
@@ -117,38 +105,9 @@ def read_answer(server: str, method: str, path: str, status: int, content: bytes
 
 
 def connect(kubeconfig: Path | None = None, context: str | None = None) -> HttpApi:
-    """The cluster that a kubeconfig names, or the one around this pod. KubeError if there is neither."""
-    from kubernetes import client, config
-    from kubernetes.config import ConfigException
-
-    settings = client.Configuration()
-    try:
-        if in_pod(kubeconfig, context, os.environ):
-            config.load_incluster_config(client_configuration=settings)
-            namespace = _IN_POD.read_text().strip() if _IN_POD.exists() else "default"
-        else:
-            file = str(kubeconfig) if kubeconfig else None
-            config.load_kube_config(config_file=file, context=context, client_configuration=settings)
-            namespace = _namespace_of(config.list_kube_config_contexts(config_file=file), context)
-    except ConfigException as error:
-        raise KubeError(
-            f"no cluster is configured here: {str(error).strip().splitlines()[0]}",
-            "give --kubeconfig FILE and --context NAME, set KUBECONFIG, or run this in a pod with a service account",
-        ) from error
+    """The cluster of `credentials`; KubeError if there is none."""
+    settings, namespace = credentials(kubeconfig, context)
     return HttpApi(settings.host, namespace, _http_client(settings))
-
-
-def in_pod(kubeconfig: Path | None, context: str | None, environ: Mapping[str, str]) -> bool:
-    """Whether the cluster is the one around this pod: nothing else is named, and there is one."""
-    if kubeconfig is not None or context is not None or environ.get("KUBECONFIG"):
-        return False
-    return "KUBERNETES_SERVICE_HOST" in environ and not (Path.home() / ".kube" / "config").exists()
-
-
-def _namespace_of(contexts: tuple[list[Document], Document | None], wanted: str | None) -> str:
-    found, active = contexts
-    chosen = next((one for one in found if one["name"] == wanted), None) if wanted else active
-    return str((chosen or {}).get("context", {}).get("namespace") or "default")
 
 
 def _http_client(settings: Any) -> httpx.Client:

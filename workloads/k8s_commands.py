@@ -187,7 +187,7 @@ def submit(
     """Create a RayJob once and wait for its end, as the CronJob of expertmesh-learn does; exit code 1 if it failed."""
     import yaml
 
-    from workloads.k8s_api import KubeError
+    from cluster.kube_errors import KubeError
     from workloads.k8s_submit import Owner, RayJobError, await_end, ray_job
     from workloads.k8s_submit import submit as submitted
 

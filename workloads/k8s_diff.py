@@ -13,7 +13,8 @@ from typing import Any, Final, Literal
 
 import yaml
 
-from workloads.k8s_api import Api, Document, KubeError
+from cluster.kube_errors import KubeError
+from workloads.k8s_api import Api, Document
 from workloads.k8s_kinds import Kinds
 from workloads.k8s_render import is_test
 

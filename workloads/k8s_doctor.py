@@ -8,8 +8,9 @@ from typing import Any, Final
 
 from rich.table import Table
 
+from cluster.kube_errors import ForbiddenError
 from workloads import k8s_checks as checks
-from workloads.k8s_api import Api, Document, ForbiddenError
+from workloads.k8s_api import Api, Document
 from workloads.k8s_checks import Finding
 
 _CRD: Final = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workloads.k8s_api import Api, Document, KubeError
+from cluster.kube_errors import KubeError
+from workloads.k8s_api import Api, Document
 
 # What is to be had for kinds that a cluster may lack.
 _FROM = {

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from cluster.errors import ExpertmeshError
-from workloads.k8s_api import Api, ConflictError, Document, KubeError
+from cluster.kube_errors import ConflictError, KubeError
+from workloads.k8s_api import Api, Document
 
 JOBS: Final = "/apis/ray.io/v1/namespaces/{namespace}/rayjobs"
 # KubeRay makes names of Jobs and clusters of it.

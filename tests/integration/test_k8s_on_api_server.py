@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.kube_errors import ForbiddenError, KubeError
 from tests.charts.helm import ROOT, Helm, Object, load_objects, of_kind, one
 from tests.e2e.programs import wait_for
 from tests.integration.test_k8s_rendered import platform
 from tests.kube_api_server import CRDS
 from tests.kube_api_server import kube_api_server as kube_api_server
-from workloads.k8s_api import ForbiddenError, HttpApi, KubeError, connect
+from workloads.k8s_api import HttpApi, connect
 from workloads.k8s_checks import Finding
 from workloads.k8s_diff import Change, changes
 from workloads.k8s_doctor import Asked, findings

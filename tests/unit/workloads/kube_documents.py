@@ -6,7 +6,8 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any
 
-from workloads.k8s_api import ConflictError, Document, ForbiddenError
+from cluster.kube_errors import ConflictError, ForbiddenError
+from workloads.k8s_api import Document
 
 CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 

@@ -8,16 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from workloads.k8s_api import (
-    ConflictError,
-    ForbiddenError,
-    HttpApi,
-    KubeError,
-    connect,
-    in_pod,
-    proxy_for,
-    read_answer,
-)
+from cluster.kube_credentials import in_pod
+from cluster.kube_errors import ConflictError, ForbiddenError, KubeError
+from workloads.k8s_api import HttpApi, connect, proxy_for, read_answer
 
 SERVER = "https://cluster.test"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from cluster.kube_errors import KubeError
 from tests.unit.workloads.kube_documents import Documents
-from workloads.k8s_api import Document, KubeError
+from workloads.k8s_api import Document
 from workloads.k8s_diff import as_lines, changes, difference
 
 NAMESPACE = "/api/v1/namespaces/expertmesh"

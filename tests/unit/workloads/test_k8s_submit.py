@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from cluster.kube_errors import KubeError
 from tests.unit.workloads.kube_documents import Documents
-from workloads.k8s_api import Document, KubeError
+from workloads.k8s_api import Document
 from workloads.k8s_submit import Owner, RayJobError, await_end, end_of, ray_job, submit
 
 MANIFEST: Document = {
