@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
-from cluster.node_shape import NodeShape
+from cluster.node_shape import NodeShape, in_words
 
 _CALL_S: Final = 10
 
@@ -81,7 +81,7 @@ class RayNodeProvider:
             for group, shape in self._wanted.items()
             if group in self._asked
         ]
-        parts = [f"Ray's autoscaler is asked for {', '.join(map(_in_words, shapes)) or 'nothing'}"]
+        parts = [f"Ray's autoscaler is asked for {', '.join(map(in_words, shapes)) or 'nothing'}"]
         standing = self._ray.standing()
         if standing is None:
             parts.append(
@@ -164,11 +164,3 @@ def standing(state: Any) -> Standing:
         tuple(f"{request.count} × {request.ray_node_type_name}: {request.reason}" for request in failed),
         bool(state.infeasible_cluster_resource_constraints),
     )
-
-
-def _in_words(shape: NodeShape) -> str:
-    parts = [f"{shape.cpus} CPU"] if shape.cpus else []
-    parts += [f"{shape.gpus} GPU"] if shape.gpus else []
-    parts += [f"{shape.memory_bytes / 2**30:g} GiB"] if shape.memory_bytes else []
-    labels = ", ".join(f"{key}: {value}" for key, value in sorted(shape.labels.items()))
-    return f"{shape.count} × ({' + '.join(parts)}{f' where {labels}' if labels else ''})"

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from cluster.node_shape import NodeShape
+from cluster.node_shape import NodeShape, in_words
 
 # An operator looks every few seconds: one that has not for so long is not there.
 _SILENT_S: Final = 60.0
@@ -34,7 +34,7 @@ class ExternalNodeProvider:
 
     def describe(self) -> str:
         """What is wanted, and whether anybody heard."""
-        rooms = [f"{shape.count} of {group}" for group, shape in self._wanted.items()]
+        rooms = [f"{group} {in_words(shape)}" for group, shape in self._wanted.items()]
         what = f"the operator is to have room for {', '.join(rooms)}" if rooms else "no nodes are wanted"
         if self._asked_at is None:
             return f"{what}; nobody ever asked: does `expertmesh operator` run?"

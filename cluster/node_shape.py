@@ -32,3 +32,12 @@ def node_shape(group: HostGroup, count: int) -> NodeShape:
         return NodeShape(count, cpus, gpus=1, labels=group.selector)
     memory = 0 if group.memory == "auto" else int(group.memory)
     return NodeShape(count, cpus, memory_bytes=memory, labels=group.selector)
+
+
+def in_words(shape: NodeShape) -> str:
+    """Such as ``2 × (4 CPU + 3 GiB where zone: b)``."""
+    parts = [f"{shape.cpus} CPU"] if shape.cpus else []
+    parts += [f"{shape.gpus} GPU"] if shape.gpus else []
+    parts += [f"{shape.memory_bytes / 2**30:g} GiB"] if shape.memory_bytes else []
+    labels = ", ".join(f"{key}: {value}" for key, value in sorted(shape.labels.items()))
+    return f"{shape.count} × ({' + '.join(parts)}{f' where {labels}' if labels else ''})"

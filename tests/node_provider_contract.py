@@ -1,6 +1,7 @@
 """What a provider of nodes promises, whoever brings them.
 
-Unit tests run it over an autoscaler in memory, integration tests over Ray's. A subclass gives the fixture `world`.
+Unit tests run it over an autoscaler in memory and over what an operator asks, integration tests over Ray's autoscalers.
+A subclass gives the fixture `world`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ CPU = NodeShape(2, 4, memory_bytes=3 * 2**30, labels={"zone": "b"})
 GPU = NodeShape(1, 1, gpus=1, labels={"kind": "in(a100, h100)", "zone": "!b"})
 
 
+RAY_ASKED_FOR_NOTHING = "Ray's autoscaler is asked for nothing"
+
+
 class World(Protocol):
-    """A provider, and the autoscaler that it asks."""
+    """A provider, and who brings nodes for it."""
 
     @property
     def provider(self) -> NodeProvider: ...
@@ -28,8 +32,12 @@ class World(Protocol):
     @property
     def heeds_labels(self) -> bool: ...
 
+    @property
+    def nothing(self) -> str:
+        """How it describes that it asks for nothing."""
+
     def requested(self) -> Mapping[Room, int]:
-        """What the autoscaler was asked for, as it says itself."""
+        """What it was asked for, as who brings nodes sees it."""
 
 
 def rooms(world: World, *shapes: NodeShape) -> Counter[Room]:
@@ -44,7 +52,7 @@ def rooms(world: World, *shapes: NodeShape) -> Counter[Room]:
 
 
 class NodeProviderContract:
-    def test_what_is_requested_is_what_the_autoscaler_has(self, world: World) -> None:
+    def test_what_is_requested_arrives(self, world: World) -> None:
         world.provider.request({"cpu": CPU, "gpu": GPU})
         assert world.requested() == rooms(world, CPU, GPU)
 
@@ -68,7 +76,7 @@ class NodeProviderContract:
             world.provider.request({"cpu": CPU})
             world.provider.request(nothing)
             assert world.requested() == {}
-            assert world.provider.describe() == "Ray's autoscaler is asked for nothing"
+            assert world.provider.describe() == world.nothing
 
     def test_the_description_is_one_line_that_says_what_was_asked_for(self, world: World) -> None:
         world.provider.request({"cpu": CPU, "gpu": GPU})

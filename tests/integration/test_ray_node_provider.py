@@ -19,13 +19,14 @@ from ray.experimental import internal_kv
 
 from actors.ray_node_provider import RayNodeProvider
 from tests.integration.autoscaled_cluster import AutoscaledCluster
-from tests.node_provider_contract import CPU, NodeProviderContract, Room
+from tests.node_provider_contract import CPU, RAY_ASKED_FOR_NOTHING, NodeProviderContract, Room
 
 
 class SecondAutoscaler:
     """What its monitor reads from the control plane, whichever monitor runs here."""
 
     heeds_labels = True
+    nothing = RAY_ASKED_FOR_NOTHING
 
     def __init__(self) -> None:
         self.provider = RayNodeProvider()
@@ -51,6 +52,7 @@ class FirstAutoscaler:
     """Its monitor reads the request from the key-value store, without labels."""
 
     heeds_labels = False
+    nothing = RAY_ASKED_FOR_NOTHING
 
     def __init__(self) -> None:
         self.provider = RayNodeProvider()

@@ -8,13 +8,14 @@ from ray.core.generated import autoscaler_pb2
 
 from actors.ray_node_provider import RayNodeProvider, Standing, standing
 from cluster.node_shape import NodeShape
-from tests.node_provider_contract import CPU, NodeProviderContract, Room
+from tests.node_provider_contract import CPU, RAY_ASKED_FOR_NOTHING, NodeProviderContract, Room
 
 
 class MemoryAutoscaler:
     """Keeps the last request, as Ray does."""
 
     heeds_labels = True
+    nothing = RAY_ASKED_FOR_NOTHING
 
     def __init__(self) -> None:
         self.provider = RayNodeProvider(self)
