@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from cluster.config import LoadedConfig, load_config
 from cluster.errors import ExpertmeshError
 from workloads.bench.chaos_cli import chaos_app
 from workloads.bench.learn_cli import bench_app
-from workloads.console import console
+from workloads.console import console, err, show_mistake
 from workloads.k8s_commands import k8s_app
 from workloads.learn_bandit_commands import learn_app
 from workloads.live_version_commands import versions_app
@@ -47,7 +45,6 @@ app.add_typer(k8s_app, name="k8s")
 app.command()(operator)
 
 out = console()
-err = Console(stderr=True)
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Checkpoint folder, or 'default'.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
@@ -365,9 +362,7 @@ def main() -> None:
     try:
         app()
     except ExpertmeshError as error:
-        err.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
-        if error.hint:
-            err.print(f"  {escape(error.hint)}", highlight=False, soft_wrap=True)
+        show_mistake(error)
         sys.exit(1)
     except KeyboardInterrupt:
         err.print("interrupted")

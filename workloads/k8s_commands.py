@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from cluster.errors import ExpertmeshError
-from workloads.console import console
+from workloads.console import console, err, show_mistake
 from workloads.options import Json
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 k8s_app = typer.Typer(help="The mesh on Kubernetes.", no_args_is_help=True)
 out = console()
-err = Console(stderr=True)
 
 # As `diff` and `kubectl diff` have it: 1 is an answer, so a mistake is 2.
 DIFFERENT: Final = 1
@@ -95,7 +93,7 @@ def diff(
     try:
         count = _print_changes(charts, overlay, values, sets, release, namespace, kubeconfig, context, source)
     except ExpertmeshError as error:
-        _print_mistake(error)
+        show_mistake(error)
         raise typer.Exit(MISTAKE) from None
     if count:
         raise typer.Exit(DIFFERENT)
@@ -208,7 +206,7 @@ def submit(
         )
     except KubeError as error:
         # Of the cluster, not of the round: the Job that runs this may try again.
-        _print_mistake(error)
+        show_mistake(error)
         raise typer.Exit(MISTAKE) from None
     if not ended.succeeded:
         raise RayJobError(
@@ -250,12 +248,6 @@ def _wanted(
         )
         for name in names
     ]
-
-
-def _print_mistake(error: ExpertmeshError) -> None:
-    err.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
-    if error.hint:
-        err.print(f"  {escape(error.hint)}", highlight=False, soft_wrap=True)
 
 
 def _connected(kubeconfig: Path | None, context: str | None) -> HttpApi:

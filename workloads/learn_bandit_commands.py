@@ -11,8 +11,9 @@ import typer
 from rich.table import Table
 
 from cluster.errors import LearningError
+from workloads.console import err
 from workloads.learn_loop_commands import learn_app as learn_app
-from workloads.learn_parts import StoreUrl, StreamUrl, configured, err, open_stream, out
+from workloads.learn_parts import StoreUrl, StreamUrl, configured, open_stream, out
 from workloads.options import ConfigFile, Json, Model
 
 if TYPE_CHECKING:

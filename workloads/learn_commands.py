@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from workloads.console import err
 from workloads.learn_parts import (
     Beta,
     Length,
@@ -20,7 +21,6 @@ from workloads.learn_parts import (
     StreamUrl,
     Workers,
     configured,
-    err,
     open_stream,
     out,
     ray_for_training,

@@ -15,12 +15,12 @@ import typer
 
 from cluster.config import Config
 from cluster.errors import LearningError
+from workloads.console import err
 from workloads.learn_commands import learn_app as learn_app
 from workloads.learn_parts import (
     StoreUrl,
     StreamUrl,
     configured,
-    err,
     open_stream,
     out,
     ray_for_training,

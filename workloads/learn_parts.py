@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from cluster.config import Config, load_config
 from cluster.messages import StoreAddress
-from workloads.console import console
+from workloads.console import console, err
 
 if TYPE_CHECKING:
     from cluster.checkpoint import Checkpoint
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 learn_app = typer.Typer(help="What the mesh learns from.", no_args_is_help=True)
 out = console()
-err = Console(stderr=True)
 
 StreamUrl = Annotated[str | None, typer.Option("--stream", help="Folder or URL (default: learning.stream).")]
 StoreUrl = Annotated[

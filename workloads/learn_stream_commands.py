@@ -17,7 +17,8 @@ from rich.table import Table
 
 from cluster.config import Config
 from cluster.errors import LearningError
-from workloads.learn_parts import StreamUrl, configured, err, learn_app, open_stream, out
+from workloads.console import err
+from workloads.learn_parts import StreamUrl, configured, learn_app, open_stream, out
 from workloads.options import ConfigFile, Json, Model
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
 
 from cluster.config_mistakes import BadValue
 from cluster.config_values import parse_duration
@@ -22,7 +21,6 @@ from workloads.version_commands import Version, configured
 from workloads.version_commands import versions_app as versions_app
 
 out = console()
-err = Console(stderr=True)
 
 _POLL_S: Final = 0.05
 Url = Annotated[

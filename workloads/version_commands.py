@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from cluster.checkpoint import Checkpoint
 from cluster.config import Config, load_config
 from cluster.config_mistakes import BadValue
 from cluster.config_values import parse_duration
 from cluster.errors import VersionError
-from workloads.console import console
+from workloads.console import console, err
 from workloads.options import ConfigFile, Json, Model
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 versions_app = typer.Typer(help="Versions of the model, expert by expert.", no_args_is_help=True)
 out = console()
-err = Console(stderr=True)
 
 StoreUrl = Annotated[str | None, typer.Option("--store", help="Folder or URL (default: versions.store).")]
 Version = Annotated[
