@@ -103,6 +103,11 @@ class Loop:
         self.waits_for: dict[str, str] = {}
         """Domain → why there is no round of it, though there are enough samples."""
 
+    @property
+    def waiting(self) -> dict[str, int]:
+        """Domain → samples that no round has used, of the shards that were read."""
+        return {domain: found.samples for domain, found in self._counts.waiting(self.state.offsets).items()}
+
     def look(self) -> bool:
         """Do one step; False if there is nothing to be done now."""
         # While two versions answer nobody knows which of them is asked.

@@ -55,6 +55,10 @@ def serve(
     url: Annotated[
         str | None, typer.Option("--url", help="Server to learn beside (default: the one that runs here).")
     ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Port of 127.0.0.1 for Prometheus' series of how learning goes."),
+    ] = None,
     config: ConfigFile = None,
     model: Model = None,
     stream: StreamUrl = None,
@@ -66,6 +70,7 @@ def serve(
     from workloads.learn_bandit import Bandit
     from workloads.learn_drift import DriftWatch
     from workloads.learn_loop import Loop
+    from workloads.learn_metrics import LearningMetrics, Seen, served
     from workloads.learn_status import Teller
     from workloads.learn_work import MeshWork
     from workloads.logs import configure
@@ -77,7 +82,12 @@ def serve(
     with stages(err) as shown:
         checkpoint = open_model(settings, shown)[0]
         state = Files(settings.learning.state_url(checkpoint.digest), **settings.learning.options)
-        with alone(state), beside(settings, url, publish_only) as (server, pausing, beside_url):
+        metrics = LearningMetrics()
+        with (
+            alone(state),
+            served(metrics, metrics_port),
+            beside(settings, url, publish_only) as (server, pausing, beside_url),
+        ):
             configure(settings.log_level)
             teller = Teller(state)
             progress = _unhurried(shown, teller, pausing)
@@ -100,8 +110,15 @@ def serve(
             bandit = Bandit(state, kept, settings.learning.bandit, server) if server is not None else None
             if settings.learning.training.gentle:
                 _give_way(settings)
+
+            def look() -> bool:
+                busy = loop.look()
+                metrics.seen = Seen(loop.state, loop.waiting, watch.state)
+                return busy
+
+            metrics.seen = Seen(loop.state, {}, watch.state)
             try:
-                _run(loop, teller, bandit, once=once, until_idle=until_idle)
+                _run(loop, look, teller, bandit, once=once, until_idle=until_idle)
             finally:
                 teller("not running", 1.0, loop.waits_for)
 
@@ -247,12 +264,20 @@ def _give_way(config: Config) -> None:
     gentle_start.give_way()
 
 
-def _run(loop: Loop, teller: Teller, bandit: Bandit | None, *, once: bool, until_idle: bool) -> None:
+def _run(
+    loop: Loop,
+    look: Callable[[], bool],
+    teller: Teller,
+    bandit: Bandit | None,
+    *,
+    once: bool,
+    until_idle: bool,
+) -> None:
     ended = loop.state.rounds - (loop.state.now is not None)
     while True:
         if bandit is not None:
             bandit.look()
-        busy = loop.look()
+        busy = look()
         rounds = loop.state.rounds - (loop.state.now is not None)
         if rounds > ended:
             ended = rounds
