@@ -29,15 +29,16 @@ _TAINTS: Final[Mapping[str, str]] = {
     "aws-node-termination-handler/scheduled-maintenance": "is to be maintained",
     "aws-node-termination-handler/asg-lifecycle-termination": "is terminated by its scaling group",
     "aws-node-termination-handler/rebalance-recommendation": "is likely to be interrupted",
-    # AKS's node repair.
+    # AKS's node repair, before 2026 and since.
     "remediator.aks.microsoft.com/unschedulable": "is being repaired",
+    "remediator.kubernetes.azure.com/unschedulable": "is being repaired",
 }
 _CONDITIONS: Final[Mapping[str, str]] = {
-    # AKS: the VM's scheduled events, such as PreemptScheduled and TerminateScheduled.
+    # AKS's node problem detector: a scheduled event of the VM; which one is in its message, "Preempt Scheduled: ...".
     "VMEventScheduled": "has a scheduled event",
-    # AKS with Karpenter, and others that follow the node problem detector's names.
-    "TerminationScheduled": "is about to be terminated",
 }
+# Such an event pauses a VM for seconds, and its pods stay.
+_PAUSE: Final = "freeze"
 # A soft taint is a wish.
 _SOFT: Final = "PreferNoSchedule"
 
@@ -52,8 +53,8 @@ def why_node_goes(node: KubeNode) -> str:
     if node.unschedulable:
         return "is cordoned"
     for condition, words in _CONDITIONS.items():
-        if condition in node.conditions:
-            why = node.conditions[condition]
+        why = node.conditions.get(condition)
+        if why is not None and _PAUSE not in why.lower():
             return f"{words} ({why})" if why else words
     return "" if node.ready else "is not ready"
 

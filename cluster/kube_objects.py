@@ -41,7 +41,7 @@ class KubeNode:
     allocatable: Mapping[str, str] = field(default_factory=dict)
     """As quantities."""
     conditions: Mapping[str, str] = field(default_factory=dict)
-    """Those that are true, with their reason."""
+    """Those that are true, with what is said of them, or their reason."""
     going: bool = False
     """It is being deleted."""
 
@@ -155,7 +155,7 @@ def read_node(raw: Object) -> KubeNode:
     """From a node."""
     meta, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
     conditions = {
-        str(c["type"]): str(c.get("reason") or "")
+        str(c["type"]): str(c.get("message") or c.get("reason") or "")
         for c in status.get("conditions") or ()
         if c.get("status") == "True"
     }
