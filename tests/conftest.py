@@ -32,6 +32,7 @@ _GROUPS = {
     "integration/test_charts_on_api_server.py": "kube",
     "integration/test_k8s_on_api_server.py": "kube",
     "integration/test_operator_on_api_server.py": "kube",
+    "integration/test_operated_mesh.py": "kube",
     "integration/test_ray_service.py": "ray service",
     "e2e/test_live_changes.py": "server",
     "e2e/test_api_errors.py": "server",

@@ -148,6 +148,11 @@ class RayNodes:
         self._workers[worker.name] = worker
         self.start_workers()
 
+    def leave(self, node: str) -> None:
+        """End a worker that will not come back; its address is nobody else's."""
+        self.kill_node(node)
+        del self._workers[node]
+
     def ip(self, node: str) -> str:
         """The address of a worker that was started."""
         return self._places[node][0]
