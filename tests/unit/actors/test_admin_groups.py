@@ -39,7 +39,7 @@ def test_groups_and_nodes_are_told(mesh: OperatedMesh) -> None:
     ]
     mesh.external.request({"a": NodeShape(4, 1)})
     assert groups(mesh)["a"]["wanted"] == 4
-    assert "room for 4 of a" in mesh.external.describe()
+    assert "room for a 4 × (1 CPU)" in mesh.external.describe()
 
 
 def test_a_group_grows_as_nodes_join_each_with_one_host(mesh: OperatedMesh) -> None:
