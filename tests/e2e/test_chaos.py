@@ -98,9 +98,7 @@ def test_what_dies_hurts_nobody_and_a_check_that_cannot_hold_is_missed(
     assert frozen["leaked_processes"] == 0 and frozen["whole"] and frozen["changed_tokens"] == 0
 
     assert_nobody_was_hurt(report, runs)
-    # Not each of them: where the machine has much else to do, a host may be out for being late when it is struck.
-    assert any(runs[name]["detect_ms"] is not None for name in ("kill-host", "kill-unreplicated"))
-    assert runs["freeze-host"]["counters"]["hedges"] > 0 or runs["freeze-host"]["detect_ms"] is None
+    assert runs["kill-host"]["detect_ms"] is not None and runs["freeze-host"]["counters"]["hedges"] > 0
     assert runs["kill-unreplicated"]["refused"] > 0
 
 

@@ -2,7 +2,7 @@
 
 1. one server for each distinct deployment, in a process of its own
 2. fault-free answers of the same prompts under the same load: the reference
-3. for each seed the load again, with the scenario's faults at the seed's times
+3. for each seed the load again, with the scenario's faults at the seed's times, the first once all hosts are in use
 4. wait until the mesh is whole, and ask every stream once more; a mesh that stays hurt is replaced by a fresh one
 5. the server ends; what is left of it is counted
 
@@ -26,12 +26,14 @@ from workloads.bench.chaos_plan import plan
 from workloads.bench.chaos_result import Run, Struck, line, summary
 from workloads.bench.chaos_scenario import Load, Scenario, deploy
 from workloads.bench.chaos_statistics import Reference
-from workloads.bench.chaos_watch import Watcher, restored_ns, watching
+from workloads.bench.chaos_watch import Watcher, all_in_use, restored_ns, watching
 from workloads.bench.ports import free_port
 
 Note = Callable[[str], None]
 _POLL_S = 0.25
 _REFERENCE_PASSES = 2
+# Where the machine has much else to do, a host may be out for being late; what befalls it then nobody would notice.
+_IN_USE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +124,11 @@ def run_once(mesh: Mesh, watcher: Watcher, scenario: Scenario, seed: int, expect
     begin_ns = time.monotonic_ns()
 
     async def faults() -> None:
+        held_up_s = 0.0
         for event in planned:
-            await asyncio.sleep(event.at_s - (time.monotonic_ns() - begin_ns) / 1e9)
+            await asyncio.sleep(event.at_s + held_up_s - (time.monotonic_ns() - begin_ns) / 1e9)
+            if event is planned[0]:
+                held_up_s = await _until_in_use(watcher)
             # In a thread where it takes a while: the streams are read meanwhile.
             strike = mesh.strike
             quick = (
@@ -159,6 +164,14 @@ def _reference(mesh: Mesh, load: Load) -> Reference:
         raise ExpertmeshError(
             f"an answer failed before there was any fault ({error})", "mend that first: `expertmesh status`"
         ) from error
+
+
+async def _until_in_use(watcher: Watcher) -> float:
+    """Wait until the engine asks every host; for how many seconds that was."""
+    began = time.monotonic()
+    while not all_in_use(tuple(watcher.stats)) and time.monotonic() - began < _IN_USE_S:
+        await asyncio.sleep(_POLL_S)
+    return time.monotonic() - began
 
 
 def _wait_whole(

@@ -72,6 +72,12 @@ def watching(mesh: Mesh) -> Iterator[Watcher]:
         watcher.stop()
 
 
+def all_in_use(stats: Sequence[StatsSample]) -> bool:
+    """Whether the engine said last that it asks every host; an engine that does not say is taken to."""
+    told = next((sample.value for sample in reversed(stats) if sample.value is not None), None)
+    return not (told or {}).get("ejected")
+
+
 def restored_ns(
     hosts: Sequence[HostsSample], stats: Sequence[StatsSample], last_fault_ns: int, dead: frozenset[int]
 ) -> int | None:

@@ -11,7 +11,15 @@ from workloads.bench import chaos_statistics as statistics
 from workloads.bench.chaos_load import Answer, Outcome
 from workloads.bench.chaos_result import tables_split
 from workloads.bench.chaos_statistics import Gap
-from workloads.bench.chaos_watch import HostsSample, Sample, StatsSample, Watcher, restored_ns, up_again_ns
+from workloads.bench.chaos_watch import (
+    HostsSample,
+    Sample,
+    StatsSample,
+    Watcher,
+    all_in_use,
+    restored_ns,
+    up_again_ns,
+)
 
 MS = 1_000_000
 S = 1_000_000_000
@@ -160,3 +168,11 @@ def test_an_engines_tables_are_compared_with_the_controllers() -> None:
     ]
     assert tables_split(cast(Watcher, SimpleNamespace(tables=controller, stats=engine)), 1) == 1
     assert tables_split(cast(Watcher, SimpleNamespace(tables=controller, stats=engine[:2])), 1) == 0
+
+
+def test_whether_every_host_is_in_use_is_what_was_said_last() -> None:
+    assert all_in_use([]) and all_in_use([stats(1, None)])
+    assert not all_in_use([stats(1, 0), stats(2, 1)])
+    # Nobody answered: what was said before counts.
+    assert not all_in_use([stats(1, 1), Sample(2, 3, None)])
+    assert all_in_use([stats(1, 1), stats(2, 0), Sample(3, 4, None)])
