@@ -29,7 +29,7 @@ _TAINTS: Final[Mapping[str, str]] = {
     "aws-node-termination-handler/scheduled-maintenance": "is to be maintained",
     "aws-node-termination-handler/asg-lifecycle-termination": "is terminated by its scaling group",
     "aws-node-termination-handler/rebalance-recommendation": "is likely to be interrupted",
-    # AKS's node repair, before 2026 and since.
+    # AKS's node repair, and the name that its release notes announce in place of that.
     "remediator.aks.microsoft.com/unschedulable": "is being repaired",
     "remediator.kubernetes.azure.com/unschedulable": "is being repaired",
 }
