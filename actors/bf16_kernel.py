@@ -7,13 +7,6 @@ float32. Decoding waits for those bytes. The kernel is compiled at its first use
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,16 +16,16 @@ import structlog
 import torch
 
 from actors.expert_maths import ExpertMaths
+from actors.native_library import native_library
 from actors.reserved_memory import reserved
 from actors.stored_expert import ExpertMatrices
-from cluster.cache_folder import cache_folder
+from cluster.errors import HostError
 
 log = structlog.get_logger()
 
 _SOURCE: Final = Path(__file__).parent / "native" / "bf16_experts.cpp"
-_FLAGS: Final = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+_FLAGS: Final = ("-O3", "-march=native", "-fopenmp")
 _LANES: Final = 16
-_COMPILE_S: Final = 120.0
 
 
 def can_run(maths: ExpertMaths, dtype: torch.dtype, stored: frozenset[str]) -> bool:
@@ -51,49 +44,15 @@ def can_run(maths: ExpertMaths, dtype: torch.dtype, stored: frozenset[str]) -> b
 @cache
 def kernel() -> Callable[..., None] | None:
     """The compiled function, made first if need be; None, with a warning, where it can't be compiled."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or ""]
     try:
-        function = ctypes.CDLL(str(_compiled(compiler))).expertmesh_bf16_experts
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        log.warning("no C++ compiler for the bfloat16 kernel: weights are widened in memory", reason=said)
+        function = native_library("bf16", _SOURCE, _FLAGS).expertmesh_bf16_experts
+    except HostError as error:
+        log.warning("no bfloat16 kernel: weights are widened in memory", reason=error.message)
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int
     function.argtypes = [pointer] * 2 + [number] * 3 + [pointer] * 4 + [number] * 4
     function.restype = None
     return function
-
-
-def _compiled(compiler: list[str]) -> Path:
-    """The library for this processor and compiler, from the cache or fresh."""
-    version = subprocess.run(
-        [*compiler, "--version"], capture_output=True, check=True, timeout=_COMPILE_S
-    ).stdout
-    sources = [path.read_bytes() for path in sorted(_SOURCE.parent.iterdir())]
-    identity = [*sources, version, " ".join(_FLAGS).encode(), processor().encode()]
-    folder = cache_folder() / "kernels"
-    library = folder / f"bf16-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:16]}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        # Several hosts may compile at once: each its own file, and the last rename wins.
-        with tempfile.TemporaryDirectory(dir=folder) as fresh:
-            made = Path(fresh) / library.name
-            command = [*compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
-            subprocess.run(command, capture_output=True, check=True, text=True, timeout=_COMPILE_S)
-            made.replace(library)
-    return library
-
-
-def processor() -> str:
-    """What -march=native looks at: a home folder may be shared by unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = [
-        line for line in lines if line.startswith(("model\t", "cpu family", "flags", "Features", "CPU part"))
-    ]
-    return " ".join([platform.machine(), *sorted(set(named))])
 
 
 def pack(matrix_NI: torch.Tensor, out: torch.Tensor) -> None:

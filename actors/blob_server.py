@@ -10,12 +10,17 @@ them; what is given comes with its size before it and its sha256 behind it (`act
                                            <-  {bytes}, safetensors, sha256 | {error, hint}
     {ask: "version", blob: digest}         ->
                                            <-  {bytes}, a blob of the store of versions, sha256 | {error, hint}
+    {ask: "memory", layer, gpu}            ->
+                                           <-  {format}, how the layer's experts lie there | {error, hint}
+    {ask: "memory", layer, gpu, expert}    ->
+                                           <-  {format} (+fd), the expert's memory on that GPU | {error, hint}
 
 Blobs of versions are given as the store has them, so that the copier can prove them by the digest that it asked for.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -47,7 +52,12 @@ class Blobs(Protocol):
         """One expert; CheckpointError or HostError if it can't be given."""
 
 
-def serve_copies(sock: socket.socket, blobs: Blobs, version: GiveVersion) -> None:
+Lend = Callable[[str, int, int | None], tuple[dict[str, Any], int]]
+"""From a GPU's name, a layer and an expert's number to how it lies there and a descriptor of its memory, see
+`actors.host_server.HostServer.lend`."""
+
+
+def serve_copies(sock: socket.socket, blobs: Blobs, version: GiveVersion, lend: Lend) -> None:
     """Answer until the copier closes (ConnectionError), asks what makes no sense, or a file can't be read."""
     sock.settimeout(_STALL_S)
     if sock.family == socket.AF_INET:
@@ -56,14 +66,16 @@ def serve_copies(sock: socket.socket, blobs: Blobs, version: GiveVersion) -> Non
     while True:
         question = json_stream.receive(sock)[0]
         try:
-            answer = _answer(question, blobs, version)
+            answer = _answer(question, blobs, version, lend)
         except (CheckpointError, HostError, VersionError) as error:
             json_stream.send(sock, {"error": error.message, "hint": error.hint})
         else:
             answer(sock)
 
 
-def _answer(question: dict[str, Any], blobs: Blobs, version: GiveVersion) -> Callable[[socket.socket], None]:
+def _answer(
+    question: dict[str, Any], blobs: Blobs, version: GiveVersion, lend: Lend
+) -> Callable[[socket.socket], None]:
     """What sends it; CheckpointError, HostError or VersionError if it can't be given."""
     asked, layer, expert, digest = (question.get(name) for name in ("ask", "layer", "expert", "blob"))
     if asked == "outline":
@@ -73,7 +85,23 @@ def _answer(question: dict[str, Any], blobs: Blobs, version: GiveVersion) -> Cal
     if asked == "blob" and isinstance(layer, int) and isinstance(expert, int):
         pieces, fused = blobs.blob(layer, expert)
         return partial(send_blob, pieces=pieces, fused=fused)
+    gpu = question.get("gpu")
+    if (
+        asked == "memory"
+        and isinstance(layer, int)
+        and isinstance(gpu, str)
+        and isinstance(expert, int | None)
+    ):
+        return partial(_send_memory, *lend(gpu, layer, expert))
     raise ProtocolError(f"a host that copies asks for {question}")
+
+
+def _send_memory(form: dict[str, Any], descriptor: int, sock: socket.socket) -> None:
+    try:
+        json_stream.send(sock, {"format": form}, descriptor)
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def _send_bytes(data: bytes, sock: socket.socket) -> None:

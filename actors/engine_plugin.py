@@ -4,10 +4,10 @@ vLLM calls `register` in each of its processes before it builds the model. From 
 
     RoutedExperts  ->  MeshRoutedExperts: no weights; its apply is the op `expertmesh::experts`
     load format "expertmesh"  ->  MeshModelLoader: reads every tensor but the routed experts'
-    torch.ops.expertmesh.experts  ->  the process's Dispatcher
+    torch.ops.expertmesh.experts  ->  the process's Dispatcher; on a GPU CudaExperts, and that for what is elsewhere
 
 An engine that was not started with expertmesh's settings keeps vLLM's own layer, so stock vLLM runs
-unchanged in the same environment. Seen to work with vLLM 0.32; attention, gate, top-k, shared
+unchanged in the same environment. Seen to work with vLLM 0.32 on CPUs and 0.26 on GPUs; attention, gate, top-k, shared
 experts and scaling stay vLLM's.
 """
 
@@ -18,7 +18,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter_ns
@@ -41,6 +41,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from actors import growing_router, openmp, scored_router
 from actors.buffers import Layout
 from actors.capacity import CapacityLimit
+from actors.cuda_experts import CudaExperts
 from actors.dense_weights import more_rows, routers_of, tensors, to_load
 from actors.dispatch import Dispatcher
 from actors.outages import Outages
@@ -67,6 +68,9 @@ SETTINGS_VARIABLE = "EXPERTMESH_ENGINE_SETTINGS"
 _dispatcher: Dispatcher | None = None
 # What the op calls: the dispatcher itself, or the bound on its rows. Chosen once, since it is called per layer.
 _compute: Callable[..., None] | None = None
+# Of an engine on a GPU.
+_cuda: CudaExperts | None = None
+_node_id = ""
 capacity_limit: CapacityLimit | None = None
 """Of an engine whose experts take a bounded number of rows; its scheduler ends each step for it."""
 # And its scheduler, which runs in the same process, finds here which requests a step could not compute.
@@ -130,6 +134,15 @@ def _experts(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, layer: i
     return out
 
 
+def _experts_on_gpu(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, layer: int) -> torch.Tensor:
+    """The same for a GPU's stream: what is launched depends on nothing but the number of rows."""
+    if _cuda is None:
+        return torch.zeros_like(x)
+    return _cuda(
+        layer, x.contiguous(), weights.to(torch.float32).contiguous(), ids.to(torch.int32).contiguous()
+    )
+
+
 def _experts_shape(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, layer: int) -> torch.Tensor:
     return torch.empty_like(x)
 
@@ -188,6 +201,9 @@ class RemoteExpertsMethod(FusedMoEMethodBase):
     ) -> torch.Tensor:
         if not self._sends:
             return torch.zeros_like(x)
+        if x.is_cuda:
+            # vLLM's own op around it is opaque to the compiler, and what is launched here can be captured.
+            return _experts_on_gpu(x, topk_weights, topk_ids, self._layer)
         return torch.ops.expertmesh.experts(
             x.contiguous(),
             topk_weights.to(torch.float32).contiguous(),
@@ -234,7 +250,10 @@ class MeshModelLoader(DefaultModelLoader):
             _rows.update(growing_router.install(model, settings.spare_experts))
         if settings.table:
             _connect(settings, key, masks)
-            _bound(settings, vllm_config.scheduler_config.max_num_batched_tokens, gates)
+            largest = vllm_config.scheduler_config.max_num_batched_tokens
+            _bound(settings, largest, gates)
+            if vllm_config.device_config.device_type == "cuda":
+                _map(settings, key, largest)
         return model
 
 
@@ -311,6 +330,44 @@ def _bound(settings: EngineSettings, largest: int, gates: dict[int, Gate]) -> No
         )
 
 
+def _map(settings: EngineSettings, key: bytes, largest: int) -> None:
+    """Take the experts of the hosts on this process's GPU; the dispatcher is for all others."""
+    global _cuda, _node_id
+    assert _dispatcher is not None
+    if settings.capacity.policy != "dropless" or settings.no_replica != "fail" or settings.spare_experts:
+        raise CheckpointError(
+            "an engine on a GPU knows neither capacities, nor routers that change, nor what to do without a replica",
+            "leave placement.capacity, placement.no_replica and versions.spare_experts as they are by default",
+        )
+    route = _dispatcher.peers.route
+    _node_id = settings.node_id
+    _cuda = CudaExperts(
+        Layout(largest, settings.hidden, settings.top_k, settings.dtype),
+        route.sizes,
+        device=torch.cuda.current_device(),
+        model=settings.model,
+        key=key,
+        # The dispatcher's own deadlines come first: this is for a thread that died.
+        deadline_s=4 * settings.deadline_s,
+    )
+    _cuda.use(route, settings.node_id)
+    _dispatcher.counts_routing = False
+    _cuda.dispatch_to(_compute_elsewhere)
+
+
+def _compute_elsewhere(
+    layer: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, out: torch.Tensor
+) -> None:
+    """In the exchange's thread: what the op does on a CPU."""
+    assert _compute is not None
+    try:
+        _compute(layer, x, weights, ids, out)
+    except Exception as error:
+        out.zero_()
+        outages.note(Outage(layer, tuple(range(len(x))), str(error), degraded=False))
+        raise
+
+
 class WorkerExtension:
     """Methods that the router deployment calls in the worker between two steps (`collective_rpc`)."""
 
@@ -319,8 +376,13 @@ class WorkerExtension:
         assert _dispatcher is not None
         began = perf_counter_ns()
         route = route_from_table(PlacementTable.from_json(table))
+        if _cuda is not None:
+            # Its thread dispatches for steps that are under way.
+            torch.cuda.synchronize()
         _dispatcher.peers.set_route(route)
         _use_versions()
+        if _cuda is not None:
+            _cuda.use(route, _node_id)
         stats = _dispatcher.stats
         stats.slowest_table_ns = max(stats.slowest_table_ns, perf_counter_ns() - began)
         return route.epoch
@@ -358,7 +420,10 @@ class WorkerExtension:
     def expertmesh_traffic(self) -> str:
         """What was counted since the last call, JSON of a Traffic."""
         assert _dispatcher is not None
-        return TRAFFIC.dump_json(_dispatcher.take_traffic()).decode()
+        traffic = _dispatcher.take_traffic()
+        if _cuda is not None:
+            traffic = replace(traffic, chosen=_cuda.take_counts())
+        return TRAFFIC.dump_json(traffic).decode()
 
     def expertmesh_reachable(self) -> dict[str, float]:
         """Round-trip seconds per expert host that is asked; raises if an expert has no living replica."""
@@ -400,6 +465,7 @@ class WorkerExtension:
             "last_reroute_monotonic_ns": stats.last_reroute_ns,
             "epoch": _dispatcher.peers.route.epoch,
             "table": _dispatcher.peers.route.digest,
+            "mapped": {} if _cuda is None else _cuda.mapped,
             "rss_bytes": psutil.Process().memory_info().rss,
             "pid": os.getpid(),
             "hosts": standing,

@@ -11,11 +11,13 @@ from typing import Final
 import structlog
 import torch
 
-from actors import bf16_kernel
+from actors import bf16_kernel, cuda_layer
+from actors.cuda_layer import CudaLayer
 from actors.expert_kernels import GroupedLayer, LayerExperts, ModuleLayer, NoopLayer, VllmCpuLayer
 from actors.expert_maths import ExpertMaths, layer_maths
 from actors.expert_reader import ReadVariant, open_layer
 from actors.reserved_memory import release
+from actors.slot_format import SlotFormat
 from actors.stored_expert import ExpertMatrices
 from actors.vllm_cpu_kernel import vllm_cpu_isa, vllm_cpu_ops
 from cluster.checkpoint import Checkpoint
@@ -31,6 +33,9 @@ KERNELS: Final = (
     "vllm-cpu-vec",
     "grouped-mm",
     "module",
+    "vllm-cuda",
+    "vllm-cuda-fp8",
+    "vllm-cuda-int8",
     "noop",
 )
 
@@ -118,6 +123,9 @@ def rebuilt_layer(
 def free(layer: LayerExperts, slots: Collection[int]) -> None:
     """Give the memory of slots back that nobody computes with any more."""
     for slot in slots:
+        if isinstance(layer, CudaLayer):
+            layer.free(slot)
+            continue
         for store in layer.stores:
             release(store[slot])
 
@@ -133,7 +141,12 @@ def _empty(
 ) -> LayerExperts:
     if kernel not in KERNELS:
         raise HostError(f"no kernel of the name {kernel!r}", f"known are {', '.join(KERNELS)}")
-    if kernel == "module" or (kernel == "auto" and device != "cpu"):
+    on_gpu = device != "cpu"
+    if on_gpu and cuda_layer.can_run(maths) and (kernel == "auto" or kernel.startswith("vllm-cuda")):
+        weights = kernel.removeprefix("auto").removeprefix("vllm-cuda").removeprefix("-") or "plain"
+        form = SlotFormat.of(maths, dtype, weights)
+        return CudaLayer(form, num, torch.device(device).index or 0)
+    if kernel == "module" or (kernel == "auto" and on_gpu):
         return ModuleLayer(maths, num, dtype, device)
     if device != "cpu":
         raise HostError(f"the kernel {kernel!r} runs on CPU only, not on {device!r}", "use kernel auto")

@@ -19,8 +19,8 @@ from typing import Final
 import structlog
 import torch
 
-from actors.bf16_kernel import processor
 from actors.expert_kernels import LayerExperts
+from actors.native_library import processor
 from cluster.cache_folder import cache_folder
 from cluster.cost_fit import Timing, fit
 from cluster.messages import HostCost, HostSpec

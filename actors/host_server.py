@@ -12,15 +12,17 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from socket import MSG_WAITALL
 from time import perf_counter_ns
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import structlog
 
 from actors.blob_server import Blobs, GiveVersion, serve_copies
 from actors.buffers import Buffers, Views
+from actors.cuda_layer import CudaLayer
 from actors.handshake import greet
 from actors.header_parts import DISPATCH_LEAD, MAX_KEPT, PARTS, REPLY_LEAD, rest
 from actors.hosted_layer import FEW, HostedLayer, Ids
@@ -124,6 +126,19 @@ class HostServer:
             thread.join(1.0)
         self._listeners.clear()
 
+    def lend(self, gpu: str, layer: int, expert: int | None) -> tuple[dict[str, Any], int]:
+        """How a layer's experts lie on a GPU, and a descriptor of one's memory if one is named (else -1).
+
+        HostError if they are not on that GPU, or not where another process can map them.
+        """
+        hosted = self.layers.get(layer)
+        kept = hosted.experts if hosted is not None else None
+        if hosted is None or not isinstance(kept, CudaLayer) or kept.gpu != gpu:
+            raise HostError(f"host {self.host_id} has no memory of layer {layer} on GPU {gpu}")
+        if expert is not None and expert not in hosted.slots:
+            raise HostError(f"host {self.host_id} does not hold expert {expert} of layer {layer}")
+        return asdict(kept.form), -1 if expert is None else kept.slots.export(hosted.slots[expert])
+
     def _start(self, listener: socket.socket) -> None:
         listener.listen(64)
         thread = threading.Thread(
@@ -148,7 +163,7 @@ class HostServer:
             if identity is None:
                 self._copiers.add(sock)
                 if self._blobs is not None:
-                    serve_copies(sock, self._blobs, self._version)
+                    serve_copies(sock, self._blobs, self._version, self.lend)
                 return
             if fd >= 0:
                 try:

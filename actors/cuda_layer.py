@@ -1,0 +1,93 @@
+"""The experts of a layer on a GPU, in slots that engines on the same GPU can map (`actors.cuda_memory`).
+
+The host computes for engines elsewhere; an engine on its GPU takes the weights and computes itself, which spares it
+the way there and back.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Final
+
+import torch
+
+from actors.cuda_memory import CudaSlots, gpu_name
+from actors.expert_maths import ExpertMaths
+from actors.slot_format import SlotFormat, run_experts
+from actors.stored_expert import ExpertMatrices
+
+_ACTIVATIONS: Final = ("silu", "gelu")
+
+
+def can_run(maths: ExpertMaths) -> bool:
+    """Whether vLLM's fused experts compute these."""
+    plain = maths.has_gate and not maths.has_bias and maths.activation in _ACTIVATIONS
+    return plain and find_spec("vllm") is not None
+
+
+class CudaLayer:
+    """Some experts of one layer, see `actors.expert_kernels.LayerExperts`."""
+
+    roomy = True
+
+    def __init__(self, form: SlotFormat, num_experts: int, device: int) -> None:
+        """Room for experts of this format; memory is taken when they are loaded."""
+        self.form, self.room = form, num_experts
+        self.kernel = "vllm-cuda" if form.weights == "plain" else f"vllm-cuda-{form.weights}"
+        # One more, of zeros: pairs of experts that are not here go there.
+        self.slots = CudaSlots(device, num_experts + 1, form.size)
+        self.weight_bytes = self.slots.slot_bytes * num_experts
+        self.tensors = form.tensors(self.slots.bytes())
+        self._device = torch.device("cuda", device)
+        self.gpu = gpu_name(device)
+        self.slots.take(num_experts)
+        self.slots.bytes()[num_experts].zero_()
+        self._buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def stores(self) -> tuple[torch.Tensor, ...]:
+        """See `actors.expert_kernels.LayerExperts`."""
+        return tuple(tensor for tensor in self.tensors if tensor is not None)
+
+    def put(self, slot: int, matrices: ExpertMatrices) -> None:
+        """See `actors.expert_kernels.LayerExperts`. What engines have mapped of the slot before stays theirs."""
+        self.slots.take(slot)
+        self.form.put(self.tensors, slot, matrices)
+
+    def free(self, slot: int) -> None:
+        """Give a slot's memory back."""
+        torch.cuda.synchronize(self._device)
+        self.slots.release(slot)
+
+    def sized(self, num_experts: int) -> CudaLayer:
+        """See `actors.expert_kernels.LayerExperts`."""
+        assert self._device.index is not None
+        return CudaLayer(self.form, num_experts, self._device.index)
+
+    @torch.inference_mode()
+    def compute(
+        self, x_NH: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor, out_NH: torch.Tensor
+    ) -> None:
+        """See `actors.expert_kernels.LayerExperts`; returns when ``out_NH`` is written."""
+        rows = x_NH.shape[0]
+        if not rows:
+            return
+        if (
+            self._buffers is None
+            or len(self._buffers[0]) < rows
+            or self._buffers[1].shape[1] != slots_NK.shape[1]
+        ):
+            room, width = 1 << max(4, (rows - 1).bit_length()), slots_NK.shape[1]
+            self._buffers = (
+                torch.empty(room, x_NH.shape[1], dtype=x_NH.dtype, device=self._device),
+                torch.empty(room, width, dtype=torch.int32, device=self._device),
+                torch.empty(room, width, dtype=torch.float32, device=self._device),
+            )
+        x, slots, weights = (buffer[:rows] for buffer in self._buffers)
+        x.copy_(x_NH)
+        slots.copy_(slots_NK)
+        weights.copy_(weights_NK)
+        absent = slots < 0
+        weights.masked_fill_(absent, 0.0)
+        slots.masked_fill_(absent, self.room)
+        out_NH.copy_(run_experts(self.tensors, self.form.activation, x, slots, weights, self.room + 1))
