@@ -58,9 +58,18 @@ class ModelShape:
 
 
 def make(
-    folder: Path, shape: ModelShape, dtype: str = "bfloat16", device: str = "cuda", seed: int = 0
+    folder: Path,
+    shape: ModelShape,
+    dtype: str = "bfloat16",
+    device: str = "cuda",
+    seed: int = 0,
+    popularity_LE: torch.Tensor | None = None,
 ) -> Path:
-    """Write the checkpoint, a file a layer; the same seed gives the same weights on the same kind of device."""
+    """Write the checkpoint, a file a layer; the same seed gives the same weights on the same kind of device.
+
+    `popularity_LE`: how often each expert is to be chosen, as shares of its layer; without it all alike. All tokens
+    then have a direction in common, along which routers prefer experts, so that the shares roughly come true.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator(device).manual_seed(seed)
     kind: torch.dtype = getattr(torch, dtype)
@@ -90,6 +99,7 @@ def make(
         # What a token's direction of its own adds to a logit has a deviation of about one, and half of a token's
         # length is common to all.
         own = torch.randn(shape.experts, H, generator=generator, device=device) * (2 / H) ** 0.5
+        own -= (own @ common_H / H)[:, None] * common_H
         bias_E = preference(popularity_LE[layer].to(device), shape.top_k, generator)
         return (own + bias_E[:, None] * common_H / H * 2**0.5).to(kind).cpu()
 

@@ -18,7 +18,6 @@ from typing import Any
 from workloads.bench.gpu_engine import ANSWER, answers, engine, prompts, tokens_per_second
 from workloads.bench.gpu_mesh import GpuMesh, HostPlan, gpu_mesh
 
-
 _TOLD = ("dispatches", "rows", "seconds", "slowest_seconds", "lost", "late", "failovers", "mapped")
 
 
