@@ -55,7 +55,9 @@ def main() -> None:
 
     def ask() -> dict[str, Any]:
         prompt = {"prompt_token_ids": list(range(3, 3 + LENGTH))}
-        llm.generate([prompt], SamplingParams(max_tokens=1, temperature=0.0, detokenize=False), use_tqdm=False)
+        llm.generate(
+            [prompt], SamplingParams(max_tokens=1, temperature=0.0, detokenize=False), use_tqdm=False
+        )
         return dict(asked)
 
     runner: Any = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner  # type: ignore[attr-defined]
