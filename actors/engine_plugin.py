@@ -38,7 +38,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from actors import growing_router, openmp, scored_router
+from actors import growing_router, openmp, saved_code, scored_router
 from actors.buffers import Layout
 from actors.capacity import CapacityLimit
 from actors.cuda_experts import CudaExperts
@@ -242,6 +242,7 @@ class MeshModelLoader(DefaultModelLoader):
             )
         settings, key = _read_environment()
         _end_with_parent()
+        saved_code.make_loadable()
         model = super().load_model(vllm_config, model_config, prefix)
         _check_coverage(model, settings)
         gates = scored_router.install(model) if settings.capacity.policy == "reroute" else {}

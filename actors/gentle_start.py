@@ -1,4 +1,4 @@
-"""Starts a process that takes a lost one's place without taking the cores from those that serve meanwhile.
+"""Starts an expert host without taking the cores from those that serve meanwhile, or from the router that starts too.
 
 Importing and loading keep cores busy for seconds. With Linux's idle policy they use what the others leave, and give it
 back at once: at a merely lower priority (nice 10) two hosts that were started again added 370 ms to the longest gap

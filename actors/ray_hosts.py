@@ -28,7 +28,7 @@ from cluster.inventory import nodes_from_ray
 from cluster.listening import Listening
 from cluster.live_versions import Variants
 from cluster.messages import HostProgress, HostReport, HostSpec, NodeInfo, Sources
-from cluster.repair_state import FIRST_LAUNCH, HostDead, HostFailed, HostReady
+from cluster.repair_state import HostDead, HostFailed, HostReady
 
 _PREFIX = "host:"
 # How Ray tells that a process was killed or crashed: its connection ended.
@@ -44,8 +44,8 @@ _actor: Any = ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=4, 
 class HostActor:
     """Ray's view of an ExpertHost. Loading starts at once; `progress` tells when it is done."""
 
-    def __init__(self, spec: HostSpec, gentle: bool, sources: Callable[[str], Sources] | None = None) -> None:
-        lowered = gentle and gentle_start.lower()
+    def __init__(self, spec: HostSpec, sources: Callable[[str], Sources] | None = None) -> None:
+        lowered = gentle_start.lower()
         if not lowered:
             niceness.usual()
         if spec.memory_limit_bytes:
@@ -146,7 +146,8 @@ class RayHosts:
     def launch(self, spec: HostSpec, generation: int) -> RayHost:
         """Start the host on its node. ValueError if this launch was made already.
 
-        One that takes the place of another, or joins those that serve, leaves them the cores until it is ready.
+        It leaves the cores until it is ready to those that serve, and at a start of the whole mesh to Serve and the
+        router, which have more to do before they need it.
         """
         allowed_faults = {failpoints.VARIABLE: "1"} if failpoints.enabled(os.environ) else {}
         options = {
@@ -159,9 +160,7 @@ class RayHosts:
         }
         actor: Any = HostActor
         return RayHost(
-            actor.options(**options).remote(
-                spec, generation > FIRST_LAUNCH or not spec.experts, self._sources
-            ),
+            actor.options(**options).remote(spec, self._sources),
             spec.host_id,
             generation,
         )

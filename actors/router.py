@@ -36,6 +36,7 @@ from actors.replay import Replay
 from actors.router_metrics import MeshMetrics, RoutingMetrics, VersionMetrics
 from actors.router_metrics import queue as engine_queue
 from actors.router_routes import finish
+from actors.saved_code import processor
 from actors.version_swap import VersionSwap
 from cluster.auth import data_plane_key
 from cluster.canary import Observed
@@ -331,9 +332,9 @@ def engine_arguments(spec: RouterSpec) -> dict[str, Any]:
     from actors.engine_plugin import ENABLED, LOAD_FORMAT
 
     settings = spec.settings
-    # These are part of the compiled model, as a mask on the router, as further columns and as further rows, so they
-    # must be part of its key.
-    compiled: dict[str, Any] = {"no_replica": settings.no_replica}
+    # These are part of the compiled model, as instructions, as a mask on the router, as further columns and as further
+    # rows, so they must be part of its key.
+    compiled: dict[str, Any] = {"processor": processor(), "no_replica": settings.no_replica}
     if settings.capacity.policy == "reroute":
         compiled["capacity"] = "reroute"
     if settings.spare_experts:

@@ -345,10 +345,13 @@ def engine_environment(config: Config) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": {"debug": "DEBUG", "info": "INFO"}.get(config.log_level, "WARNING"),
-        # On CPUs vLLM 0.32 can't load what its ahead-of-time compilation saved, so every start would compile
-        # again; without it Inductor's own cache serves every start but the first.
-        "VLLM_USE_AOT_COMPILE": "0",
+        # Where it keeps what it compiled ahead of time; see `actors.saved_code`.
+        "VLLM_USE_AOT_COMPILE": "1",
+        "VLLM_CACHE_ROOT": str(cache_folder() / "vllm"),
         "TORCHINDUCTOR_CACHE_DIR": str(cache_folder() / "inductor"),
+        # As vLLM sets it for an engine's process, which reads it when it starts. A rehearsal is one process, in which
+        # that would be too late: it would compile other code than is served.
+        "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         # OpenAI's own limit of n; vLLM's is 16384, with which one request keeps an engine busy for minutes.
         "VLLM_MAX_N_SEQUENCES": "128",

@@ -17,9 +17,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from actors import openmp
+from actors.saved_code import processor
 from cluster.cache_folder import cache_folder
 from cluster.checkpoint import Checkpoint
 from cluster.config import Config
@@ -28,6 +30,8 @@ from cluster.messages import RouterSpec
 from workloads.deploy import engine_environment, router_spec_for
 
 _TIMEOUT_S = 1200.0
+# Code of ours that becomes part of the compiled model; vLLM compiles anew where one of these has changed.
+_TRACED = ("actors.engine_plugin", "actors.growing_router", "actors.reroute", "actors.scored_router")
 
 
 def rehearse(
@@ -82,13 +86,13 @@ def rehearse(
 
 
 def _key(spec: RouterSpec) -> str:
-    """What the compiled code depends on: versions, processor, model and engine arguments."""
-    flags = next((line for line in _cpuinfo() if line.startswith("flags")), "")
+    """What the compiled code depends on: versions, processor, model, engine arguments, and what is traced of ours."""
     facts = [
         version("torch"),
         _vllm_version(),
         sys.version,
-        flags,
+        processor(),
+        [_source(module) for module in _TRACED],
         spec.settings.model,
         spec.settings.no_replica,
         spec.settings.capacity.policy == "reroute",
@@ -109,11 +113,12 @@ def _vllm_version() -> str:
     raise ExpertmeshError("vLLM is not installed", "run `make setup`, or pip install 'expertmesh[cpu]'")
 
 
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
+def _source(module: str) -> str:
+    """A module's text, without importing it."""
+    found = find_spec(module)
+    assert found is not None
+    assert found.origin is not None
+    return Path(found.origin).read_text()
 
 
 def main() -> None:
@@ -123,13 +128,18 @@ def main() -> None:
     raw = json.load(sys.stdin)
     raw["settings"] = EngineSettings.read(raw["settings"])
     spec = RouterSpec(**raw)
-    from vllm import LLM
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.llm_engine import LLMEngine
 
     from actors.engine_plugin import environment
     from actors.router import engine_arguments
 
     os.environ.update(environment(spec.settings, b""))
-    LLM(**engine_arguments(spec))
+    # As a router makes it: by the usage vLLM chooses how many tokens a step may have, which is part of the code's key.
+    usage = UsageContext.OPENAI_API_SERVER
+    config = AsyncEngineArgs(**engine_arguments(spec)).create_engine_config(usage_context=usage)
+    LLMEngine.from_vllm_config(config, usage_context=usage)
     # Nothing to save and nothing to tell: the cache is on disk.
     os._exit(0)
 

@@ -89,9 +89,11 @@ def _stock(config: Config, path: Path, name: str, arguments: dict[str, str]) -> 
     # The same threads, and vLLM's own way of waiting: alone in its process it may spin between kernels.
     ours = engine_environment(config)
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
-    for key in ("OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_AOT_COMPILE",
-                "VLLM_NO_USAGE_STATS", "TORCHINDUCTOR_CACHE_DIR", "HF_HUB_OFFLINE"):  # fmt: skip
+    for key in ("OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS",
+                "TORCHINDUCTOR_CACHE_DIR", "HF_HUB_OFFLINE"):  # fmt: skip
         environment[key] = ours[key]
+    # On CPUs vLLM 0.32 alone can't load what that saves, and would compile at every start.
+    environment["VLLM_USE_AOT_COMPILE"] = "0"
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         url = f"http://127.0.0.1:{port}"
