@@ -12,7 +12,9 @@ Shape suffixes as in `actors.dispatch`; E = experts of the layer.
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import NamedTuple
@@ -43,13 +45,35 @@ class _Source(NamedTuple):
     pid: int
 
 
+class _Lender(NamedTuple):
+    """A host on this GPU that can be asked for memory."""
+
+    source: _Source
+    sock: socket.socket
+    forms: dict[int, SlotFormat]
+    """By layer."""
+
+
+class _Move(NamedTuple):
+    """An expert that is to be had from one of these hosts, or from none."""
+
+    layer: int
+    expert: int
+    lenders: tuple[_Lender, ...]
+
+
 class _Layer:
-    """One layer's places: one per expert, and a last one of zeros, which costs one slot for all layers together."""
+    """One layer's places: one per expert, and a last one.
+
+    Those that no host's memory is mapped to are zeros, which cost one slot for all layers together: a kernel may read
+    any of them.
+    """
 
     def __init__(self, experts: int, form: SlotFormat, device: int, zeros: CudaSlots) -> None:
-        self.form, self.nothing = form, experts
+        self.form, self.nothing, self.zeros = form, experts, zeros
         self.slots = CudaSlots(device, experts + 1, form.size)
-        self.slots.alias(experts, zeros, 0)
+        for place in range(experts + 1):
+            self.slots.alias(place, zeros, 0)
         # As many as experts, so that vLLM finds the tile sizes that were tuned for that number.
         self.tensors: SlotTensors = form.tensors(self.slots.bytes()[:experts])
         self.sources: dict[int, _Source] = {}
@@ -84,6 +108,8 @@ class CudaExperts:
         self._experts = dict(experts)
         self._layers: dict[int, _Layer] = {}
         self._zeros: CudaSlots | None = None
+        self._lenders: dict[str, _Lender] = {}
+        self._moves: deque[_Move] = deque()
         where = torch.device("cuda", device)
         # Kept for good: graphs hold their addresses.
         self._place = {
@@ -117,25 +143,48 @@ class CudaExperts:
         self.exchange.serve(compute)
 
     def use(self, route: Route, node_id: str) -> None:
-        """Have mapped what the route's hosts hold on this GPU, and let go what others had, unless nobody else has it.
+        """Have experts from the route's hosts on this GPU from now on, see `settle`.
 
-        Waits for the GPU. A host that can't be asked lends nothing: its experts are dispatched.
+        What is mapped of an expert that is nowhere else stays. A host that can't be asked lends nothing: its experts
+        are dispatched.
         """
+        for old in self._lenders.values():
+            old.sock.close()
+        asked = {
+            position: self._ask(address)
+            for position, address in enumerate(route.hosts)
+            if address.node_id == node_id
+        }
+        lenders = {position: lender for position, lender in asked.items() if lender is not None}
+        self._lenders = {lender.source.host_id: lender for lender in lenders.values()}
+        self._moves = deque(
+            _Move(layer, expert, tuple(lenders[host] for host in hosts if host in lenders))
+            for layer, replicas in route.replicas.items()
+            for expert, hosts in enumerate(replicas[: self._experts[layer]])
+            if hosts
+            and not self._settled(layer, expert, [lenders[host] for host in hosts if host in lenders])
+        )
+
+    def settle(self, seconds: float = float("inf")) -> int:
+        """Map what `use` asked for and let go what was mapped in its place, for about so long; how many are left.
+
+        Waits for the GPU first, then for the hosts.
+        """
+        if not self._moves:
+            return 0
         torch.cuda.synchronize(self._device)
-        lenders: dict[int, tuple[HostAddress, socket.socket, dict[int, SlotFormat]]] = {}
-        try:
-            for position, address in enumerate(route.hosts):
-                if address.node_id == node_id and (lender := self._ask(address)) is not None:
-                    lenders[position] = lender
-            for layer, replicas in route.replicas.items():
-                for expert, hosts in enumerate(replicas):
-                    self._settle(
-                        layer, expert, [lenders[host] for host in hosts if host in lenders], bool(hosts)
-                    )
-                self._show(layer)
-        finally:
-            for _, sock, _ in lenders.values():
-                sock.close()
+        until, touched = time.monotonic() + seconds, set()
+        while self._moves and time.monotonic() < until:
+            move = self._moves.popleft()
+            self._make_move(move)
+            touched.add(move.layer)
+        for layer in touched:
+            self._show(layer)
+        if not self._moves:
+            for lender in self._lenders.values():
+                lender.sock.close()
+            self._lenders = {}
+        return len(self._moves)
 
     def close(self) -> None:
         """Compute no more."""
@@ -155,7 +204,7 @@ class CudaExperts:
         owners = [source.host_id for layer in self._layers.values() for source in layer.sources.values()]
         return {owner: owners.count(owner) for owner in sorted(set(owners))}
 
-    def _ask(self, address: HostAddress) -> tuple[HostAddress, socket.socket, dict[int, SlotFormat]] | None:
+    def _ask(self, address: HostAddress) -> _Lender | None:
         """A connection to a host that lends memory of this GPU, and how it keeps each layer's experts."""
         try:
             sock = open_stream(address, True, _ASK_S)
@@ -171,55 +220,42 @@ class CudaExperts:
                 with suppress(json_stream.RefusedError):
                     forms[layer] = SlotFormat(**json_stream.receive(sock)[0]["format"])
             if forms:
-                return address, sock, forms
+                return _Lender(_Source(address.host_id, address.pid), sock, forms)
         except (OSError, ProtocolError) as error:
             log.warning("host lends nothing", host=address.host_id, reason=str(error))
         sock.close()
         return None
 
-    def _settle(
-        self,
-        layer: int,
-        expert: int,
-        lenders: list[tuple[HostAddress, socket.socket, dict[int, SlotFormat]]],
-        elsewhere: bool,
-    ) -> None:
-        """Have an expert of one of these hosts, the one it is of now if that is among them."""
+    def _settled(self, layer: int, expert: int, lenders: Sequence[_Lender]) -> bool:
+        """Whether an expert is where it should be: with one of these hosts, or nowhere here if there is none."""
         place = self._layers.get(layer)
         now = place.sources.get(expert) if place is not None else None
-        for address, sock, forms in sorted(lenders, key=lambda lender: _of(lender[0]) != now):
-            if now == _of(address):
-                return
-            if layer in forms and self._borrow(layer, expert, address, sock, forms[layer]):
-                return
-        # A dead host's memory is as good as ever: it goes when another host has the expert.
-        if place is not None and now is not None and elsewhere:
-            place.slots.release(expert)
-            del place.sources[expert]
+        return now in [lender.source for lender in lenders] if lenders else now is None
 
-    def _borrow(
-        self, layer: int, expert: int, address: HostAddress, sock: socket.socket, form: SlotFormat
-    ) -> bool:
+    def _make_move(self, move: _Move) -> None:
+        layer, expert, lenders = move
+        if any(layer in lender.forms and self._borrow(layer, expert, lender) for lender in lenders):
+            return
         place = self._layers.get(layer)
+        if place is not None and place.sources.pop(expert, None) is not None:
+            place.slots.alias(expert, place.zeros, 0)
+
+    def _borrow(self, layer: int, expert: int, lender: _Lender) -> bool:
+        place, form, host = self._layers.get(layer), lender.forms[layer], lender.source.host_id
         if place is None:
             place = self._layers[layer] = self._make(layer, form)
         if form != place.form:
-            log.warning(
-                "host keeps experts in another format", host=address.host_id, layer=layer, format=asdict(form)
-            )
+            log.warning("host keeps experts in another format", host=host, layer=layer, format=asdict(form))
             return False
+        question = {"ask": "memory", "layer": layer, "expert": expert, "gpu": gpu_name(self._device)}
         try:
-            json_stream.send(
-                sock, {"ask": "memory", "layer": layer, "expert": expert, "gpu": gpu_name(self._device)}
-            )
-            _, descriptor = json_stream.receive(sock)
+            json_stream.send(lender.sock, question)
+            _, descriptor = json_stream.receive(lender.sock)
         except (OSError, ProtocolError) as error:
-            log.warning(
-                "expert not lent", host=address.host_id, layer=layer, expert=expert, reason=str(error)
-            )
+            log.warning("expert not lent", host=host, layer=layer, expert=expert, reason=str(error))
             return False
         place.slots.attach(expert, descriptor)
-        place.sources[expert] = _of(address)
+        place.sources[expert] = lender.source
         return True
 
     def _make(self, layer: int, form: SlotFormat) -> _Layer:

@@ -39,6 +39,8 @@ class CudaLayer:
         self.tensors = form.tensors(self.slots.bytes()[:num_experts])
         self._device = torch.device("cuda", device)
         self.gpu = gpu_name(device)
+        # Kernels are given the address of the first slot, which must be one even while no expert is there.
+        self.slots.take(0)
         # An engine asks a host for what it has: most pairs are others'.
         self._skipping = skipping(num_experts, self._device)
         self._buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -56,7 +58,8 @@ class CudaLayer:
     def free(self, slot: int) -> None:
         """Give a slot's memory back."""
         torch.cuda.synchronize(self._device)
-        self.slots.release(slot)
+        if slot:
+            self.slots.release(slot)
 
     def sized(self, num_experts: int) -> CudaLayer:
         """See `actors.expert_kernels.LayerExperts`."""

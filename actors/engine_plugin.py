@@ -242,7 +242,8 @@ class MeshModelLoader(DefaultModelLoader):
             )
         settings, key = _read_environment()
         _end_with_parent()
-        saved_code.make_loadable()
+        if vllm_config.device_config.device_type == "cpu":
+            saved_code.make_loadable()
         model = super().load_model(vllm_config, model_config, prefix)
         _check_coverage(model, settings)
         gates = scored_router.install(model) if settings.capacity.policy == "reroute" else {}
@@ -352,6 +353,7 @@ def _map(settings: EngineSettings, key: bytes, largest: int) -> None:
         deadline_s=4 * settings.deadline_s,
     )
     _cuda.use(route, settings.node_id)
+    _cuda.settle()
     _dispatcher.counts_routing = False
     _cuda.dispatch_to(_compute_elsewhere)
 
@@ -387,6 +389,13 @@ class WorkerExtension:
         stats = _dispatcher.stats
         stats.slowest_table_ns = max(stats.slowest_table_ns, perf_counter_ns() - began)
         return route.epoch
+
+    def expertmesh_settle(self, seconds: float) -> int:
+        """On a GPU: take over experts of the table's hosts for about so long; how many are left for another call.
+
+        Until an expert's turn comes its memory is that of the host that lent it before, dead or alive.
+        """
+        return 0 if _cuda is None else _cuda.settle(seconds)
 
     def expertmesh_use_dense(self, files: dict[str, str], retired: dict[int, list[int]]) -> float:
         """Have the tensors in these files, and the checkpoint's for all others, and routers that are kept off retired

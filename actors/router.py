@@ -51,6 +51,8 @@ _STATS_PERIOD_S = 5.0
 # How long one call waits for the next table, and the pause after a call that failed.
 _TABLE_WAIT_S, _TABLE_RETRY_S = 30.0, 0.5
 _DRAIN_POLL_S = 0.05
+# How long an engine on a GPU takes experts over between two steps.
+_SETTLE_S = 0.02
 
 NextTable = Callable[[int, float, str, list[str]], str]
 
@@ -220,6 +222,10 @@ class Router:
 
     async def _tell_engine(self, table: str) -> None:
         await self.engine.collective_rpc("expertmesh_set_table", args=(table,))
+        if self.spec.settings.device == "cuda":
+            # Steps go on in between.
+            while sum(await self.engine.collective_rpc("expertmesh_settle", args=(_SETTLE_S,))):
+                pass
 
     async def check_health(self) -> None:
         """Raises if the engine process is gone, so that Serve replaces the replica."""

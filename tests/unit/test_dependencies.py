@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tests.unit.test_imports import LAYERS, ROOT, imports
 
-# Comes with pydantic, pinned by it to one exact version.
-_PART_OF = {"pydantic-core": "pydantic"}
+# Comes with pydantic, pinned by it to one exact version; the name that a package is imported by where it is absent.
+_PART_OF = {"pydantic-core": "pydantic", "cuda": "cuda-bindings"}
 
 
 def normal(name: str) -> str:

@@ -18,6 +18,8 @@ from typing import Any
 from workloads.bench.gpu_engine import ANSWER, answers, engine, prompts, tokens_per_second
 from workloads.bench.gpu_mesh import GpuMesh, HostPlan, gpu_mesh
 
+# How long experts are taken over between two steps.
+_SETTLE_S = 0.02
 _TOLD = ("dispatches", "rows", "seconds", "slowest_seconds", "lost", "late", "failovers", "mapped")
 
 
@@ -90,9 +92,10 @@ def kill(llm: Any, mesh: GpuMesh, task: Task, vocabulary: int) -> dict[str, Any]
     undisturbed, _ = answers(llm, inputs)
     ends: list[float] = []
     struck = published = free = 0.0
+    left = 1
 
     def step(now: float) -> None:
-        nonlocal struck, published, free
+        nonlocal struck, published, free, left
         ends.append(now)
         if not struck and len(ends) >= ANSWER // 3:
             torch.cuda.synchronize()
@@ -102,8 +105,12 @@ def kill(llm: Any, mesh: GpuMesh, task: Task, vocabulary: int) -> dict[str, Any]
         elif struck and not published and now > struck + 0.05:
             llm.collective_rpc("expertmesh_set_table", args=(mesh.table(),))
             published = now
+        elif published and left:
+            left = llm.collective_rpc("expertmesh_settle", args=(_SETTLE_S,))[0]
 
     disturbed, _ = answers(llm, inputs, each_step=step)
+    while left:
+        left = llm.collective_rpc("expertmesh_settle", args=(_SETTLE_S,))[0]
     torch.cuda.synchronize()
     after = torch.cuda.mem_get_info()[0]
     if not published:
