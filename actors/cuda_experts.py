@@ -186,6 +186,11 @@ class CudaExperts:
             self._lenders = {}
         return len(self._moves)
 
+    @property
+    def left(self) -> int:
+        """How many experts are to be taken over."""
+        return len(self._moves)
+
     def close(self) -> None:
         """Compute no more."""
         torch.cuda.synchronize(self._device)

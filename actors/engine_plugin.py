@@ -375,11 +375,19 @@ class WorkerExtension:
     """Methods that the router deployment calls in the worker between two steps (`collective_rpc`)."""
 
     def expertmesh_set_table(self, table: str) -> int:
-        """Route by another placement table, and compute with its versions, from the next step on; its epoch."""
+        """Route by another placement table, and compute with its versions, from the next step on.
+
+        The number of experts that are to be taken over by `expertmesh_settle`: none but on a GPU.
+        """
         assert _dispatcher is not None
         began = perf_counter_ns()
         route = route_from_table(PlacementTable.from_json(table))
         if _cuda is not None:
+            if any(route.versions.variants.values()):
+                raise CheckpointError(
+                    "an engine on a GPU computes with the base checkpoint's experts only",
+                    "serve versions with engines on CPUs (engine.device: cpu)",
+                )
             # Its thread dispatches for steps that are under way.
             torch.cuda.synchronize()
         _dispatcher.peers.set_route(route)
@@ -388,7 +396,7 @@ class WorkerExtension:
             _cuda.use(route, _node_id)
         stats = _dispatcher.stats
         stats.slowest_table_ns = max(stats.slowest_table_ns, perf_counter_ns() - began)
-        return route.epoch
+        return 0 if _cuda is None else _cuda.left
 
     def expertmesh_settle(self, seconds: float) -> int:
         """On a GPU: take over experts of the table's hosts for about so long; how many are left for another call.

@@ -221,11 +221,10 @@ class Router:
         return new.epoch
 
     async def _tell_engine(self, table: str) -> None:
-        await self.engine.collective_rpc("expertmesh_set_table", args=(table,))
-        if self.spec.settings.device == "cuda":
+        left = sum(await self.engine.collective_rpc("expertmesh_set_table", args=(table,)))
+        while left:
             # Steps go on in between.
-            while sum(await self.engine.collective_rpc("expertmesh_settle", args=(_SETTLE_S,))):
-                pass
+            left = sum(await self.engine.collective_rpc("expertmesh_settle", args=(_SETTLE_S,)))
 
     async def check_health(self) -> None:
         """Raises if the engine process is gone, so that Serve replaces the replica."""

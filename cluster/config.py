@@ -81,7 +81,17 @@ class HostGroup(_Section):
     memory_limit: Size | None = None
     threads: AutoCount = "auto"
     selector: dict[str, str] = {}
-    kernel: Literal["auto", "bf16-weights", "vllm-cpu", "grouped-mm", "module", "noop"] = "auto"
+    kernel: Literal[
+        "auto",
+        "bf16-weights",
+        "vllm-cpu",
+        "grouped-mm",
+        "module",
+        "vllm-cuda",
+        "vllm-cuda-fp8",
+        "vllm-cuda-int8",
+        "noop",
+    ] = "auto"
     autoscale: AutoscaleConfig | None = None
 
     @property

@@ -185,8 +185,6 @@ class EngineSettings:
     """Of the model's versions."""
     spare_experts: int = 0
     """Experts by which a version may enlarge a layer."""
-    device: str = "cpu"
-    """cpu or cuda."""
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> EngineSettings:

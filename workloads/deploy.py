@@ -277,7 +277,6 @@ def router_spec_for(config: Config, checkpoint: Checkpoint, dtype: str, name: st
         connect_timeout_s=config.data_plane.connect_timeout,
         store=store_address(config, checkpoint),
         spare_experts=config.versions.spare_experts,
-        device="cuda" if engine.device == "cuda" else "cpu",
     )
     arguments = {
         "dtype": dtype,

@@ -81,8 +81,10 @@ def answers(
     return [said.get(number, []) for number in range(len(inputs))], seconds
 
 
-def tokens_per_second(llm: Any, batch: int, vocabulary: int, runs: int = 3) -> list[float]:
+def tokens_per_second(
+    llm: Any, batch: int, vocabulary: int, runs: int = 3, tokens: int = ANSWER
+) -> list[float]:
     """Of several runs after one to warm up, each with all prompts at once."""
     inputs = prompts(batch, vocabulary)
     answers(llm, inputs, 16)
-    return [batch * ANSWER / answers(llm, inputs)[1] for _ in range(runs)]
+    return [batch * tokens / answers(llm, inputs, tokens)[1] for _ in range(runs)]

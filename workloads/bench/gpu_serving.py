@@ -6,7 +6,9 @@ Usage: python -m workloads.bench.gpu_serving JSON-OF-A-TASK; prints one line "RE
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -39,6 +41,8 @@ class Task:
     """Host that is killed in the middle of an answer of `kill_batch` requests."""
     kill_batch: int = 64
     runs: int = 3
+    tokens: int = ANSWER
+    """Of each answer that is timed."""
     engine: dict[str, Any] = field(default_factory=dict)
 
 
@@ -54,7 +58,8 @@ def run(task: Task) -> dict[str, Any]:
         if task.compare:
             result["tokens"] = answers(llm, prompts(task.compare, vocabulary, 24), 32)[0]
         result["tokens_per_s"] = {
-            str(batch): tokens_per_second(llm, batch, vocabulary, task.runs) for batch in task.batches
+            str(batch): tokens_per_second(llm, batch, vocabulary, task.runs, task.tokens)
+            for batch in task.batches
         }
         if mesh is not None:
             result["hosts"] = {name: asdict(report) for name, report in mesh.reports.items()}
@@ -134,6 +139,7 @@ def _plan(raw: dict[str, Any]) -> HostPlan:
 
 def main() -> None:
     """See the module."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     result = run(Task(**json.loads(Path(sys.argv[1]).read_text())))
     print("RESULT " + json.dumps(result), flush=True)
 

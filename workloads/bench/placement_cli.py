@@ -8,8 +8,8 @@ from typing import Annotated, Final, TypeVar
 import typer
 from rich.console import Console
 
-from workloads.bench.cli import bench_app as bench_app
 from workloads.bench.command_parts import Check, JsonFile, Seed, end
+from workloads.bench.gpu_cli import bench_app as bench_app
 
 _METHODS: Final = ("ours", "eplb", "round_robin", "random")
 _Number = TypeVar("_Number", int, float)

@@ -71,7 +71,7 @@ class Engine:
         answers: dict[str, Any] = {
             "expertmesh_reachable": {"local-0": 25e-6},
             "expertmesh_stats": STATS,
-            "expertmesh_set_table": 4,
+            "expertmesh_set_table": 0,
         }
         return [answers[method]]
 
