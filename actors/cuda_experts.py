@@ -11,47 +11,24 @@ Shape suffixes as in `actors.dispatch`; E = experts of the layer.
 
 from __future__ import annotations
 
-import socket
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import NamedTuple
 
 import structlog
 import torch
 
-from actors import json_stream
 from actors.buffers import Layout
 from actors.cuda_exchange import Compute, Exchange
 from actors.cuda_memory import CudaSlots, gpu_name
-from actors.handshake import dial_to_copy
+from actors.lenders import Lenders, Source
 from actors.route import Route
 from actors.slot_format import SlotFormat, SlotTensors, run_experts, skipping
-from actors.streams import open_stream
-from cluster.errors import HostError, ProtocolError
-from cluster.messages import HostAddress
+from cluster.errors import HostError
 
 log = structlog.get_logger()
-
-_ASK_S = 30.0
-
-
-class _Source(NamedTuple):
-    """Whose memory an expert's place has."""
-
-    host_id: str
-    pid: int
-
-
-class _Lender(NamedTuple):
-    """A host on this GPU that can be asked for memory."""
-
-    source: _Source
-    sock: socket.socket
-    forms: dict[int, SlotFormat]
-    """By layer."""
 
 
 class _Move(NamedTuple):
@@ -59,7 +36,7 @@ class _Move(NamedTuple):
 
     layer: int
     expert: int
-    lenders: tuple[_Lender, ...]
+    sources: tuple[Source, ...]
 
 
 class _Layer:
@@ -69,15 +46,15 @@ class _Layer:
     any of them.
     """
 
-    def __init__(self, experts: int, form: SlotFormat, device: int, zeros: CudaSlots) -> None:
+    def __init__(self, experts: int, form: SlotFormat, device: torch.device, zeros: CudaSlots) -> None:
         self.form, self.nothing, self.zeros = form, experts, zeros
-        self.slots = CudaSlots(device, experts + 1, form.size)
+        self.slots = CudaSlots(device.index or 0, experts + 1, form.size)
         for place in range(experts + 1):
             self.slots.alias(place, zeros, 0)
         # As many as experts, so that vLLM finds the tile sizes that were tuned for that number.
         self.tensors: SlotTensors = form.tensors(self.slots.bytes()[:experts])
-        self.sources: dict[int, _Source] = {}
-        self.skipping_E = skipping(experts, torch.device("cuda", device))
+        self.sources: dict[int, Source] = {}
+        self.skipping_E = skipping(experts, device)
 
     @property
     def whole(self) -> bool:
@@ -93,7 +70,7 @@ class CudaExperts:
         layout: Layout,
         experts: Mapping[int, int],
         *,
-        device: int,
+        device: torch.device,
         model: str,
         key: bytes,
         deadline_s: float,
@@ -103,21 +80,21 @@ class CudaExperts:
             raise HostError(
                 f"engines on GPUs compute in bfloat16 or float32, not {layout.dtype}", "set model.dtype"
             )
-        self._model, self._key, self._device = model, key, device
-        self.exchange = Exchange(layout, device, deadline_s)
+        self._device, self._number = device, device.index or 0
+        self.exchange = Exchange(layout, self._number, deadline_s)
         self._experts = dict(experts)
         self._layers: dict[int, _Layer] = {}
-        self._zeros: CudaSlots | None = None
-        self._lenders: dict[str, _Lender] = {}
+        # Of experts of one size each.
+        self._zeros: dict[int, CudaSlots] = {}
+        self._lenders = Lenders(gpu_name(self._number), tuple(experts), model=model, key=key)
         self._moves: deque[_Move] = deque()
-        where = torch.device("cuda", device)
         # Kept for good: graphs hold their addresses.
         self._place = {
-            layer: torch.full((count,), -1, dtype=torch.int32, device=where)
+            layer: torch.full((count,), -1, dtype=torch.int32, device=device)
             for layer, count in experts.items()
         }
         self.counts = {
-            layer: torch.zeros(count, dtype=torch.int64, device=where) for layer, count in experts.items()
+            layer: torch.zeros(count, dtype=torch.int64, device=device) for layer, count in experts.items()
         }
 
     def __call__(
@@ -142,48 +119,44 @@ class CudaExperts:
         """What computes experts that are not mapped."""
         self.exchange.serve(compute)
 
-    def use(self, route: Route, node_id: str) -> None:
+    def use(self, route: Route, node_id: str, patience_s: float) -> None:
         """Have experts from the route's hosts on this GPU from now on, see `settle`.
 
-        What is mapped of an expert that is nowhere else stays. A host that can't be asked lends nothing: its experts
-        are dispatched.
+        What is mapped of an expert that is nowhere else stays. A host that does not answer for `patience_s` lends
+        nothing until the next route: its experts are dispatched.
         """
-        for old in self._lenders.values():
-            old.sock.close()
-        asked = {
-            position: self._ask(address)
-            for position, address in enumerate(route.hosts)
-            if address.node_id == node_id
+        near = {
+            position: address for position, address in enumerate(route.hosts) if address.node_id == node_id
         }
-        lenders = {position: lender for position, lender in asked.items() if lender is not None}
-        self._lenders = {lender.source.host_id: lender for lender in lenders.values()}
-        self._moves = deque(
-            _Move(layer, expert, tuple(lenders[host] for host in hosts if host in lenders))
-            for layer, replicas in route.replicas.items()
-            for expert, hosts in enumerate(replicas[: self._experts[layer]])
-            if hosts
-            and not self._settled(layer, expert, [lenders[host] for host in hosts if host in lenders])
-        )
+        self._lenders.begin(list(near.values()), patience_s)
+        self._moves.clear()
+        for layer, replicas in route.replicas.items():
+            place = self._layers.get(layer)
+            for expert, hosts in enumerate(replicas[: self._experts[layer]]):
+                sources = [Source.of(near[host]) for host in hosts if host in near]
+                sources = [source for source in sources if self._lenders.may_lend(source)]
+                now = place.sources.get(expert) if place is not None else None
+                if hosts and (now not in sources if sources else now is not None):
+                    self._moves.append(_Move(layer, expert, tuple(sources)))
 
     def settle(self, seconds: float = float("inf")) -> int:
-        """Map what `use` asked for and let go what was mapped in its place, for about so long; how many are left.
+        """Map what `use` asked for and let go what was mapped in its place; how many are left.
 
-        Waits for the GPU first, then for the hosts.
+        For about so long, and one at least. Waits for the GPU first, then for the hosts.
         """
+        if self._moves:
+            torch.cuda.synchronize(self._device)
+            until, touched = time.monotonic() + seconds, set()
+            while self._moves:
+                move = self._moves.popleft()
+                self._make_move(move)
+                touched.add(move.layer)
+                if time.monotonic() >= until:
+                    break
+            for layer in touched:
+                self._show(layer)
         if not self._moves:
-            return 0
-        torch.cuda.synchronize(self._device)
-        until, touched = time.monotonic() + seconds, set()
-        while self._moves and time.monotonic() < until:
-            move = self._moves.popleft()
-            self._make_move(move)
-            touched.add(move.layer)
-        for layer in touched:
-            self._show(layer)
-        if not self._moves:
-            for lender in self._lenders.values():
-                lender.sock.close()
-            self._lenders = {}
+            self._lenders.end()
         return len(self._moves)
 
     @property
@@ -209,66 +182,40 @@ class CudaExperts:
         owners = [source.host_id for layer in self._layers.values() for source in layer.sources.values()]
         return {owner: owners.count(owner) for owner in sorted(set(owners))}
 
-    def _ask(self, address: HostAddress) -> _Lender | None:
-        """A connection to a host that lends memory of this GPU, and how it keeps each layer's experts."""
-        try:
-            sock = open_stream(address, True, _ASK_S)
-        except OSError as error:
-            log.warning("host lends nothing", host=address.host_id, reason=str(error))
-            return None
-        try:
-            sock.settimeout(_ASK_S)
-            dial_to_copy(sock, self._key, self._model)
-            forms: dict[int, SlotFormat] = {}
-            for layer in self._experts:
-                json_stream.send(sock, {"ask": "memory", "layer": layer, "gpu": gpu_name(self._device)})
-                with suppress(json_stream.RefusedError):
-                    forms[layer] = SlotFormat(**json_stream.receive(sock)[0]["format"])
-            if forms:
-                return _Lender(_Source(address.host_id, address.pid), sock, forms)
-        except (OSError, ProtocolError) as error:
-            log.warning("host lends nothing", host=address.host_id, reason=str(error))
-        sock.close()
-        return None
-
-    def _settled(self, layer: int, expert: int, lenders: Sequence[_Lender]) -> bool:
-        """Whether an expert is where it should be: with one of these hosts, or nowhere here if there is none."""
-        place = self._layers.get(layer)
-        now = place.sources.get(expert) if place is not None else None
-        return now in [lender.source for lender in lenders] if lenders else now is None
-
     def _make_move(self, move: _Move) -> None:
-        layer, expert, lenders = move
-        if any(layer in lender.forms and self._borrow(layer, expert, lender) for lender in lenders):
+        layer, expert, sources = move
+        if any(self._borrow(layer, expert, source) for source in sources):
             return
         place = self._layers.get(layer)
         if place is not None and place.sources.pop(expert, None) is not None:
             place.slots.alias(expert, place.zeros, 0)
 
-    def _borrow(self, layer: int, expert: int, lender: _Lender) -> bool:
-        place, form, host = self._layers.get(layer), lender.forms[layer], lender.source.host_id
+    def _borrow(self, layer: int, expert: int, source: Source) -> bool:
+        form = self._lenders.form(source, layer)
+        if form is None:
+            return False
+        place = self._layers.get(layer)
         if place is None:
             place = self._layers[layer] = self._make(layer, form)
         if form != place.form:
-            log.warning("host keeps experts in another format", host=host, layer=layer, format=asdict(form))
+            log.warning(
+                "host keeps experts in another format", host=source.host_id, layer=layer, **asdict(form)
+            )
             return False
-        question = {"ask": "memory", "layer": layer, "expert": expert, "gpu": gpu_name(self._device)}
-        try:
-            json_stream.send(lender.sock, question)
-            _, descriptor = json_stream.receive(lender.sock)
-        except (OSError, ProtocolError) as error:
-            log.warning("expert not lent", host=host, layer=layer, expert=expert, reason=str(error))
+        descriptor = self._lenders.borrow(source, layer, expert)
+        if descriptor < 0:
             return False
         place.slots.attach(expert, descriptor)
-        place.sources[expert] = lender.source
+        place.sources[expert] = source
         return True
 
     def _make(self, layer: int, form: SlotFormat) -> _Layer:
-        if self._zeros is None:
-            self._zeros = CudaSlots(self._device, 1, form.size)
-            self._zeros.take(0)
-            self._zeros.bytes().zero_()
-        return _Layer(self._experts[layer], form, self._device, self._zeros)
+        zeros = self._zeros.get(form.size)
+        if zeros is None:
+            zeros = self._zeros[form.size] = CudaSlots(self._number, 1, form.size)
+            zeros.take(0)
+            zeros.bytes().zero_()
+        return _Layer(self._experts[layer], form, self._device, zeros)
 
     def _show(self, layer: int) -> None:
         """Write where the layer's experts are to the device."""
@@ -278,7 +225,3 @@ class CudaExperts:
             for expert in range(self._experts[layer])
         ]
         self._place[layer].copy_(torch.tensor(places, dtype=torch.int32))
-
-
-def _of(address: HostAddress) -> _Source:
-    return _Source(address.host_id, address.pid)

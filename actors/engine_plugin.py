@@ -83,6 +83,8 @@ _dense: dict[str, str] = {}
 # Of each layer's router, where versions may change how many experts there are.
 _rows: dict[int, growing_router.Rows] = {}
 _PR_SET_PDEATHSIG = 1
+# How long a step waits for a host's word on the memory that it lends.
+_PATIENCE_S = 0.25
 _library = torch.library.Library("expertmesh", "FRAGMENT")
 
 
@@ -346,13 +348,13 @@ def _map(settings: EngineSettings, key: bytes, largest: int) -> None:
     _cuda = CudaExperts(
         Layout(largest, settings.hidden, settings.top_k, settings.dtype),
         route.sizes,
-        device=torch.cuda.current_device(),
+        device=torch.device("cuda", torch.cuda.current_device()),
         model=settings.model,
         key=key,
         # The dispatcher's own deadlines come first: this is for a thread that died.
         deadline_s=4 * settings.deadline_s,
     )
-    _cuda.use(route, settings.node_id)
+    _cuda.use(route, settings.node_id, settings.connect_timeout_s)
     _cuda.settle()
     _dispatcher.counts_routing = False
     _cuda.dispatch_to(_compute_elsewhere)
@@ -393,7 +395,7 @@ class WorkerExtension:
         _dispatcher.peers.set_route(route)
         _use_versions()
         if _cuda is not None:
-            _cuda.use(route, _node_id)
+            _cuda.use(route, _node_id, _PATIENCE_S)
         stats = _dispatcher.stats
         stats.slowest_table_ns = max(stats.slowest_table_ns, perf_counter_ns() - began)
         return 0 if _cuda is None else _cuda.left
