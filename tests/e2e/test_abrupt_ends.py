@@ -38,13 +38,15 @@ def test_a_host_dies_then_the_server(tiny_model: Path, tmp_path: Path, leaving: 
         reader = threading.Thread(target=lambda: tokens.extend(_stream(program.url, started)))
         reader.start()
         assert started.wait(60)
+        # On busy cores a host may be out for being late: the death of one that is not asked is nobody's loss.
+        wait_for(lambda: not _stats(program)["ejected"], 30, "both hosts to be in use")
         os.kill(victim, signal.SIGKILL)
         reader.join(250)
         assert not reader.is_alive()
         assert tokens == expected
         after = wait_for(lambda: _hosts(program, tmp_path / "after"), 60, "both hosts to be ready")
         assert after["local-1"]["pid"] != victim and after["local-0"]["pid"] == before["local-0"]["pid"]
-        stats = httpx.get(f"{program.url}/expertmesh/stats", timeout=60).json()
+        stats = _stats(program)
         assert stats["lost"] >= 1
         # A killed process frees its memory before it closes its sockets: it may be found late before it is lost.
         assert stats["failovers"] + stats["hedges"] >= 1
@@ -87,6 +89,12 @@ def _stream(url: str, started: threading.Event | None = None) -> list[int]:
         if started is not None and len(tokens) >= 5:
             started.set()
     return tokens
+
+
+def _stats(program: ServerProgram) -> dict[str, Any]:
+    """The engine's counters."""
+    stats: dict[str, Any] = httpx.get(f"{program.url}/expertmesh/stats", timeout=60).json()
+    return stats
 
 
 def _hosts(program: ServerProgram, folder: Path) -> dict[str, Any]:
