@@ -149,8 +149,11 @@ def _empty(
         return CudaLayer(form, num, torch.device(device).index or 0)
     if kernel == "module" or (kernel == "auto" and on_gpu):
         return ModuleLayer(maths, num, dtype, device)
-    if device != "cpu":
-        raise HostError(f"the kernel {kernel!r} runs on CPU only, not on {device!r}", "use kernel auto")
+    if on_gpu:
+        raise HostError(
+            f"the kernel {kernel!r} cannot run layer {layer} of {checkpoint.path} on {device!r}",
+            "use kernel auto",
+        )
     narrow = bf16_kernel.can_run(maths, dtype, checkpoint.stored_dtypes(layer))
     if narrow and (kernel == "bf16-weights" or (kernel == "auto" and dtype == torch.float32)):
         return bf16_kernel.Bf16WeightsLayer(num, maths.hidden, maths.intermediate)

@@ -36,7 +36,7 @@ from actors.replay import Replay
 from actors.router_metrics import MeshMetrics, RoutingMetrics, VersionMetrics
 from actors.router_metrics import queue as engine_queue
 from actors.router_routes import finish
-from actors.saved_code import processor
+from actors.saved_code import processor_digest
 from actors.version_swap import VersionSwap
 from cluster.auth import data_plane_key
 from cluster.canary import Observed
@@ -339,7 +339,7 @@ def engine_arguments(spec: RouterSpec) -> dict[str, Any]:
     settings = spec.settings
     # These are part of the compiled model, as instructions, as a mask on the router, as further columns and as further
     # rows, so they must be part of its key.
-    compiled: dict[str, Any] = {"processor": processor(), "no_replica": settings.no_replica}
+    compiled: dict[str, Any] = {"processor": processor_digest(), "no_replica": settings.no_replica}
     if settings.capacity.policy == "reroute":
         compiled["capacity"] = "reroute"
     if settings.spare_experts:

@@ -8,21 +8,17 @@ one of them has changed.
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
+from actors.native_library import processor
 
-def processor() -> str:
-    """A digest of what this machine's processor can do; code that was compiled for another may not run here.
+
+def processor_digest() -> str:
+    """Of what this machine's processor can do; code that was compiled for another may not run here.
 
     vLLM's key of the code does not have it.
     """
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return hashlib.sha256(flags.encode()).hexdigest()[:16]
+    return hashlib.sha256(processor().encode()).hexdigest()[:16]
 
 
 def make_loadable() -> None:

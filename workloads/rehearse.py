@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from actors import openmp
-from actors.saved_code import processor
+from actors.saved_code import processor_digest
 from cluster.cache_folder import cache_folder
 from cluster.checkpoint import Checkpoint
 from cluster.config import Config
@@ -91,7 +91,7 @@ def _key(spec: RouterSpec) -> str:
         version("torch"),
         _vllm_version(),
         sys.version,
-        processor(),
+        processor_digest(),
         [_source(module) for module in _TRACED],
         spec.settings.model,
         spec.settings.no_replica,
