@@ -61,4 +61,9 @@ def remove_registration() -> None:
     with contextlib.suppress(AttributeError):
         # The runtime starts, and registers, at its first use.
         ctypes.CDLL(None).omp_get_max_threads()
-    Path(f"/dev/shm/__KMP_REGISTERED_LIB_{os.getpid()}_{os.getuid()}").unlink(missing_ok=True)
+    remove_registration_of(os.getpid())
+
+
+def remove_registration_of(pid: int) -> None:
+    """The same of another process of this user's, once it has been killed."""
+    Path(f"/dev/shm/__KMP_REGISTERED_LIB_{pid}_{os.getuid()}").unlink(missing_ok=True)

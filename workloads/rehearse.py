@@ -80,6 +80,7 @@ def rehearse(
         if process.poll() is None:
             process.kill()
             process.wait()
+            openmp.remove_registration_of(process.pid)
     progress("compiling the engine (once)", 1.0)
     marker.parent.mkdir(parents=True, exist_ok=True)
     marker.touch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,3 +33,11 @@ def test_a_preload_comes_before_what_there_was_and_once() -> None:
     openmp.preload(environment)
     openmp.preload(environment)
     assert environment["LD_PRELOAD"] == f"{openmp.library()}:/lib/other.so"
+
+
+def test_what_a_killed_process_left_is_removed() -> None:
+    # No process has this number: it is above the kernel's limit.
+    left = Path(f"/dev/shm/__KMP_REGISTERED_LIB_{1 << 23}_{os.getuid()}")
+    left.touch()
+    openmp.remove_registration_of(1 << 23)
+    assert not left.exists()
