@@ -14,6 +14,10 @@ them; what is given comes with its size before it and its sha256 behind it (`act
                                            <-  {format}, how the layer's experts lie there | {error, hint}
     {ask: "memory", layer, gpu, expert}    ->
                                            <-  {format} (+fd), the expert's memory on that GPU | {error, hint}
+    {ask: "exchange", gpu, rows, …} (+fd)  ->      an engine on another GPU, see `actors.gpu_desk`
+                                           <-  {} (+fd), memory for its requests | {error, hint}
+    {ask: "bell"} (+fd)                    ->
+                                           <-  {}, once the host is ready; nothing more is said
 
 Blobs of versions are given as the store has them, so that the copier can prove them by the digest that it asked for.
 """
@@ -56,16 +60,24 @@ Lend = Callable[[str, int, int | None], tuple[dict[str, Any], int]]
 """From a GPU's name, a layer and an expert's number to how it lies there and a descriptor of its memory, see
 `actors.host_server.HostServer.lend`."""
 
+Exchange = Callable[[socket.socket, dict[str, Any], int], None]
+"""Serves an engine on another GPU until it closes, see `actors.host_server.HostServer.exchange`."""
 
-def serve_copies(sock: socket.socket, blobs: Blobs, version: GiveVersion, lend: Lend) -> None:
+
+def serve_copies(
+    sock: socket.socket, blobs: Blobs, version: GiveVersion, lend: Lend, exchange: Exchange
+) -> None:
     """Answer until the copier closes (ConnectionError), asks what makes no sense, or a file can't be read."""
     sock.settimeout(_STALL_S)
     if sock.family == socket.AF_INET:
         # Or the last piece of each expert would wait for the copier's acknowledgement of those before.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     while True:
-        question = json_stream.receive(sock)[0]
+        question, descriptor = json_stream.receive(sock)
         try:
+            if question.get("ask") == "exchange":
+                exchange(sock, question, descriptor)
+                return
             answer = _answer(question, blobs, version, lend)
         except (CheckpointError, HostError, VersionError) as error:
             json_stream.send(sock, {"error": error.message, "hint": error.hint})

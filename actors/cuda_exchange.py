@@ -1,5 +1,6 @@
 """From a layer on a GPU to experts that are elsewhere, and back: kernels that a CUDA graph can hold, and who answers.
 
+    memory of another GPU  ◀──┐     (experts that a neighbour has: `actors.gpu_neighbours`)          ┌──▶ added as well
     the engine's stream          post ──────────── experts at hand ──────────── collect
                                   │ rows, ids, weights, a flag                     ▲
     memory of the host            ▼                                                │ sums, a flag
@@ -31,8 +32,14 @@ log = structlog.get_logger()
 
 _SOURCE: Final = NATIVE / "exchange.cu"
 # As the structs in exchange.cu: words of 32 bits.
-_ASKED, _LAYER, _ROWS, _ANSWERED, _BOX_WORDS = 0, 1, 2, 32, 64
+_ASKED, _LAYER, _ROWS, _ANSWERED, _DEAD, _BOX_WORDS = 0, 1, 2, 32, 64, 96
 _STATE_WORDS, _LATES = 16, 6
+# As Neighbour in exchange.cu; and how many a word has bits for.
+NEIGHBOUR: Final = np.dtype(
+    [(name, np.uint64) for name in ("request", "ids", "weights", "x", "bell", "answered", "y")]
+    + [("alive", np.uint32), ("wanted", np.uint32)]
+)
+MOST_NEIGHBOURS: Final = 8
 _THREADS, _MOST_BLOCKS = 128, 128
 # How long the thread watches for the next request with a core of its own, and then more lazily.
 _SPIN_US = 2000
@@ -55,8 +62,13 @@ class Mailbox(NamedTuple):
 class Exchange:
     """One engine's, used by all layers in turn."""
 
-    def __init__(self, layout: Layout, device: int, deadline_s: float) -> None:
-        """`deadline_s`: after which rows go on without what is elsewhere, and `lates` counts one more."""
+    def __init__(
+        self, layout: Layout, device: int, deadline_s: float, *, near_deadline_s: float | None = None
+    ) -> None:
+        """`deadline_s`: after which rows go on without what is elsewhere, and `lates` counts one more.
+
+        `near_deadline_s`: after which a neighbour is asked no more, and the mailbox instead; None if there are none.
+        """
         self.layout, self.device = layout, device
         rows, top_k, hidden = layout.max_rows, layout.top_k, layout.hidden
         dtype: torch.dtype = getattr(torch, layout.dtype)
@@ -72,11 +84,27 @@ class Exchange:
         self._state = torch.zeros(_STATE_WORDS, dtype=torch.int32, device=f"cuda:{device}")
         self._places = torch.zeros(rows, top_k, dtype=torch.int32, device=f"cuda:{device}")
         self._local = torch.zeros(rows, top_k, device=f"cuda:{device}")
+        self._bits = torch.zeros(rows, dtype=torch.int32, device=f"cuda:{device}")
+        self._near_deadline_ns = None if near_deadline_s is None else int(near_deadline_s * 1e9)
+        self._neighbours = torch.zeros(
+            MOST_NEIGHBOURS * NEIGHBOUR.itemsize, dtype=torch.uint8, device=f"cuda:{device}"
+        )
+        self._last: tuple[Any, ...] = ()
         self._post = kernel(_SOURCE, "post", device)
         self._collect = kernel(_SOURCE, "collect", device)
+        self._collect_near = kernel(_SOURCE, "collect_near", device)
         self._words = self._box.numpy().view(np.uint32)
         self._stop = np.zeros(1, np.uint32)
         self._thread: threading.Thread | None = None
+
+    @property
+    def _open_box(self) -> int:
+        return self._box.data_ptr() if self._thread is not None else 0
+
+    @property
+    def _near(self) -> tuple[int, int]:
+        """Where the neighbours are, and how many there may be."""
+        return (0, 0) if self._near_deadline_ns is None else (self._neighbours.data_ptr(), MOST_NEIGHBOURS)
 
     @property
     def lates(self) -> int:
@@ -90,35 +118,64 @@ class Exchange:
         weights_TK: torch.Tensor,
         ids_TK: torch.Tensor,
         place_E: torch.Tensor,
+        near_E: torch.Tensor,
         counts_E: torch.Tensor,
         nothing: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Send off what is elsewhere; the places [T, K] and weights [T, K] of what is here, valid until the next call.
 
-        `place_E` int32: where each expert is here, or -1. Pairs of experts elsewhere get the place `nothing` and the
-        weight 0. `counts_E` int64 counts what was chosen.
+        `place_E` int32: where each expert is here, or -1; `near_E` int32: the neighbour to ask for it, or -1, which
+        comes first. Pairs that are not computed here get the place `nothing` and the weight 0. `counts_E` int64
+        counts what was chosen.
         """
         rows, top_k = ids_TK.shape
-        box = self._box.data_ptr() if self._thread is not None else 0
-        pointers = (x_TH, ids_TK, weights_TK, place_E)
         values = (
-            *(tensor.data_ptr() for tensor in pointers), nothing, self._places.data_ptr(), self._local.data_ptr(),
-            counts_E.data_ptr(), box, self._ids.data_ptr(), self._weights.data_ptr(), self._x.data_ptr(),
-            self._state.data_ptr(), rows, top_k, self._vectors, layer, len(place_E),
+            *map(_address, (x_TH, ids_TK, weights_TK, place_E, near_E)), nothing,
+            *map(_address, (self._places, self._local, self._bits, counts_E)), self._open_box,
+            *map(_address, (self._ids, self._weights, self._x)), *self._near, self._state.data_ptr(),
+            rows, top_k, self._vectors, layer, len(place_E),
         )  # fmt: skip
         launch(self._post, min(rows, _MOST_BLOCKS), _THREADS, values, _POST_TYPES)
+        self._last = x_TH, ids_TK, weights_TK, near_E, layer
         return self._places[:rows], self._local[:rows]
 
-    def collect(self, y_TH: torch.Tensor, nothing: int) -> None:
+    def collect(self, y_TH: torch.Tensor) -> None:
         """Add to the sums of what is here what was sent off by the last `post`."""
-        if self._thread is None:
+        if not self._open_box:
             return
-        rows, top_k = len(y_TH), self.layout.top_k
+        blocks = min(len(y_TH), _MOST_BLOCKS)
         values = (
-            y_TH.data_ptr(), self._places.data_ptr(), nothing, self._box.data_ptr(), self._y.data_ptr(),
-            self._state.data_ptr(), rows, top_k, self._vectors, self._bf16, self._deadline_ns,
+            *map(_address, (y_TH, self._bits, self._box, self._y, self._state)),
+            len(y_TH), self._vectors, self._bf16, self._deadline_ns,
         )  # fmt: skip
-        launch(self._collect, min(rows, _MOST_BLOCKS), _THREADS, values, _COLLECT_TYPES)
+        launch(self._collect, blocks, _THREADS, values, _COLLECT_TYPES)
+        if self._near_deadline_ns is None:
+            return
+        x_TH, ids_TK, weights_TK, near_E, layer = self._last
+        near = (
+            *map(_address, (y_TH, self._bits, x_TH, ids_TK, weights_TK, near_E)),
+            *self._near, *map(_address, (self._box, self._ids, self._weights, self._x)),
+            self._box.data_ptr() + 4 * _DEAD, self._state.data_ptr(),
+            len(y_TH), self.layout.top_k, self._vectors, layer, len(near_E), self._bf16, self._near_deadline_ns,
+        )  # fmt: skip
+        launch(self._collect_near, blocks, _THREADS, near, _NEAR_TYPES)
+        launch(self._collect, blocks, _THREADS, values, _COLLECT_TYPES)
+
+    def set_neighbour(self, number: int, row: dict[str, int] | None) -> None:
+        """Have a neighbour (fields of NEIGHBOUR), or none, from the next step on. No work may be under way."""
+        entry = np.zeros(1, NEIGHBOUR)
+        for name, value in (row or {}).items():
+            entry[name] = value
+        entry["alive"] = row is not None
+        size = NEIGHBOUR.itemsize
+        self._neighbours[number * size : (number + 1) * size].copy_(torch.from_numpy(entry.view(np.uint8)))
+        self._words[_DEAD] &= ~np.uint32(2 << number)
+
+    @property
+    def dead(self) -> list[int]:
+        """Neighbours that did not answer in time since they were set."""
+        bits = int(self._words[_DEAD])
+        return [number for number in range(MOST_NEIGHBOURS) if bits & 2 << number]
 
     def serve(self, compute: Compute) -> None:
         """Have `compute` answer, in a thread, until `close`. What it raises is logged, and the sums are then zeros."""
@@ -165,5 +222,10 @@ class Exchange:
 
 
 _P, _I, _U64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64
-_POST_TYPES: Final = (*(_P,) * 4, _I, *(_P,) * 8, *(_I,) * 5)
-_COLLECT_TYPES: Final = (_P, _P, _I, *(_P,) * 3, *(_I,) * 4, _U64)
+_POST_TYPES: Final = (*(_P,) * 5, _I, *(_P,) * 9, _I, _P, *(_I,) * 5)
+_COLLECT_TYPES: Final = (*(_P,) * 5, *(_I,) * 3, _U64)
+_NEAR_TYPES: Final = (*(_P,) * 7, _I, *(_P,) * 6, *(_I,) * 6, _U64)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.data_ptr()

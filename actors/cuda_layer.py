@@ -42,7 +42,7 @@ class CudaLayer:
         # Kernels are given the address of the first slot, which must be one even while no expert is there.
         self.slots.take(0)
         # An engine asks a host for what it has: most pairs are others'.
-        self._skipping = skipping(num_experts, self._device)
+        self.skipping_S = skipping(num_experts, self._device)
         self._buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -92,4 +92,4 @@ class CudaLayer:
         absent = slots < 0
         weights.masked_fill_(absent, 0.0)
         slots.masked_fill_(absent, self.room)
-        out_NH.copy_(run_experts(self.tensors, self.form.activation, x, slots, weights, self._skipping))
+        out_NH.copy_(run_experts(self.tensors, self.form.activation, x, slots, weights, self.skipping_S))

@@ -10,8 +10,10 @@ Source: CUDA driver API, "Virtual Memory Management".
 
 from __future__ import annotations
 
+import math
 import os
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +37,11 @@ class CudaSlots:
             self._base = int(checked(driver.cuMemAddressReserve(self.slot_bytes * room, step, 0, 0)))
         self._memory: dict[int, Any] = {}
 
+    @property
+    def address(self) -> int:
+        """Of the first slot, in this process."""
+        return self._base
+
     def bytes(self) -> torch.Tensor:
         """All slots as uint8 [room, slot_bytes]; those that have no memory must not be touched."""
         storage = torch._C._construct_storage_from_data_pointer(
@@ -43,6 +50,17 @@ class CudaSlots:
         flat = torch.empty(0, dtype=torch.uint8, device=f"cuda:{self.device}").set_(storage)  # type: ignore[call-overload]
         view: torch.Tensor = flat.view(self.room, self.slot_bytes)
         return view
+
+    def view(self, offset: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        """A tensor that begins so many bytes behind the first slot's begin."""
+        flat = self.bytes().reshape(-1)
+        end = offset + math.prod(shape) * dtype.itemsize
+        return flat[offset:end].view(dtype).view(shape)
+
+    def clear(self, size: int) -> None:
+        """Write zeros to the first bytes, and wait until they are there."""
+        self.bytes().reshape(-1)[:size].zero_()
+        torch.cuda.synchronize(self.device)
 
     def has(self, slot: int) -> bool:
         """Whether a slot has memory."""
@@ -126,6 +144,14 @@ def _granularity(device: int) -> int:
 
     least = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
     return int(checked(driver.cuMemGetAllocationGranularity(_properties(device), least)))
+
+
+def gpus_here() -> int:
+    """How many GPUs the machine has, those included that this process may not use."""
+    try:
+        return len(list(Path("/proc/driver/nvidia/gpus").iterdir()))
+    except OSError:
+        return torch.cuda.device_count()
 
 
 def gpu_name(device: int) -> str:

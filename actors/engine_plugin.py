@@ -41,7 +41,8 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from actors import growing_router, openmp, saved_code, scored_router
 from actors.buffers import Layout
 from actors.capacity import CapacityLimit
-from actors.cuda_experts import CudaExperts
+from actors.cuda_experts import NEAR_DEADLINE_S, CudaExperts
+from actors.cuda_memory import gpus_here
 from actors.dense_weights import more_rows, routers_of, tensors, to_load
 from actors.dispatch import Dispatcher
 from actors.outages import Outages
@@ -353,6 +354,7 @@ def _map(settings: EngineSettings, key: bytes, largest: int) -> None:
         key=key,
         # The dispatcher's own deadlines come first: this is for a thread that died.
         deadline_s=4 * settings.deadline_s,
+        near_deadline_s=NEAR_DEADLINE_S if gpus_here() > 1 else None,
     )
     _cuda.use(route, settings.node_id, settings.connect_timeout_s)
     _cuda.settle()
@@ -443,6 +445,7 @@ class WorkerExtension:
         traffic = _dispatcher.take_traffic()
         if _cuda is not None:
             traffic = replace(traffic, chosen=_cuda.take_counts())
+            _cuda.look()
         return TRAFFIC.dump_json(traffic).decode()
 
     def expertmesh_reachable(self) -> dict[str, float]:
@@ -486,6 +489,7 @@ class WorkerExtension:
             "epoch": _dispatcher.peers.route.epoch,
             "table": _dispatcher.peers.route.digest,
             "mapped": {} if _cuda is None else _cuda.mapped,
+            "asked": {} if _cuda is None else _cuda.asked,
             "rss_bytes": psutil.Process().memory_info().rss,
             "pid": os.getpid(),
             "hosts": standing,

@@ -21,8 +21,10 @@ import numpy as np
 import structlog
 
 from actors.blob_server import Blobs, GiveVersion, serve_copies
-from actors.buffers import Buffers, Views
+from actors.buffers import Buffers, Layout, Views
 from actors.cuda_layer import CudaLayer
+from actors.cuda_memory import gpu_name
+from actors.gpu_desk import gpu_of, serve_neighbour
 from actors.handshake import greet
 from actors.header_parts import DISPATCH_LEAD, MAX_KEPT, PARTS, REPLY_LEAD, rest
 from actors.hosted_layer import FEW, HostedLayer, Ids
@@ -139,6 +141,24 @@ class HostServer:
             raise HostError(f"host {self.host_id} does not hold expert {expert} of layer {layer}")
         return asdict(kept.form), -1 if expert is None else kept.slots.export(hosted.slots[expert])
 
+    def exchange(self, sock: socket.socket, asked: dict[str, Any], outbox: int) -> None:
+        """Compute for an engine on another GPU of this machine until it closes the connection.
+
+        `outbox`: descriptor of its memory, which is closed. HostError if that can't be.
+        """
+        device = gpu_of(self.layers)
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, outbox)
+            if device is None:
+                raise HostError(f"host {self.host_id} has no experts on a GPU")
+            if gpu_name(device) == asked.get("gpu"):
+                raise HostError(f"host {self.host_id} is on the engine's own GPU and lends its memory")
+            layout = Layout(*(asked.get(name) for name in ("rows", "hidden", "top_k", "dtype")))  # type: ignore[arg-type]
+            if (layout.hidden, layout.dtype) != (self._hidden, self._dtype):
+                raise HostError(f"host {self.host_id} has {self._dtype} rows of {self._hidden}, not {layout}")
+            undo.pop_all()
+        serve_neighbour(self.layers, sock, layout, outbox)
+
     def _start(self, listener: socket.socket) -> None:
         listener.listen(64)
         thread = threading.Thread(
@@ -163,7 +183,7 @@ class HostServer:
             if identity is None:
                 self._copiers.add(sock)
                 if self._blobs is not None:
-                    serve_copies(sock, self._blobs, self._version, self.lend)
+                    serve_copies(sock, self._blobs, self._version, self.lend, self.exchange)
                 return
             if fd >= 0:
                 try:

@@ -1,16 +1,30 @@
-// The engine's end of a layer whose experts are not all on its GPU: three things that a CUDA graph may hold.
+// A layer whose experts are not all on the engine's GPU: kernels that a CUDA graph may hold.
 //
-// post     tells the experts at hand from those elsewhere, counts what the router chose, and puts the rows that want
-//          others into memory that the host can read, with a flag behind them.
-// collect  waits for the flag that answers, no longer than the deadline, and adds what came.
+// The engine's end:
+//   post          tells the experts at hand from those elsewhere, counts what the router chose, and puts the rows that
+//                 want others into memory that the processors can read (the mailbox), or into that of a neighbour: a
+//                 host on another GPU of this machine; with a flag behind them.
+//   collect       waits for the flag that answers from the mailbox, no longer than the deadline, and adds what came.
+//   collect_near  the same for neighbours. What one of them owes goes to the mailbox instead, and it is asked no more.
+// A neighbour's end, around the experts' own kernels:
+//   receive       waits for a request that fits, and finds the experts' places.
+//   give          puts the sums into the engine's memory, with a flag behind them.
 //
-// The host's ids are all -1 between two requests: only rows that want something are written.
+// The mailbox's ids are all -1 between two requests: only rows that want something are written.
 // Nothing here depends on which step it is: the number of a request is kept on the device, so that a graph can be
 // replayed. T rows, K experts a row, E experts of the layer.
 
 typedef unsigned long long u64;
 
-// In memory that host and device see. Each flag on a cache line of its own.
+// Each flag on a cache line of its own.
+struct Request {
+    unsigned asked;      // number of the last request, written last
+    unsigned layer;
+    unsigned rows;
+    unsigned pad[29];
+};
+
+// In memory that host and device see; begins as a Request.
 struct Mailbox {
     unsigned asked;      // number of the last request, written last
     unsigned layer;
@@ -29,6 +43,33 @@ struct State {
     unsigned ready;      // number of the last answer that was seen
     unsigned late;       // number of the last request that got none in time
     unsigned lates;      // how many did not
+    unsigned near_number;   // of the last request to neighbours
+    unsigned near_pending;  // which of them owe an answer, a bit each
+    unsigned near_ready;    // number of the last request of which it is known who answered
+    unsigned near_come;     // and who did
+};
+
+// What an engine knows of a neighbour; on the engine's device.
+struct Neighbour {
+    Request* request;    // memory of the other GPU, and so are:
+    int* ids;            // [T, K], -1 for what is not asked of it
+    float* weights;
+    uint4* x;
+    Request* bell;       // memory of the host that the neighbour's process watches
+    const unsigned* answered;   // on this device: a number, and how many pairs it did not have; and its sums
+    const uint4* y;
+    unsigned alive;
+    unsigned wanted;     // rows so far
+};
+
+// A neighbour's end of one engine; on the neighbour's device.
+struct Desk {
+    unsigned last;       // number of the last request that was taken
+    unsigned taken;      // whether the last `receive` took one
+    unsigned rows;       // how many it has
+    unsigned missing;    // pairs whose experts are not here
+    unsigned count;      // of calls of `receive`
+    unsigned arrived;    // blocks that are done
 };
 
 __device__ __forceinline__ u64 nanoseconds() {
@@ -53,48 +94,19 @@ __device__ __forceinline__ void release_device(unsigned* p, unsigned v) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
-// place[E]: where an expert is among those at hand, or -1. Pairs of others get the place `nothing` and the weight 0.
-extern "C" __global__ void post(
-    const uint4* __restrict__ x, const int* __restrict__ ids, const float* __restrict__ weights,
-    const int* __restrict__ place, int nothing, int* __restrict__ places_out, float* __restrict__ weights_out,
-    u64* __restrict__ counts, Mailbox* box, int* box_ids, float* box_weights, uint4* box_x, State* state,
-    int T, int K, int vectors, int layer, int experts)
-{
-    __shared__ int wants;
-    unsigned mine = 0;
-    for (int t = blockIdx.x; t < T; t += gridDim.x) {
-        if (threadIdx.x == 0) wants = 0;
-        __syncthreads();
-        for (int k = threadIdx.x; k < K; k += blockDim.x) {
-            int id = ids[t * K + k];
-            bool known = id >= 0 && id < experts;
-            int at = known ? place[id] : -1;
-            if (known) atomicAdd(counts + id, 1ULL);
-            places_out[t * K + k] = at < 0 ? nothing : at;
-            weights_out[t * K + k] = at < 0 ? 0.0f : weights[t * K + k];
-            bool remote = known && at < 0;
-            if (remote) wants = 1;
-        }
-        __syncthreads();
-        if (box && wants) {
-            mine++;
-            for (int k = threadIdx.x; k < K; k += blockDim.x) {
-                bool here = places_out[t * K + k] != nothing;
-                box_ids[t * K + k] = here ? -1 : ids[t * K + k];
-                box_weights[t * K + k] = here ? 0.0f : weights[t * K + k];
-            }
-            for (int v = threadIdx.x; v < vectors; v += blockDim.x)
-                box_x[(size_t)t * vectors + v] = x[(size_t)t * vectors + v];
-        }
-        __syncthreads();
-    }
-    if (!box || threadIdx.x) return;
-    if (mine) atomicAdd(&state->remote, mine);
-    __threadfence_system();
-    if (atomicAdd(&state->arrived, 1) != gridDim.x - 1) return;
-    __threadfence_system();
+// Bit of a row that wants something from the mailbox; those behind it are the neighbours'.
+#define BOX 1u
+#define NEAR(n) (2u << (n))
+
+// Whose a pair is: a neighbour's number, or -1.
+__device__ __forceinline__ int neighbour_of(const int* near, const Neighbour* neighbours, int id) {
+    int n = neighbours ? near[id] : -1;
+    return n >= 0 && neighbours[n].alive ? n : -1;
+}
+
+// Ring for what is in the mailbox; the last block to come does it. `mine`: rows of this block.
+__device__ __forceinline__ void send_box(State* state, Mailbox* box, int T, int layer) {
     unsigned remote = atomicExch(&state->remote, 0);
-    state->arrived = 0;
     if (!remote) {
         state->pending = 0;
         return;
@@ -105,6 +117,88 @@ extern "C" __global__ void post(
     box->layer = layer;
     box->rows = T;
     release_system(&box->asked, number);
+}
+
+// place[E]: where an expert is among those at hand, or -1; near[E]: the neighbour to ask for it, or -1, which comes
+// first while it is alive. Pairs that are not at hand get the place `nothing` and the weight 0. bits[T] tells who is
+// asked for a row.
+extern "C" __global__ void post(
+    const uint4* __restrict__ x, const int* __restrict__ ids, const float* __restrict__ weights,
+    const int* __restrict__ place, const int* __restrict__ near, int nothing, int* __restrict__ places_out,
+    float* __restrict__ weights_out, unsigned* __restrict__ bits, u64* __restrict__ counts, Mailbox* box, int* box_ids,
+    float* box_weights, uint4* box_x, Neighbour* neighbours, int neighbour_count, State* state, int T, int K,
+    int vectors, int layer, int experts)
+{
+    __shared__ unsigned wants, mine[32];
+    if (threadIdx.x < 32) mine[threadIdx.x] = 0;
+    for (int t = blockIdx.x; t < T; t += gridDim.x) {
+        if (threadIdx.x == 0) wants = 0;
+        __syncthreads();
+        for (int k = threadIdx.x; k < K; k += blockDim.x) {
+            int id = ids[t * K + k];
+            bool known = id >= 0 && id < experts;
+            int n = known ? neighbour_of(near, neighbours, id) : -1;
+            int at = known && n < 0 ? place[id] : -1;
+            if (known) atomicAdd(counts + id, 1ULL);
+            places_out[t * K + k] = at < 0 ? nothing : at;
+            weights_out[t * K + k] = at < 0 ? 0.0f : weights[t * K + k];
+            if (n >= 0) atomicOr(&wants, NEAR(n));
+            else if (known && at < 0) atomicOr(&wants, BOX);
+            for (int other = 0; other < neighbour_count; other++) {
+                if (!neighbours[other].alive) continue;
+                neighbours[other].ids[t * K + k] = other == n ? id : -1;
+                neighbours[other].weights[t * K + k] = other == n ? weights[t * K + k] : 0.0f;
+            }
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) bits[t] = wants;
+        if (box && (wants & BOX)) {
+            if (threadIdx.x == 0) mine[0]++;
+            for (int k = threadIdx.x; k < K; k += blockDim.x) {
+                int id = ids[t * K + k];
+                bool known = id >= 0 && id < experts;
+                bool here = places_out[t * K + k] != nothing || !known || neighbour_of(near, neighbours, id) >= 0;
+                box_ids[t * K + k] = here ? -1 : id;
+                box_weights[t * K + k] = here ? 0.0f : weights[t * K + k];
+            }
+            for (int v = threadIdx.x; v < vectors; v += blockDim.x)
+                box_x[(size_t)t * vectors + v] = x[(size_t)t * vectors + v];
+        }
+        for (int n = 0; n < neighbour_count; n++) {
+            if (!(wants & NEAR(n))) continue;
+            if (threadIdx.x == 0) mine[n + 1]++;
+            uint4* out = neighbours[n].x;
+            for (int v = threadIdx.x; v < vectors; v += blockDim.x)
+                out[(size_t)t * vectors + v] = x[(size_t)t * vectors + v];
+        }
+        __syncthreads();
+    }
+    if (!box && !neighbour_count) return;
+    // Each thread wrote, and only one will ring: the others' writes must be seen before.
+    __threadfence_system();
+    __syncthreads();
+    if (threadIdx.x) return;
+    if (mine[0]) atomicAdd(&state->remote, mine[0]);
+    for (int n = 0; n < neighbour_count; n++)
+        if (mine[n + 1]) atomicAdd(&neighbours[n].wanted, mine[n + 1]);
+    __threadfence_system();
+    if (atomicAdd(&state->arrived, 1) != gridDim.x - 1) return;
+    __threadfence_system();
+    state->arrived = 0;
+    unsigned near_pending = 0, number = state->near_number + 1;
+    if (!number) number = 1;
+    for (int n = 0; n < neighbour_count; n++) {
+        if (!atomicExch(&neighbours[n].wanted, 0)) continue;
+        near_pending |= NEAR(n);
+        Request *request = neighbours[n].request, *bell = neighbours[n].bell;
+        request->layer = bell->layer = layer;
+        request->rows = bell->rows = T;
+        release_system(&request->asked, number);
+        release_system(&bell->asked, number);
+    }
+    state->near_pending = near_pending;
+    if (near_pending) state->near_number = number;
+    if (box) send_box(state, box, T, layer);
 }
 
 __device__ __forceinline__ unsigned sum_bf16(unsigned a, unsigned b) {
@@ -119,13 +213,18 @@ __device__ __forceinline__ unsigned sum_f32(unsigned a, unsigned b) {
     return __float_as_uint(__uint_as_float(a) + __uint_as_float(b));
 }
 
+__device__ __forceinline__ uint4 sum(uint4 a, uint4 b, int bf16) {
+    if (bf16) return {sum_bf16(a.x, b.x), sum_bf16(a.y, b.y), sum_bf16(a.z, b.z), sum_bf16(a.w, b.w)};
+    return {sum_f32(a.x, b.x), sum_f32(a.y, b.y), sum_f32(a.z, b.z), sum_f32(a.w, b.w)};
+}
+
 extern "C" __global__ void collect(
-    uint4* __restrict__ y, const int* __restrict__ places, int nothing, Mailbox* box, const uint4* box_y,
-    State* state, int T, int K, int vectors, int bf16, u64 deadline_ns)
+    uint4* __restrict__ y, const unsigned* __restrict__ bits, Mailbox* box, const uint4* box_y, State* state, int T,
+    int vectors, int bf16, u64 deadline_ns)
 {
     unsigned number = state->pending;
     if (!number) return;
-    __shared__ int come, wants;
+    __shared__ int come;
     if (threadIdx.x == 0) {
         u64 until = nanoseconds() + deadline_ns;
         if (blockIdx.x == 0) {
@@ -145,25 +244,142 @@ extern "C" __global__ void collect(
     __syncthreads();
     if (!come) return;
     for (int t = blockIdx.x; t < T; t += gridDim.x) {
-        if (threadIdx.x == 0) wants = 0;
-        __syncthreads();
-        for (int k = threadIdx.x; k < K; k += blockDim.x)
-            if (places[t * K + k] == nothing) wants = 1;
-        __syncthreads();
-        if (wants) {
+        if (!(bits[t] & BOX)) continue;
+        for (int v = threadIdx.x; v < vectors; v += blockDim.x) {
+            size_t at = (size_t)t * vectors + v;
+            y[at] = sum(y[at], __ldcv(box_y + at), bf16);
+        }
+    }
+}
+
+// Behind it comes another `collect`, for what a neighbour owed. `dead`, in memory of the host, gets its bit.
+extern "C" __global__ void collect_near(
+    uint4* __restrict__ y, unsigned* __restrict__ bits, const uint4* __restrict__ x, const int* __restrict__ ids,
+    const float* __restrict__ weights, const int* __restrict__ near, Neighbour* neighbours, int neighbour_count,
+    Mailbox* box, int* box_ids, float* box_weights, uint4* box_x, unsigned* dead, State* state, int T, int K,
+    int vectors, int layer, int experts, int bf16, u64 deadline_ns)
+{
+    unsigned pending = state->near_pending, number = state->near_number;
+    if (!pending) {
+        // What `collect` had is not to be added twice.
+        if (blockIdx.x == 0 && threadIdx.x == 0) state->pending = 0;
+        return;
+    }
+    __shared__ unsigned shared_come, mine;
+    if (threadIdx.x == 0) {
+        u64 until = nanoseconds() + deadline_ns;
+        if (blockIdx.x == 0) {
+            unsigned come = 0;
+            for (int n = 0; n < neighbour_count; n++) {
+                if (!(pending & NEAR(n))) continue;
+                const unsigned* answered = neighbours[n].answered;
+                while (acquire_system(answered) != number && nanoseconds() < until);
+                if (acquire_system(answered) == number && __ldcv(answered + 1) == 0) {
+                    come |= NEAR(n);
+                } else {
+                    neighbours[n].alive = 0;
+                    atomicOr_system(dead, NEAR(n));
+                }
+            }
+            state->near_come = come;
+            release_device(&state->near_ready, number);
+            shared_come = come;
+        } else {
+            while (acquire_device(&state->near_ready) != number) __nanosleep(50);
+            shared_come = __ldcv(&state->near_come);
+        }
+        mine = 0;
+    }
+    __syncthreads();
+    unsigned come = shared_come, failed = pending & ~come;
+    for (int t = blockIdx.x; t < T; t += gridDim.x) {
+        unsigned wants = bits[t], now = wants & come;
+        if (now) {
             for (int v = threadIdx.x; v < vectors; v += blockDim.x) {
                 size_t at = (size_t)t * vectors + v;
-                uint4 a = y[at], b = __ldcv(box_y + at);
-                if (bf16) {
-                    a.x = sum_bf16(a.x, b.x); a.y = sum_bf16(a.y, b.y);
-                    a.z = sum_bf16(a.z, b.z); a.w = sum_bf16(a.w, b.w);
-                } else {
-                    a.x = sum_f32(a.x, b.x); a.y = sum_f32(a.y, b.y);
-                    a.z = sum_f32(a.z, b.z); a.w = sum_f32(a.w, b.w);
-                }
-                y[at] = a;
+                uint4 all = y[at];
+                for (int n = 0; n < neighbour_count; n++)
+                    if (now & NEAR(n)) all = sum(all, __ldcv(neighbours[n].y + at), bf16);
+                y[at] = all;
             }
         }
+        if (box && (wants & failed)) {
+            for (int k = threadIdx.x; k < K; k += blockDim.x) {
+                int id = ids[t * K + k];
+                int n = id >= 0 && id < experts ? near[id] : -1;
+                bool owed = n >= 0 && (failed & NEAR(n));
+                box_ids[t * K + k] = owed ? id : -1;
+                box_weights[t * K + k] = owed ? weights[t * K + k] : 0.0f;
+            }
+            for (int v = threadIdx.x; v < vectors; v += blockDim.x)
+                box_x[(size_t)t * vectors + v] = x[(size_t)t * vectors + v];
+        }
         __syncthreads();
+        if (threadIdx.x == 0) {
+            bits[t] = wants & failed ? BOX : 0;
+            if (wants & failed) mine++;
+        }
     }
+    if (!failed || !box) {
+        if (blockIdx.x == 0 && threadIdx.x == 0) state->pending = 0;
+        return;
+    }
+    __threadfence_system();
+    __syncthreads();
+    if (threadIdx.x) return;
+    if (mine) atomicAdd(&state->remote, mine);
+    __threadfence_system();
+    if (atomicAdd(&state->arrived, 1) != gridDim.x - 1) return;
+    __threadfence_system();
+    state->arrived = 0;
+    send_box(state, box, T, layer);
+}
+
+// One block. Takes the next request if it comes in time, is of this layer, and has more than `least` rows and at most
+// `room`; all places are `nothing` else. `verdict`, in memory of the host: twice the call's count, and whether it took.
+extern "C" __global__ void receive(
+    Request* request, const int* __restrict__ ids, const float* __restrict__ weights, const int* __restrict__ place,
+    int nothing, int* __restrict__ places_out, float* __restrict__ weights_out, Desk* desk, unsigned* verdict,
+    int layer, int least, int room, int K, int experts, u64 wait_ns)
+{
+    __shared__ int rows;
+    __shared__ unsigned missing;
+    if (threadIdx.x == 0) {
+        u64 until = nanoseconds() + wait_ns;
+        unsigned number = acquire_system(&request->asked);
+        while (number == desk->last && nanoseconds() < until) number = acquire_system(&request->asked);
+        int asked = __ldcv(&request->rows);
+        bool take = number != desk->last && __ldcv(&request->layer) == (unsigned)layer && asked > least && asked <= room;
+        rows = take ? asked : 0;
+        missing = 0;
+        if (take) desk->last = number;
+        desk->taken = take;
+        desk->rows = rows;
+        __threadfence_system();
+        release_system(verdict, ++desk->count << 1 | take);
+    }
+    __syncthreads();
+    for (int at = threadIdx.x; at < room * K; at += blockDim.x) {
+        int id = at < rows * K ? __ldcv(ids + at) : -1;
+        int here = id >= 0 && id < experts ? place[id] : -1;
+        if (id >= 0 && here < 0) atomicAdd(&missing, 1);
+        places_out[at] = here < 0 ? nothing : here;
+        weights_out[at] = here < 0 ? 0.0f : __ldcv(weights + at);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) desk->missing = missing;
+}
+
+extern "C" __global__ void give(const uint4* __restrict__ y, uint4* out, unsigned* answered, Desk* desk, int vectors) {
+    if (!desk->taken) return;
+    size_t all = (size_t)desk->rows * vectors;
+    for (size_t at = blockIdx.x * blockDim.x + threadIdx.x; at < all; at += (size_t)gridDim.x * blockDim.x) out[at] = y[at];
+    __threadfence_system();
+    __syncthreads();
+    if (threadIdx.x) return;
+    if (atomicAdd(&desk->arrived, 1) != gridDim.x - 1) return;
+    __threadfence_system();
+    desk->arrived = 0;
+    answered[1] = desk->missing;
+    release_system(answered, desk->last);
 }

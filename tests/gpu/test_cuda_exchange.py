@@ -34,11 +34,12 @@ def operands(exchange: Exchange, rows: int) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def run(exchange, layer, x, weights, ids, place, counts) -> torch.Tensor:
-    places, local = exchange.post(layer, x, weights, ids, place, counts, EXPERTS)
+    nobody = torch.full_like(place, -1)
+    places, local = exchange.post(layer, x, weights, ids, place, nobody, counts, EXPERTS)
     # Experts at hand do as those elsewhere.
     factor = torch.where(places < EXPERTS, places + layer, 0).float()
     y = (x.float() * (factor * local).sum(1, keepdim=True)).to(x.dtype)
-    exchange.collect(y, EXPERTS)
+    exchange.collect(y)
     return y
 
 

@@ -30,7 +30,7 @@ from actors.cuda_memory import CudaSlots
 from actors.native_library import native_library
 from workloads.bench.gpu_noop_host import noop_dispatcher
 
-_NATIVE: Final = Path(__file__).parent / "native"
+NATIVE: Final = Path(__file__).parent / "native"
 EXPERTS, TOP_K = 16, 8
 TURNS, WARM = 400, 50
 
@@ -63,15 +63,16 @@ def measure(device: int = 0) -> list[Turns]:
         floor = _host_floor(size, device)
         device_floor = _device_floor(size, device)
         found += [
-            _turns(size, "device-floor", device_floor),
-            _turns(size, "host-floor", floor),
-            _turns(size, "mapped", _exchange(size, device, lambda *_: None, here=EXPERTS), device_floor),
-            _turns(size, "host-process", _host_process(size, device), floor),
+            turns_of(size, "device-floor", device_floor),
+            turns_of(size, "host-floor", floor),
+            turns_of(size, "mapped", _exchange(size, device, lambda *_: None, here=EXPERTS), device_floor),
+            turns_of(size, "host-process", _host_process(size, device), floor),
         ]
     return found
 
 
-def _turns(size: Size, path: str, seconds: np.ndarray, floor: np.ndarray | None = None) -> Turns:
+def turns_of(size: Size, path: str, seconds: np.ndarray, floor: np.ndarray | None = None) -> Turns:
+    """Quantiles in microseconds, beside the floor's median."""
     micros = seconds * 1e6
     bare = None if floor is None else round(float(np.median(floor)) * 1e6, 2)
     p50, p99 = (round(float(np.quantile(micros, q)), 2) for q in (0.5, 0.99))
@@ -83,13 +84,14 @@ def _exchange(size: Size, device: int, compute: Callable[..., None], here: int) 
     exchange = Exchange(Layout(256, size.hidden, TOP_K, "bfloat16"), device, 5.0)
     exchange.serve(compute)
     try:
-        return _replayed(exchange, size, device, here)
+        return replayed(exchange, size, device, here)
     finally:
         torch.cuda.synchronize()
         exchange.close()
 
 
-def _replayed(exchange: Exchange, size: Size, device: int, here: int) -> np.ndarray:
+def replayed(exchange: Exchange, size: Size, device: int, here: int, near: int = -1) -> np.ndarray:
+    """Seconds of a graph of one post and one collect; experts from `here` on are elsewhere, at neighbour `near`."""
     with torch.cuda.device(device):
         x = torch.randn(size.rows, size.hidden, device="cuda").bfloat16()
         ids = torch.stack([torch.randperm(EXPERTS, device="cuda")[:TOP_K] for _ in range(size.rows)]).int()
@@ -97,12 +99,13 @@ def _replayed(exchange: Exchange, size: Size, device: int, here: int) -> np.ndar
         place = torch.tensor(
             [e if e < here else -1 for e in range(EXPERTS)], dtype=torch.int32, device="cuda"
         )
+        neighbour = torch.full_like(place, near)
         counts = torch.zeros(EXPERTS, dtype=torch.int64, device="cuda")
         y = torch.zeros_like(x)
 
         def layer() -> None:
-            exchange.post(0, x, weights, ids, place, counts, EXPERTS)
-            exchange.collect(y, EXPERTS)
+            exchange.post(0, x, weights, ids, place, neighbour, counts, EXPERTS)
+            exchange.collect(y)
 
         layer()
         torch.cuda.synchronize()
@@ -128,11 +131,11 @@ def _timed(call: Callable[[], None]) -> np.ndarray:
 def _host_floor(size: Size, device: int) -> np.ndarray:
     """The same kernels, answered by a thread that does nothing but give the flag back."""
     exchange = Exchange(Layout(256, size.hidden, TOP_K, "bfloat16"), device, 5.0)
-    echo = native_library("echo", _NATIVE / "echo.cpp", ("-O2",)).expertmesh_echo
+    echo = native_library("echo", NATIVE / "echo.cpp", ("-O2",)).expertmesh_echo
     echo.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64, ctypes.c_uint32]
     box = exchange.mailbox
     exchange.answered_by(partial(echo, box.asked, box.answered, box.x, box.y, 0, 1 + WARM + TURNS))
-    return _replayed(exchange, size, device, here=0)
+    return replayed(exchange, size, device, here=0)
 
 
 def _host_process(size: Size, device: int) -> np.ndarray:
@@ -169,7 +172,7 @@ def _device_floor(size: Size, device: int) -> np.ndarray:
 
 def _pong(sock: socket.socket, device: int, vectors: int, turns: int) -> None:
     torch.cuda.init()
-    kernel(_NATIVE / "pingpong.cu", "pingpong", device)
+    kernel(NATIVE / "pingpong.cu", "pingpong", device)
     sock.send(b"x")
     _, descriptors, _, _ = socket.recv_fds(sock, 1, 1)
     shared = CudaSlots(device, 1, 2 * (vectors * 16 + 256))
@@ -179,17 +182,19 @@ def _pong(sock: socket.socket, device: int, vectors: int, turns: int) -> None:
 
 
 def _play(shared: CudaSlots, device: int, vectors: int, turns: int, *, first: bool) -> torch.Tensor:
-    function = kernel(_NATIVE / "pingpong.cu", "pingpong", device)
+    function = kernel(NATIVE / "pingpong.cu", "pingpong", device)
     base = shared.bytes().data_ptr()
     half = vectors * 16 + 256
     there, back = (base, base + half) if first else (base + half, base)
     rows = torch.randn(vectors * 4, device=f"cuda:{device}")
     took = torch.zeros(turns, dtype=torch.int64, device=f"cuda:{device}")
+    arrived = torch.zeros(1, dtype=torch.int32, device=f"cuda:{device}")
     pointer, number = ctypes.c_void_p, ctypes.c_int
     values = (
-        int(first), turns, vectors, rows.data_ptr(), there + 256, back + 256, there, back, took.data_ptr(), 20 * 10**9,
+        int(first), turns, vectors, rows.data_ptr(), there + 256, back + 256, there, back, arrived.data_ptr(),
+        took.data_ptr(), 20 * 10**9,
     )  # fmt: skip
-    types = (number, number, number, *(pointer,) * 6, ctypes.c_uint64)
+    types = (number, number, number, *(pointer,) * 7, ctypes.c_uint64)
     launch(function, 1, 1024, values, types)
     torch.cuda.synchronize()
     return took

@@ -22,6 +22,8 @@ from workloads.bench.gpu_mesh import GpuMesh, HostPlan, gpu_mesh
 
 # How long experts are taken over between two steps.
 _SETTLE_S = 0.02
+# And how long a host that was started again may take to be ready for rows.
+_BACK_S = 60.0
 _TOLD = ("dispatches", "rows", "seconds", "slowest_seconds", "lost", "late", "failovers", "mapped")
 
 
@@ -40,6 +42,8 @@ class Task:
     kill: str = ""
     """Host that is killed in the middle of an answer of `kill_batch` requests."""
     kill_batch: int = 64
+    again: bool = False
+    """Whether the killed host is started again, and whether it is used then."""
     runs: int = 3
     tokens: int = ANSWER
     """Of each answer that is timed."""
@@ -68,7 +72,7 @@ def run(task: Task) -> dict[str, Any]:
             result["chosen"] = chosen(llm, mesh)
             stats = llm.collective_rpc("expertmesh_stats")[0]
             result["stats"] = {
-                key: stats[key] for key in ("dispatches", "rows", "lost", "failovers", "mapped")
+                key: stats[key] for key in ("dispatches", "rows", "lost", "failovers", "mapped", "asked")
             }
     return result
 
@@ -120,6 +124,7 @@ def kill(llm: Any, mesh: GpuMesh, task: Task, vocabulary: int) -> dict[str, Any]
     after = torch.cuda.mem_get_info()[0]
     if not published:
         raise AssertionError("the answers ended before the host was dead and the engine told")
+    again = _again(llm, mesh, task, inputs, undisturbed) if task.again else {}
     gaps = [(after - before, after) for before, after in pairwise(ends)]
     return {
         "requests": len(inputs),
@@ -129,6 +134,24 @@ def kill(llm: Any, mesh: GpuMesh, task: Task, vocabulary: int) -> dict[str, Any]
         "longest_gap_ms": round(max(gap for gap, end in gaps if end > struck) * 1e3, 2),
         "freed_bytes": after - free,
         "host_bytes": mesh.reports[task.kill].weight_bytes,
+        **again,
+    }
+
+
+def _again(
+    llm: Any, mesh: GpuMesh, task: Task, inputs: list[list[int]], before: list[list[int]]
+) -> dict[str, Any]:
+    """Start the killed host again: what it is used for, and whether tokens are as before."""
+    mesh.start(next(plan for plan in mesh.plans if plan.host_id == task.kill))
+    left = llm.collective_rpc("expertmesh_set_table", args=(mesh.table(),))[0]
+    until = time.monotonic() + _BACK_S
+    while left and time.monotonic() < until:
+        left = llm.collective_rpc("expertmesh_settle", args=(_SETTLE_S,))[0]
+    after, _ = answers(llm, inputs)
+    stats = llm.collective_rpc("expertmesh_stats")[0]
+    return {
+        "changed_after_return": sum(a != b for a, b in zip(before, after, strict=True)),
+        "experts_after_return": stats["asked"].get(task.kill, 0) + stats["mapped"].get(task.kill, 0),
     }
 
 
