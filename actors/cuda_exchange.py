@@ -92,7 +92,6 @@ class Exchange:
         self._last: tuple[Any, ...] = ()
         self._post = kernel(_SOURCE, "post", device)
         self._collect = kernel(_SOURCE, "collect", device)
-        self._collect_near = kernel(_SOURCE, "collect_near", device)
         self._words = self._box.numpy().view(np.uint32)
         self._stop = np.zeros(1, np.uint32)
         self._thread: threading.Thread | None = None
@@ -143,23 +142,14 @@ class Exchange:
         """Add to the sums of what is here what was sent off by the last `post`."""
         if not self._open_box:
             return
-        blocks = min(len(y_TH), _MOST_BLOCKS)
-        values = (
-            *map(_address, (y_TH, self._bits, self._box, self._y, self._state)),
-            len(y_TH), self._vectors, self._bf16, self._deadline_ns,
-        )  # fmt: skip
-        launch(self._collect, blocks, _THREADS, values, _COLLECT_TYPES)
-        if self._near_deadline_ns is None:
-            return
         x_TH, ids_TK, weights_TK, near_E, layer = self._last
-        near = (
-            *map(_address, (y_TH, self._bits, x_TH, ids_TK, weights_TK, near_E)),
-            *self._near, *map(_address, (self._box, self._ids, self._weights, self._x)),
-            self._box.data_ptr() + 4 * _DEAD, self._state.data_ptr(),
-            len(y_TH), self.layout.top_k, self._vectors, layer, len(near_E), self._bf16, self._near_deadline_ns,
+        values = (
+            *map(_address, (y_TH, self._bits, x_TH, ids_TK, weights_TK, near_E)), *self._near,
+            *map(_address, (self._box, self._ids, self._weights, self._x, self._y)),
+            self._box.data_ptr() + 4 * _DEAD, self._state.data_ptr(), len(y_TH), self.layout.top_k, self._vectors,
+            layer, len(near_E), self._bf16, self._deadline_ns, self._near_deadline_ns or 0,
         )  # fmt: skip
-        launch(self._collect_near, blocks, _THREADS, near, _NEAR_TYPES)
-        launch(self._collect, blocks, _THREADS, values, _COLLECT_TYPES)
+        launch(self._collect, min(len(y_TH), _MOST_BLOCKS), _THREADS, values, _COLLECT_TYPES)
 
     def set_neighbour(self, number: int, row: dict[str, int] | None) -> None:
         """Have a neighbour (fields of NEIGHBOUR), or none, from the next step on. No work may be under way."""
@@ -223,8 +213,7 @@ class Exchange:
 
 _P, _I, _U64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64
 _POST_TYPES: Final = (*(_P,) * 5, _I, *(_P,) * 9, _I, _P, *(_I,) * 5)
-_COLLECT_TYPES: Final = (*(_P,) * 5, *(_I,) * 3, _U64)
-_NEAR_TYPES: Final = (*(_P,) * 7, _I, *(_P,) * 6, *(_I,) * 6, _U64)
+_COLLECT_TYPES: Final = (*(_P,) * 7, _I, *(_P,) * 7, *(_I,) * 6, _U64, _U64)
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -30,9 +30,12 @@ class CudaLayer:
 
     roomy = True
 
-    def __init__(self, form: SlotFormat, num_experts: int, device: int) -> None:
-        """Room for experts of this format; memory is taken when they are loaded."""
-        self.form, self.room = form, num_experts
+    def __init__(self, form: SlotFormat, num_experts: int, device: int, tuned_for: int | None = None) -> None:
+        """Room for experts of this format; memory is taken when they are loaded.
+
+        `tuned_for`: how many the model's layer has, see `actors.slot_format.run_experts`.
+        """
+        self.form, self.room, self.tuned_for = form, num_experts, tuned_for
         self.kernel = "vllm-cuda" if form.weights == "plain" else f"vllm-cuda-{form.weights}"
         self.slots = CudaSlots(device, num_experts, form.size)
         self.weight_bytes = self.slots.slot_bytes * num_experts
@@ -64,7 +67,7 @@ class CudaLayer:
     def sized(self, num_experts: int) -> CudaLayer:
         """See `actors.expert_kernels.LayerExperts`."""
         assert self._device.index is not None
-        return CudaLayer(self.form, num_experts, self._device.index)
+        return CudaLayer(self.form, num_experts, self._device.index, self.tuned_for)
 
     @torch.inference_mode()
     def compute(
@@ -92,4 +95,8 @@ class CudaLayer:
         absent = slots < 0
         weights.masked_fill_(absent, 0.0)
         slots.masked_fill_(absent, self.room)
-        out_NH.copy_(run_experts(self.tensors, self.form.activation, x, slots, weights, self.skipping_S))
+        out_NH.copy_(
+            run_experts(
+                self.tensors, self.form.activation, x, slots, weights, self.skipping_S, self.tuned_for
+            )
+        )

@@ -146,7 +146,8 @@ def _empty(
     if on_gpu and cuda_layer.can_run(maths) and (kernel == "auto" or kernel.startswith("vllm-cuda")):
         weights = kernel.removeprefix("auto").removeprefix("vllm-cuda").removeprefix("-") or "plain"
         form = SlotFormat.of(maths, dtype, weights)
-        return CudaLayer(form, num, torch.device(device).index or 0)
+        of_model = next(known.num_experts for known in checkpoint.moe_layers if known.index == layer)
+        return CudaLayer(form, num, torch.device(device).index or 0, of_model)
     if kernel == "module" or (kernel == "auto" and on_gpu):
         return ModuleLayer(maths, num, dtype, device)
     if on_gpu:

@@ -2,9 +2,9 @@
 
     receive (the request, experts' places) → the layer's experts → give (sums into the engine's memory, a flag)
 
-A thread watches the bell and launches. After each request it launches the one that will probably follow, the next
-layer's with as many rows: that waits on the device for a moment, so that a step's layers wait for no launch. What was
-guessed wrongly, or came too late, computes nothing. The other side is `actors.gpu_neighbours`.
+A thread watches the bell and launches. After each request it launches those that will probably follow, of the next
+layers with as many rows: they wait on the device for a moment, so that a step's layers wait for no launch. What was
+guessed wrongly, or too early, computes nothing. The other side is `actors.gpu_neighbours`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import ctypes
 import os
 import socket
 import threading
+from collections import deque
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
@@ -36,9 +37,11 @@ log = structlog.get_logger()
 _SOURCE: Final = NATIVE / "exchange.cu"
 # More rows than the last take long enough for launches not to matter.
 _SIZES: Final = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+# How long a guess waits on the device, and how many are launched ahead: with two, launching keeps nobody waiting.
 _GUESS_NS: Final = 1_000_000
+_AHEAD: Final = 2
 _SPIN_US: Final = 2000
-_DESK_WORDS, _COUNT_MASK = 16, 0x7FFFFFFF
+_DESK_WORDS = 16
 _BLOCKS, _THREADS = 64, 256
 
 
@@ -79,7 +82,8 @@ class NeighbourDesk:
         self._places = torch.zeros(rows, layout.top_k, dtype=torch.int32, device=where)
         self._weights = torch.zeros(rows, layout.top_k, device=where)
         self._desk = torch.zeros(_DESK_WORDS, dtype=torch.int32, device=where)
-        self._verdict = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        self._verdict = torch.zeros(2, dtype=torch.int32, pin_memory=True)
+        self._verdict_words = self._verdict.numpy().view(np.uint32)
         self._place: dict[int, tuple[HostedLayer, torch.Tensor]] = {}
         self._receive, self._give = (kernel(_SOURCE, name, device) for name in ("receive", "give"))
         self._stream = torch.cuda.Stream(device)
@@ -99,12 +103,19 @@ class NeighbourDesk:
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Make the graphs that are small enough to be worth it."""
+        """Make the graphs of small requests, and have what larger ones need compiled."""
         with torch.cuda.stream(self._stream):
             for layer in self._layers:
                 for size in range(1, len(_SIZES)):
                     if _SIZES[size - 1] < self._layout.max_rows:
                         self._graph(_Request(layer, size))
+            layer, rows = next(iter(self._layers)), 2 * _SIZES[-1]
+            while rows < 2 * self._layout.max_rows:
+                room = min(rows, self._layout.max_rows)
+                self._launch(_Request(layer, len(_SIZES)), self._layers[layer], room, ns=0)
+                self._count()
+                rows *= 2
+            self._stream.synchronize()
 
     @torch.inference_mode()
     def run(self, bell: Bell) -> None:
@@ -114,18 +125,24 @@ class NeighbourDesk:
         words, order = bell.words, sorted(self._layers)
         following = dict(zip(order, order[1:] + order[:1], strict=True))
         asked, stop = bell.address + 4 * ASKED, self._stop.ctypes.data
-        seen, guess = 0, None
+        seen = 0
+        guesses: deque[_Request] = deque()
         while (number := self._wait(asked, seen, stop, _SPIN_US)) != seen:
             seen = number
             layer, rows = int(words[LAYER]), int(words[ROWS])
             request = _Request(layer, _size(rows))
-            if guess is None or not (self._took() and guess == request):
-                self._start(request, rows)
-            guess = _Request(following.get(layer, layer), request.size)
-            if guess.size < len(_SIZES):
-                self._start(guess, 0)
+            if guesses and self._took(number):
+                # Those before it found nothing.
+                while guesses and guesses.popleft() != request:
+                    pass
             else:
-                guess = None
+                guesses.clear()
+                self._start(request, rows)
+            last = guesses[-1] if guesses else request
+            while len(guesses) < _AHEAD and last.size < len(_SIZES):
+                last = _Request(following.get(last.layer, last.layer), last.size)
+                self._start(last, 0)
+                guesses.append(last)
 
     def stop(self) -> None:
         """End :meth:`run`, from another thread."""
@@ -138,16 +155,15 @@ class NeighbourDesk:
         self._inbox.release(0)
         self._outbox.release(0)
 
-    def _took(self) -> bool:
-        """Whether the last graph that was launched found its request; waits until it knows."""
-        address, stop = self._verdict.data_ptr(), self._stop.ctypes.data
-        word = int(self._verdict.numpy().view(np.uint32)[0])
-        while word >> 1 != self._launched & _COUNT_MASK:
-            now = self._wait(address, word, stop, _SPIN_US)
-            if now == word:
+    def _took(self, number: int) -> bool:
+        """Whether one of the graphs that were launched took a request; waits until that is known."""
+        stop = self._stop.ctypes.data
+        while True:
+            count, last = (int(word) for word in self._verdict_words)
+            if last == number or count == self._launched:
+                return int(self._verdict_words[1]) == number
+            if self._wait(self._verdict.data_ptr(), count, stop, _SPIN_US) == count:
                 return False
-            word = now
-        return bool(word & 1)
 
     def _start(self, request: _Request, rows: int) -> None:
         try:
@@ -156,10 +172,13 @@ class NeighbourDesk:
                 self._graph(request).replay()
             else:
                 self._launch(request, self._layers[request.layer], rows)
-            self._launched += 1
+            self._count()
         except Exception:
             # The engine goes on without an answer.
             log.exception("a neighbour's request failed", layer=request.layer, rows=rows)
+
+    def _count(self) -> None:
+        self._launched = (self._launched + 1) & 0xFFFFFFFF
 
     def _graph(self, request: _Request) -> _Graph:
         hosted = self._layers[request.layer]
@@ -168,7 +187,7 @@ class NeighbourDesk:
             room = min(_SIZES[request.size], self._layout.max_rows)
             # Once without a graph: kernels are compiled at their first use.
             self._launch(request, hosted, room, ns=0)
-            self._launched += 1
+            self._count()
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             # Other threads of this process may use CUDA meanwhile.
@@ -195,7 +214,7 @@ class NeighbourDesk:
         launch(self._receive, 1, 1024, values, _RECEIVE_TYPES)
         y = run_experts(
             kept.tensors, kept.form.activation, self._x[:room], self._places[:room], self._weights[:room],
-            kept.skipping_S,
+            kept.skipping_S, kept.tuned_for,
         )  # fmt: skip
         vectors = layout.hidden * y.itemsize // 16
         given = y.data_ptr(), outbox + parts.y, outbox, self._desk.data_ptr(), vectors

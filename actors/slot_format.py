@@ -5,6 +5,9 @@ Letters: S slots, H hidden, I intermediate, U = 2·I (gate and up, one behind th
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -14,6 +17,7 @@ from actors.expert_maths import ExpertMaths
 from actors.stored_expert import ExpertMatrices
 
 _ALIGN: Final = 256
+_TILES: Final = threading.Lock()
 _LARGEST: Final = {"fp8": 448.0, "int8": 127.0}
 _STORED: Final = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 WEIGHTS: Final = ("plain", *_STORED)
@@ -121,26 +125,46 @@ def run_experts(
     places_NK: torch.Tensor,
     weights_NK: torch.Tensor,
     skipping_S: torch.Tensor | None,
+    tuned_for: int | None = None,
 ) -> torch.Tensor:
     """vLLM's fused experts on the GPU: per row the sum of weight × expert in a slot.
 
     Places are int32 up to the number of slots that the tensors have: the one behind them must be zeros, for pairs of
     experts that are elsewhere. With `skipping_S` (see :func:`skipping`) such pairs are left out instead, which costs
-    a few microseconds and pays where there are many.
+    a few microseconds and pays where there are many. `tuned_for`: the number of experts whose tile sizes are used,
+    where that is not the number of slots: vLLM has them for those of models, and engines must compute as hosts do.
     """
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
-    return fused_experts(
-        x_NH,
-        tensors.up_SUH,
-        tensors.down_SHI,
-        weights_NK,
-        places_NK,
-        activation=_activation(activation),
-        global_num_experts=len(tensors.up_SUH) + 1,
-        expert_map=skipping_S,
-        quant_config=_quantisation(tensors),
-    )
+    with _tiles(tensors, len(x_NH), places_NK.shape[1], tuned_for):
+        return fused_experts(
+            x_NH,
+            tensors.up_SUH,
+            tensors.down_SHI,
+            weights_NK,
+            places_NK,
+            activation=_activation(activation),
+            global_num_experts=len(tensors.up_SUH) + 1,
+            expert_map=skipping_S,
+            quant_config=_quantisation(tensors),
+        )
+
+
+@contextmanager
+def _tiles(tensors: SlotTensors, rows: int, top_k: int, experts: int | None) -> Iterator[None]:
+    """Have vLLM take the tile sizes of so many experts."""
+    up_SUH, down_SHI = tensors[:2]
+    if experts is None or experts == len(up_SUH) or not rows:
+        yield
+        return
+    from vllm.model_executor.layers.fused_moe import override_config
+    from vllm.model_executor.layers.fused_moe.fused_moe import try_get_optimal_moe_config
+
+    kind = {torch.float32: "float32", torch.bfloat16: None}.get(up_SUH.dtype, "int8_w8a16")
+    up, down = ((experts, *tensor.shape[1:]) for tensor in (up_SUH, down_SHI))
+    # What it is told to take is one for the process, and a host has several threads that compute.
+    with _TILES, override_config(try_get_optimal_moe_config(up, down, top_k, kind, rows)):
+        yield
 
 
 def skipping(slots: int, device: torch.device) -> torch.Tensor:

@@ -1,14 +1,14 @@
 // A layer whose experts are not all on the engine's GPU: kernels that a CUDA graph may hold.
 //
 // The engine's end:
-//   post          tells the experts at hand from those elsewhere, counts what the router chose, and puts the rows that
-//                 want others into memory that the processors can read (the mailbox), or into that of a neighbour: a
-//                 host on another GPU of this machine; with a flag behind them.
-//   collect       waits for the flag that answers from the mailbox, no longer than the deadline, and adds what came.
-//   collect_near  the same for neighbours. What one of them owes goes to the mailbox instead, and it is asked no more.
+//   post     tells the experts at hand from those elsewhere, counts what the router chose, and puts the rows that
+//            others into memory that the processors can read (the mailbox), or into that of a neighbour: a host on
+//            another GPU of this machine; with a flag behind them.
+//   collect  waits for the flags that answer, no longer than deadlines, and adds what came. What a neighbour owes then
+//            goes to the mailbox, and it is asked no more.
 // A neighbour's end, around the experts' own kernels:
-//   receive       waits for a request that fits, and finds the experts' places.
-//   give          puts the sums into the engine's memory, with a flag behind them.
+//   receive  waits for a request that fits, and finds the experts' places.
+//   give     puts the sums into the engine's memory, with a flag behind them.
 //
 // The mailbox's ids are all -1 between two requests: only rows that want something are written.
 // Nothing here depends on which step it is: the number of a request is kept on the device, so that a graph can be
@@ -47,6 +47,7 @@ struct State {
     unsigned near_pending;  // which of them owe an answer, a bit each
     unsigned near_ready;    // number of the last request of which it is known who answered
     unsigned near_come;     // and who did
+    unsigned turn;          // how often all blocks have waited for each other
 };
 
 // What an engine knows of a neighbour; on the engine's device.
@@ -218,33 +219,124 @@ __device__ __forceinline__ uint4 sum(uint4 a, uint4 b, int bf16) {
     return {sum_f32(a.x, b.x), sum_f32(a.y, b.y), sum_f32(a.z, b.z), sum_f32(a.w, b.w)};
 }
 
-extern "C" __global__ void collect(
-    uint4* __restrict__ y, const unsigned* __restrict__ bits, Mailbox* box, const uint4* box_y, State* state, int T,
-    int vectors, int bf16, u64 deadline_ns)
+// For thread 0 of every block: whether the mailbox's answer to a request came. One block looks across the bus, the others
+// at the device's memory. All blocks run at once.
+__device__ __forceinline__ bool await_box(Mailbox* box, State* state, unsigned number, u64 deadline_ns) {
+    u64 until = nanoseconds() + deadline_ns;
+    if (blockIdx.x) {
+        while (acquire_device(&state->ready) != number && nanoseconds() < until + deadline_ns) __nanosleep(100);
+        return state->late != number && acquire_system(&box->answered) == number;
+    }
+    while (acquire_system(&box->answered) != number && nanoseconds() < until) __nanosleep(100);
+    bool come = acquire_system(&box->answered) == number;
+    if (!come) {
+        state->late = number;
+        state->lates++;
+    }
+    release_device(&state->ready, number);
+    return come;
+}
+
+// For thread 0 of every block: which neighbours' answers came; those whose did not are asked no more.
+__device__ __forceinline__ unsigned await_near(
+    Neighbour* neighbours, int count, unsigned* dead, State* state, unsigned pending, u64 deadline_ns)
 {
-    unsigned number = state->pending;
-    if (!number) return;
-    __shared__ int come;
-    if (threadIdx.x == 0) {
-        u64 until = nanoseconds() + deadline_ns;
-        if (blockIdx.x == 0) {
-            // One block looks across the bus, the others at the device's memory.
-            while (acquire_system(&box->answered) != number && nanoseconds() < until) __nanosleep(100);
-            come = acquire_system(&box->answered) == number;
-            if (!come) {
-                state->late = number;
-                state->lates++;
-            }
-            release_device(&state->ready, number);
+    unsigned number = state->near_number;
+    if (blockIdx.x) {
+        while (acquire_device(&state->near_ready) != number) __nanosleep(20);
+        return __ldcv(&state->near_come);
+    }
+    u64 until = nanoseconds() + deadline_ns;
+    unsigned come = 0;
+    for (int n = 0; n < count; n++) {
+        if (!(pending & NEAR(n))) continue;
+        const unsigned* answered = neighbours[n].answered;
+        while (acquire_system(answered) != number && nanoseconds() < until);
+        if (acquire_system(answered) == number && __ldcv(answered + 1) == 0) {
+            come |= NEAR(n);
         } else {
-            while (acquire_device(&state->ready) != number && nanoseconds() < until + deadline_ns) __nanosleep(100);
-            come = state->late != number && acquire_system(&box->answered) == number;
+            neighbours[n].alive = 0;
+            atomicOr_system(dead, NEAR(n));
         }
     }
+    state->near_come = come;
+    release_device(&state->near_ready, number);
+    return come;
+}
+
+// `dead`, in memory of the host, gets the bits of neighbours that are asked no more. What they owe is asked of the
+// mailbox, and waited for here.
+extern "C" __global__ void collect(
+    uint4* __restrict__ y, const unsigned* __restrict__ bits, const uint4* __restrict__ x, const int* __restrict__ ids,
+    const float* __restrict__ weights, const int* __restrict__ near, Neighbour* neighbours, int neighbour_count,
+    Mailbox* box, int* box_ids, float* box_weights, uint4* box_x, const uint4* box_y, unsigned* dead, State* state,
+    int T, int K, int vectors, int layer, int experts, int bf16, u64 deadline_ns, u64 near_deadline_ns)
+{
+    unsigned number = state->pending, pending = state->near_pending;
+    if (!number && !pending) return;
+    __shared__ unsigned come, boxed, mine, rescue;
+    if (threadIdx.x == 0) {
+        come = pending ? await_near(neighbours, neighbour_count, dead, state, pending, near_deadline_ns) : 0;
+        boxed = number && await_box(box, state, number, deadline_ns);
+        mine = 0;
+    }
     __syncthreads();
-    if (!come) return;
+    unsigned failed = pending & ~come, take = come | (boxed ? BOX : 0);
     for (int t = blockIdx.x; t < T; t += gridDim.x) {
-        if (!(bits[t] & BOX)) continue;
+        unsigned wants = bits[t], now = wants & take;
+        if (!now) continue;
+        for (int v = threadIdx.x; v < vectors; v += blockDim.x) {
+            size_t at = (size_t)t * vectors + v;
+            uint4 all = y[at];
+            if (now & BOX) all = sum(all, __ldcv(box_y + at), bf16);
+            for (int n = 0; n < neighbour_count; n++)
+                if (now & NEAR(n)) all = sum(all, __ldcv(neighbours[n].y + at), bf16);
+            y[at] = all;
+        }
+    }
+    if (!failed || !box) return;
+    // The mailbox's ids are -1 again, and its rows are read by everybody, once all blocks are here.
+    for (int step = 0; step < 2; step++) {
+        if (step == 1) {
+            for (int t = blockIdx.x; t < T; t += gridDim.x) {
+                if (!(bits[t] & failed)) continue;
+                if (threadIdx.x == 0) mine++;
+                for (int k = threadIdx.x; k < K; k += blockDim.x) {
+                    int id = ids[t * K + k];
+                    int n = id >= 0 && id < experts ? near[id] : -1;
+                    bool owed = n >= 0 && (failed & NEAR(n));
+                    box_ids[t * K + k] = owed ? id : -1;
+                    box_weights[t * K + k] = owed ? weights[t * K + k] : 0.0f;
+                }
+                for (int v = threadIdx.x; v < vectors; v += blockDim.x)
+                    box_x[(size_t)t * vectors + v] = x[(size_t)t * vectors + v];
+            }
+        }
+        __threadfence_system();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            unsigned turn = __ldcv(&state->turn);
+            if (step == 1 && mine) atomicAdd(&state->remote, mine);
+            __threadfence_system();
+            if (atomicAdd(&state->arrived, 1) == gridDim.x - 1) {
+                state->arrived = 0;
+                __threadfence_system();
+                if (step == 1) send_box(state, box, T, layer);
+                release_device(&state->turn, turn + 1);
+            } else {
+                while (acquire_device(&state->turn) == turn) __nanosleep(50);
+            }
+        }
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) {
+        number = __ldcv(&state->pending);
+        rescue = number && await_box(box, state, number, deadline_ns);
+    }
+    __syncthreads();
+    if (!rescue) return;
+    for (int t = blockIdx.x; t < T; t += gridDim.x) {
+        if (!(bits[t] & failed)) continue;
         for (int v = threadIdx.x; v < vectors; v += blockDim.x) {
             size_t at = (size_t)t * vectors + v;
             y[at] = sum(y[at], __ldcv(box_y + at), bf16);
@@ -252,91 +344,9 @@ extern "C" __global__ void collect(
     }
 }
 
-// Behind it comes another `collect`, for what a neighbour owed. `dead`, in memory of the host, gets its bit.
-extern "C" __global__ void collect_near(
-    uint4* __restrict__ y, unsigned* __restrict__ bits, const uint4* __restrict__ x, const int* __restrict__ ids,
-    const float* __restrict__ weights, const int* __restrict__ near, Neighbour* neighbours, int neighbour_count,
-    Mailbox* box, int* box_ids, float* box_weights, uint4* box_x, unsigned* dead, State* state, int T, int K,
-    int vectors, int layer, int experts, int bf16, u64 deadline_ns)
-{
-    unsigned pending = state->near_pending, number = state->near_number;
-    if (!pending) {
-        // What `collect` had is not to be added twice.
-        if (blockIdx.x == 0 && threadIdx.x == 0) state->pending = 0;
-        return;
-    }
-    __shared__ unsigned shared_come, mine;
-    if (threadIdx.x == 0) {
-        u64 until = nanoseconds() + deadline_ns;
-        if (blockIdx.x == 0) {
-            unsigned come = 0;
-            for (int n = 0; n < neighbour_count; n++) {
-                if (!(pending & NEAR(n))) continue;
-                const unsigned* answered = neighbours[n].answered;
-                while (acquire_system(answered) != number && nanoseconds() < until);
-                if (acquire_system(answered) == number && __ldcv(answered + 1) == 0) {
-                    come |= NEAR(n);
-                } else {
-                    neighbours[n].alive = 0;
-                    atomicOr_system(dead, NEAR(n));
-                }
-            }
-            state->near_come = come;
-            release_device(&state->near_ready, number);
-            shared_come = come;
-        } else {
-            while (acquire_device(&state->near_ready) != number) __nanosleep(50);
-            shared_come = __ldcv(&state->near_come);
-        }
-        mine = 0;
-    }
-    __syncthreads();
-    unsigned come = shared_come, failed = pending & ~come;
-    for (int t = blockIdx.x; t < T; t += gridDim.x) {
-        unsigned wants = bits[t], now = wants & come;
-        if (now) {
-            for (int v = threadIdx.x; v < vectors; v += blockDim.x) {
-                size_t at = (size_t)t * vectors + v;
-                uint4 all = y[at];
-                for (int n = 0; n < neighbour_count; n++)
-                    if (now & NEAR(n)) all = sum(all, __ldcv(neighbours[n].y + at), bf16);
-                y[at] = all;
-            }
-        }
-        if (box && (wants & failed)) {
-            for (int k = threadIdx.x; k < K; k += blockDim.x) {
-                int id = ids[t * K + k];
-                int n = id >= 0 && id < experts ? near[id] : -1;
-                bool owed = n >= 0 && (failed & NEAR(n));
-                box_ids[t * K + k] = owed ? id : -1;
-                box_weights[t * K + k] = owed ? weights[t * K + k] : 0.0f;
-            }
-            for (int v = threadIdx.x; v < vectors; v += blockDim.x)
-                box_x[(size_t)t * vectors + v] = x[(size_t)t * vectors + v];
-        }
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            bits[t] = wants & failed ? BOX : 0;
-            if (wants & failed) mine++;
-        }
-    }
-    if (!failed || !box) {
-        if (blockIdx.x == 0 && threadIdx.x == 0) state->pending = 0;
-        return;
-    }
-    __threadfence_system();
-    __syncthreads();
-    if (threadIdx.x) return;
-    if (mine) atomicAdd(&state->remote, mine);
-    __threadfence_system();
-    if (atomicAdd(&state->arrived, 1) != gridDim.x - 1) return;
-    __threadfence_system();
-    state->arrived = 0;
-    send_box(state, box, T, layer);
-}
-
 // One block. Takes the next request if it comes in time, is of this layer, and has more than `least` rows and at most
-// `room`; all places are `nothing` else. `verdict`, in memory of the host: twice the call's count, and whether it took.
+// `room`; all places are `nothing` else. `verdict`, in memory of the host: how many calls there were, and the number of
+// the last request that was taken.
 extern "C" __global__ void receive(
     Request* request, const int* __restrict__ ids, const float* __restrict__ weights, const int* __restrict__ place,
     int nothing, int* __restrict__ places_out, float* __restrict__ weights_out, Desk* desk, unsigned* verdict,
@@ -355,8 +365,9 @@ extern "C" __global__ void receive(
         if (take) desk->last = number;
         desk->taken = take;
         desk->rows = rows;
+        verdict[1] = desk->last;
         __threadfence_system();
-        release_system(verdict, ++desk->count << 1 | take);
+        release_system(verdict, ++desk->count);
     }
     __syncthreads();
     for (int at = threadIdx.x; at < room * K; at += blockDim.x) {

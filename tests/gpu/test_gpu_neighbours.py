@@ -17,7 +17,7 @@ from actors.gpu_neighbours import GpuNeighbours
 from actors.host_server import HostServer
 from actors.hosted_layer import HostedLayer
 from actors.lenders import Source
-from actors.slot_format import SlotFormat, run_experts
+from actors.slot_format import SlotFormat, run_experts, skipping
 from cluster.frame import manifest_id
 from cluster.messages import HostAddress
 
@@ -49,6 +49,7 @@ class Mesh:
         self.exchange.serve(self.answer)
         self.neighbours = GpuNeighbours(self.exchange, LAYOUT, 0, "another", model=MODEL, key=KEY)
         self.mailed = 0
+        self.beside, self.skipping = torch.cuda.Stream(0), skipping(EXPERTS, torch.device("cuda:0"))
         self.place = torch.full((EXPERTS,), -1, dtype=torch.int32, device="cuda:0")
         self.near = self.place.clone()
         self.counts = torch.zeros(EXPERTS, dtype=torch.int64, device="cuda:0")
@@ -72,10 +73,12 @@ class Mesh:
         """The mailbox's: everything is had there too."""
         self.mailed += 1
         wanted = torch.where(ids >= 0, ids, EXPERTS)
-        sums = run_experts(
-            self.everywhere[layer], "silu", x.cuda(), wanted.int().cuda(), weights.cuda(), skipping_on_first()
-        )
-        out.copy_(sums)
+        # Behind the stream that waits for it there would be no end.
+        with torch.cuda.stream(self.beside):
+            sums = run_experts(
+                self.everywhere[layer], "silu", x.cuda(), wanted.int().cuda(), weights.cuda(), self.skipping
+            )
+            out.copy_(sums)
 
     def run(self, layer: int, x, weights, ids) -> torch.Tensor:
         self.exchange.post(layer, x, weights, ids, self.place, self.near, self.counts, EXPERTS)
@@ -93,12 +96,6 @@ class Mesh:
         self.exchange.close()
         self.neighbours.close()
         self.server.close()
-
-
-def skipping_on_first() -> torch.Tensor:
-    from actors.slot_format import skipping
-
-    return skipping(EXPERTS, torch.device("cuda:0"))
 
 
 def _experts(device: int) -> CudaLayer:

@@ -47,6 +47,7 @@ class GpuMesh:
     addresses: dict[str, HostAddress] = field(default_factory=dict)
     reports: dict[str, HostReport] = field(default_factory=dict)
     processes: dict[str, BaseProcess] = field(default_factory=dict)
+    _pipes: dict[str, Any] = field(default_factory=dict)
     _epoch: int = 0
 
     def table(self) -> str:
@@ -117,7 +118,8 @@ class GpuMesh:
         return process, ours
 
     def _await(self, plan: HostPlan, process: BaseProcess, pipe: Any) -> None:
-        self.processes[plan.host_id] = process
+        # A host ends when its pipe does.
+        self.processes[plan.host_id], self._pipes[plan.host_id] = process, pipe
         if not pipe.poll(_LOAD_S):
             raise HostError(f"host {plan.host_id} did not load in {_LOAD_S:.0f} s")
         said = pipe.recv()
