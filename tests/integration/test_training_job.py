@@ -208,6 +208,7 @@ def test_all_of_a_job_is_killed_and_it_goes_on_with_fewer_workers(
     assert next(one.step for one in seen if one.pid != before.pid) > 1
 
 
+@pytest.mark.long
 def test_what_can_not_be_done_is_not_tried_again(ray_cluster: str, begin: Begin, tmp_path: Path) -> None:
     begin("never", chosen=((7, 0),))
     with pytest.raises(LearningError, match="no expert 0 in layer 7"):
