@@ -40,7 +40,7 @@ test-all: test
 unit integration: export PYTHONDONTWRITEBYTECODE :=
 
 unit: setup
-	$(VENV)/bin/python -m pytest -n auto tests/unit tests/gpu $(ARGS)
+	$(VENV)/bin/python -m pytest -p tests.forks --forks $$(( $$(nproc) + 1 )) tests/unit tests/gpu $(ARGS)
 
 # Same tokens as stock vLLM, several Ray nodes, the controller on Ray, the default model, the API of a running
 # server, bad input, deaths. They mostly wait for processes to start, so two run at a time,
