@@ -29,8 +29,8 @@ serve: setup
 
 test: setup lint unit integration
 
-# With the long ones among the integration tests, some half an hour more: every chaos scenario, loss of nodes,
-# elastic training, autoscaling, a learning loop that is killed.
+# With the long ones among the integration tests, some three quarters of an hour more: the chaos scenarios, loss of
+# nodes, trainings on several workers, autoscaling, Ray Serve, a learning loop that is killed.
 SELECT := -m "not long"
 test-all: SELECT :=
 test-all: test

@@ -158,6 +158,7 @@ def test_computing_in_bfloat16_is_nearly_the_same(begin: Begin, whole: Saved) ->
     assert all(master.dtype.itemsize == 4 for master in found["training"]["masters"].values())
 
 
+@pytest.mark.long
 def test_one_of_two_workers_is_killed(ray_cluster: str, begin: Begin, whole: Saved, tmp_path: Path) -> None:
     files = begin("worker", parallel="sharded", review=REVIEW)
     files.pause(True)
