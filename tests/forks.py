@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from multiprocessing import Pipe
@@ -36,8 +37,9 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     chunks = list(_chunks(session.items))
     # All forks read from one pipe which is theirs to run next.
     work, numbers = os.pipe()
-    os.set_blocking(numbers, False)  # more than a pipe holds is an error, and no standstill
-    os.write(numbers, b"".join(number.to_bytes(_NUMBER, "big") for number in range(len(chunks))))
+    os.set_blocking(numbers, False)  # more than it holds is an error, and no standstill
+    waiting = b"".join(number.to_bytes(_NUMBER, "big") for number in range(len(chunks)))
+    assert os.write(numbers, waiting) == len(waiting)
     os.close(numbers)
     session.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]  # one folder for all of them
     forks = [_Fork(session, work, chunks) for _ in range(session.config.option.forks)]
@@ -100,6 +102,12 @@ class _Fork:
         elif what == "ends":
             config.hook.pytest_runtest_logfinish(nodeid=self._running[0], location=self._running[1])
             self._running = ("", ("", None, ""))
+        elif what == "warning":
+            message, *told = value
+            found = warnings.WarningMessage(*message)
+            config.hook.pytest_warning_recorded.call_historic(
+                kwargs=dict(zip(("when", "nodeid", "location"), told, strict=True), warning_message=found)
+            )
         else:
             report = config.hook.pytest_report_from_serializable(config=config, data=value)
             config.hook.pytest_runtest_logreport(report=report)
@@ -124,7 +132,8 @@ def _run(session: pytest.Session, reports: Connection, items: Iterator[pytest.It
     """The child's whole life."""
     plugins = session.config.pluginmanager
     plugins.unregister(name="terminalreporter")
-    plugins.register(_Teller(session.config, reports))
+    plugins.register(teller := _Teller(session.config, reports))
+    teller.begun = True
     # Files of its own for what tests print.
     capture: Any = plugins.getplugin("capturemanager")
     capture.stop_global_capturing()
@@ -143,7 +152,17 @@ def _run(session: pytest.Session, reports: Connection, items: Iterator[pytest.It
 class _Teller:
     def __init__(self, config: pytest.Config, reports: Connection) -> None:
         self._config, self._reports = config, reports
+        # Whoever is registered late is told again of warnings that were before.
+        self.begun = False
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
         self._reports.send(("report", data))
+
+    def pytest_warning_recorded(
+        self, warning_message: warnings.WarningMessage, when: str, nodeid: str, location: Any
+    ) -> None:
+        one = warning_message
+        message = str(one.message), one.category, one.filename, one.lineno
+        if self.begun:
+            self._reports.send(("warning", (message, when, nodeid, location)))

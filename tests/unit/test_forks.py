@@ -9,7 +9,10 @@ from pathlib import Path
 
 TESTS = """
 import os
+import warnings
 import pytest
+
+warnings.warn("at the import")
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
@@ -21,6 +24,7 @@ def test_passes(number, shared, tmp_path):
 
 def test_fails():
     print("what was printed")
+    warnings.warn("what was warned of")
     assert os.getpid() == 1, "what went wrong"
 
 @pytest.mark.skip(reason="no need")
@@ -51,6 +55,7 @@ def test_outcomes_output_and_a_death(tmp_path: Path) -> None:
         timeout=60,
     )
     assert done.returncode == 1, done.stderr
-    assert "2 failed, 30 passed, 1 skipped" in done.stdout
-    assert "what was printed" in done.stdout and "what went wrong" in done.stdout
+    assert "2 failed, 30 passed, 1 skipped, 2 warnings" in done.stdout
+    for said in ("what was printed", "what went wrong", "what was warned of"):
+        assert said in done.stdout
     assert "test_last.py::test_dies" in done.stdout and "the process died that ran it" in done.stdout
