@@ -22,7 +22,7 @@ _GROUPS = {
     "e2e/test_learning.py": "learning",
     "e2e/test_default_model.py": None,
     "integration/test_nodes.py": "nodes",
-    "e2e/test_bad_input.py": "bad input",
+    "e2e/test_bad_input.py": None,
     "integration/test_training_job.py": "training",
     "e2e/test_abrupt_ends.py": None,
     "e2e/test_autoscale.py": "autoscale",
