@@ -29,8 +29,8 @@ serve: setup
 
 test: setup lint unit integration
 
-# With the long ones among the integration tests, some half an hour more: every chaos scenario, loss of nodes,
-# elastic training, autoscaling, a learning loop that is killed.
+# With the long ones among the integration tests, some three quarters of an hour more: the chaos scenarios, loss of
+# nodes, trainings on several workers, autoscaling, Ray Serve, a learning loop that is killed.
 SELECT := -m "not long"
 test-all: SELECT :=
 test-all: test
@@ -40,7 +40,7 @@ test-all: test
 unit integration: export PYTHONDONTWRITEBYTECODE :=
 
 unit: setup
-	$(VENV)/bin/python -m pytest -n auto tests/unit tests/gpu $(ARGS)
+	$(VENV)/bin/python -m pytest -p tests.forks --forks $$(( $$(nproc) + 1 )) tests/unit tests/gpu $(ARGS)
 
 # Same tokens as stock vLLM, several Ray nodes, the controller on Ray, the default model, the API of a running
 # server, bad input, deaths. They mostly wait for processes to start, so two run at a time,

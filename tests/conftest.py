@@ -19,10 +19,12 @@ from tests.own_shared_memory import own_shared_memory
 _GROUPS = {
     "e2e/test_chaos.py": None,
     "e2e/test_versions.py": "versions",
-    "e2e/test_bad_input.py": "bad input",
     "e2e/test_learning.py": "learning",
+    "e2e/test_default_model.py": None,
     "integration/test_nodes.py": "nodes",
+    "e2e/test_bad_input.py": None,
     "integration/test_training_job.py": "training",
+    "e2e/test_abrupt_ends.py": None,
     "e2e/test_autoscale.py": "autoscale",
     "e2e/test_two_engines.py": "two engines",
     "integration/test_same_tokens.py": "vllm",

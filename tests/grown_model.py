@@ -38,7 +38,9 @@ def grown_model(model: Path, folder: Path, more: int, seed: int = 0) -> tuple[Pa
     config = json.loads((copy / "config.json").read_text())
     config["num_local_experts"] += more
     (copy / "config.json").write_text(json.dumps(config))
-    (copy / "model.safetensors.index.json").unlink(missing_ok=True)
+    places = {name: file for file, tensors in held.items() for name in tensors}
+    index = json.dumps({"metadata": {}, "weight_map": places})
+    (copy / "model.safetensors.index.json").write_text(index)
     alone = folder / "new.safetensors"
     save_file(new, alone)
     return copy, alone

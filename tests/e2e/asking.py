@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import openai
+import torch
+from transformers import AutoModelForCausalLM
 
 PROMPTS = [[7, 11, number] for number in range(3, 11)]
+TOKENS = 16
 
 
 class Asking:
@@ -44,12 +48,25 @@ class Asking:
 
 
 def ask(client: openai.OpenAI, prompt: list[int]) -> list[int]:
-    """16 greedy tokens."""
+    """`TOKENS` greedy tokens."""
     answer: Any = client.completions.create(
         model="tiny",
         prompt=prompt,
-        max_tokens=16,
+        max_tokens=TOKENS,
         temperature=0,
         extra_body={"ignore_eos": True, "return_token_ids": True},
     )
     return list(answer.choices[0].token_ids)
+
+
+@torch.inference_mode()
+def greedy(model: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """The same of each prompt, in float32 by transformers alone."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        for _ in range(TOKENS):
+            ids = torch.cat([ids, loaded(ids).logits[:, -1:].argmax(-1)], dim=1)
+        found.append(ids[0, len(prompt) :].tolist())
+    return found

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import yaml
 
+from workloads import run_file
 from workloads.bench import shared_memory
 from workloads.bench.process_marks import marked
 
@@ -167,3 +168,13 @@ def run(
     finally:
         program.kill()
     return program
+
+
+def refusal(program: Program) -> str:
+    """The message of a command that ended with one mistake, in one line."""
+    assert program.process.returncode == 1, program.err
+    assert "Traceback" not in program.err + program.out
+    assert program.err.count("error:") == 1, program.err
+    assert program.process.pid not in [found.pid for found in run_file.running()]
+    # Rich wraps nothing here, but a message may stand in several lines.
+    return " ".join(program.err.split())

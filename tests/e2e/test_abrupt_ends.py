@@ -1,4 +1,6 @@
-"""Deaths and endings: of a host under load, of the server's own process, and during start-up."""
+"""Deaths and endings: of a frozen host, of one that is killed under load, of the server's own process, and during
+start-up.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +24,29 @@ RAY_S_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 PROMPT = "The river froze early that winter"
 TOKENS = 300
+FEW = 40
 
 
-def test_a_host_dies_then_the_server(tiny_model: Path, tmp_path: Path, leaving: list[Program]) -> None:
-    """kill -9 of a host in the middle of a stream: the same tokens; then of the server: nothing stays."""
+def test_a_host_freezes_another_dies_then_the_server(
+    tiny_model: Path, tmp_path: Path, leaving: list[Program]
+) -> None:
+    """A host that is stopped, and kill -9 of the other in the middle of a stream: the same tokens; then of the
+    server: nothing stays.
+    """
     config = settings(tiny_model, free_port(), placement={"replicas": 2})
     program = ServerProgram(tmp_path / "server", config)
     try:
         program.wait_ready()
         expected = _stream(program.url)
         before = _hosts(program, tmp_path / "before")
-        victim = before["local-1"]["pid"]
+        frozen, victim = before["local-0"]["pid"], before["local-1"]["pid"]
+
+        os.kill(frozen, signal.SIGSTOP)
+        try:
+            assert _stream(program.url, count=FEW) == expected[:FEW]
+            assert _stats(program)["hedges"] > 0
+        finally:
+            os.kill(frozen, signal.SIGCONT)
 
         started, tokens = threading.Event(), []
         reader = threading.Thread(target=lambda: tokens.extend(_stream(program.url, started)))
@@ -45,7 +59,7 @@ def test_a_host_dies_then_the_server(tiny_model: Path, tmp_path: Path, leaving: 
         assert not reader.is_alive()
         assert tokens == expected
         after = wait_for(lambda: _hosts(program, tmp_path / "after"), 60, "both hosts to be ready")
-        assert after["local-1"]["pid"] != victim and after["local-0"]["pid"] == before["local-0"]["pid"]
+        assert after["local-1"]["pid"] != victim and after["local-0"]["pid"] == frozen
         stats = _stats(program)
         assert stats["lost"] >= 1
         # A killed process frees its memory before it closes its sockets: it may be found late before it is lost.
@@ -77,13 +91,13 @@ def test_interrupted_while_it_starts(tiny_model: Path, tmp_path: Path, stage: st
         program.kill()
 
 
-def _stream(url: str, started: threading.Event | None = None) -> list[int]:
+def _stream(url: str, started: threading.Event | None = None, count: int = TOKENS) -> list[int]:
     """Greedy token ids; `started` is set once a few have come."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=250)
     tokens: list[int] = []
     extra: dict[str, Any] = {"ignore_eos": True, "return_token_ids": True}
     for chunk in client.completions.create(
-        model="tiny", prompt=PROMPT, max_tokens=TOKENS, temperature=0.0, stream=True, extra_body=extra
+        model="tiny", prompt=PROMPT, max_tokens=count, temperature=0.0, stream=True, extra_body=extra
     ):
         tokens.extend(chunk.choices[0].token_ids or [])  # type: ignore[attr-defined]
         if started is not None and len(tokens) >= 5:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import socket
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 
-from tests.e2e.programs import Program, ServerProgram, free_port, run, settings
+from tests.e2e.programs import free_port, refusal, run, settings
 from tests.tiny_dense import make_tiny_dense
 from tests.tiny_models import make_tiny
-from workloads import run_file
 from workloads.models.upcycle import upcycle
 
 
@@ -24,16 +21,7 @@ def _refused(folder: Path, config: dict[str, Any] | str, *arguments: str, comman
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "mesh.yaml"
     file.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
-    return _message(run(folder, command, "--config", str(file), *arguments))
-
-
-def _message(program: Program) -> str:
-    assert program.process.returncode == 1, program.err
-    assert "Traceback" not in program.err + program.out
-    assert program.err.count("error:") == 1, program.err
-    assert program.process.pid not in [found.pid for found in run_file.running()]
-    # Rich wraps nothing here, but a message may stand in several lines.
-    return " ".join(program.err.split())
+    return refusal(run(folder, command, "--config", str(file), *arguments))
 
 
 def test_missing_folder(tmp_path: Path) -> None:
@@ -122,7 +110,7 @@ def test_token_file_open_to_others(tiny_model: Path, tmp_path: Path) -> None:
 def test_nothing_runs_to_be_ended_or_asked(tmp_path: Path) -> None:
     environment = {"XDG_RUNTIME_DIR": str(tmp_path)}
     for command in (["down"], ["status"], ["chat", "hello"], ["complete", "hello"]):
-        message = _message(run(tmp_path / command[0], *command, environment=environment))
+        message = refusal(run(tmp_path / command[0], *command, environment=environment))
         assert "expertmesh serve" in message
 
 
@@ -144,56 +132,3 @@ def test_engine_that_cannot_start(tmp_path: Path) -> None:
     config = settings(model, free_port(), engine={"max_model_len": 256})
     message = _refused(tmp_path, config)
     assert "the engine could not start" in message and "head_dim=16" in message
-
-
-@pytest.mark.slow
-def test_api_keys_status_and_down(tiny_model: Path, tmp_path: Path) -> None:
-    """One server with a key: who may come in, what `status` tells, and that `down` leaves nothing."""
-    config = settings(tiny_model, free_port(), server={"api_keys": ["env:TEST_API_KEY"]})
-    program = ServerProgram(tmp_path / "server", config, {"TEST_API_KEY": "correct-horse"})
-    try:
-        program.wait_ready()
-        _check_keys(program.url)
-        _check_status(program, tmp_path)
-        answer = run(tmp_path / "ask", "complete", "a", "--url", program.url, "--api-key", "correct-horse")
-        assert answer.process.returncode == 0, answer.err
-        assert "API key" in _message(run(tmp_path / "no-key", "complete", "a", "--url", program.url))
-        down = run(tmp_path / "down", "down", "--url", program.url)
-        assert down.process.returncode == 0, down.err
-        assert program.wait() == 0
-        program.assert_gone(5.0)
-        assert program.url in _message(run(tmp_path / "again", "down", "--url", program.url))
-        assert "correct-horse" not in program.out + program.err
-    finally:
-        program.kill()
-
-
-def _check_keys(url: str) -> None:
-    def models(headers: dict[str, str]) -> httpx.Response:
-        return httpx.get(f"{url}/v1/models", headers=headers, timeout=60)
-
-    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic correct-horse"}):
-        refused = models(headers)
-        assert refused.status_code == 401
-        assert refused.json()["error"]["code"] == "invalid_api_key"
-    assert models({"authorization": "Bearer correct-horse"}).status_code == 200
-    for path in ("/health", "/ready"):
-        assert httpx.get(url + path, timeout=60).status_code == 200
-    for path in ("/metrics", "/expertmesh/stats", "/openapi.json", "/docs"):
-        assert httpx.get(url + path, timeout=60).status_code == 401
-
-
-def _check_status(program: ServerProgram, folder: Path) -> None:
-    status = run(folder / "status", "status", "--json", "--url", program.url)
-    assert status.process.returncode == 0, status.err
-    state = json.loads(status.out)
-    assert state["ready"] is True and state["model"] == "tiny" and state["url"] == program.url
-    assert [host["host_id"] for host in state["hosts"]] == ["local-0", "local-1"]
-    # Two layers of eight experts on two hosts, each expert once.
-    assert [host["experts_loaded"] for host in state["hosts"]] == [8, 8]
-    assert all(host["state"] == "ready" and host["pid"] for host in state["hosts"])
-    table = run(folder / "table", "status", "--url", program.url)
-    assert "local-1" in table.out and "ready" in table.out
-    assert "engine" not in state and "EXPERTMESH_API_KEY" in table.out
-    known = run(folder / "known", "status", "--json", "--url", program.url, "--api-key", "correct-horse")
-    assert json.loads(known.out)["engine"]["dispatches"] > 0

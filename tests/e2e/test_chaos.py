@@ -76,6 +76,7 @@ NODES = ("cut-network", "restart-head", "lose-node")
 """In this order, since the last one leaves two hosts on one node."""
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_what_dies_hurts_nobody_and_a_check_that_cannot_hold_is_missed(
     tiny_model: Path, tmp_path: Path

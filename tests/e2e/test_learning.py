@@ -163,6 +163,7 @@ def test_text_in_the_stream_is_soon_a_version_that_serves(mesh: Mesh, tmp_path: 
     )
 
 
+@pytest.mark.long
 def test_a_poisoned_batch_is_stopped_and_says_why(mesh: Mesh, tmp_path: Path) -> None:
     serving, rounds = mesh.answer()[0], len(status(mesh, tmp_path / "before")["rounds"])
     dice = random.Random(5)

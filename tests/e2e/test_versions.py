@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 from tests.changed_model import changed_model
-from tests.e2e.asking import PROMPTS, Asking, ask
-from tests.e2e.programs import ServerProgram, free_port, run, settings, wait_for
+from tests.e2e.asking import PROMPTS, Asking, greedy
+from tests.e2e.programs import run, wait_for
 from tests.e2e.version_mesh import LONG, Mesh, running_mesh
 from tests.grown_model import grown_model
 
@@ -165,17 +164,8 @@ def test_a_version_with_another_router_waits_for_running_requests_and_answers_as
     assert named == digest and len(tokens) == LONG and mesh.answers() == others
     assert "which one engine can't have twice" in mesh.live("promote", digest, "--canary", "5%", code=1)
     mesh.rollback()
-
-    # The same weights from a folder, without any version.
-    server = ServerProgram(tmp_path / "plain", settings(folder, free_port()))
-    try:
-        server.wait_ready()
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
-        assert [ask(client, prompt) for prompt in PROMPTS] == others
-        server.interrupt()
-        assert server.wait() == 0, server.err
-    finally:
-        server.kill()
+    # The same weights from a folder, without any version, mesh or vLLM.
+    assert greedy(folder, PROMPTS) == others
 
 
 def test_a_version_without_an_expert_answers_as_one_whose_copy_took_its_place(

@@ -104,6 +104,7 @@ class TestFirst(NodeProviderContract):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_nodes_come_and_go(tmp_path: Path) -> None:
     """In a program of its own: a process is connected to one cluster at a time."""
     token = tmp_path / "token"

@@ -52,6 +52,7 @@ def test_tokens_equal_stock_vllm(forks: VllmForks, arch: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1300)
 def test_the_default_model_s_tokens_equal_stock_vllm_s(forks: VllmForks) -> None:
     result = compare(forks, default_model())

@@ -158,6 +158,7 @@ def test_computing_in_bfloat16_is_nearly_the_same(begin: Begin, whole: Saved) ->
     assert all(master.dtype.itemsize == 4 for master in found["training"]["masters"].values())
 
 
+@pytest.mark.long
 def test_one_of_two_workers_is_killed(ray_cluster: str, begin: Begin, whole: Saved, tmp_path: Path) -> None:
     files = begin("worker", parallel="sharded", review=REVIEW)
     files.pause(True)
@@ -208,6 +209,7 @@ def test_all_of_a_job_is_killed_and_it_goes_on_with_fewer_workers(
     assert next(one.step for one in seen if one.pid != before.pid) > 1
 
 
+@pytest.mark.long
 def test_what_can_not_be_done_is_not_tried_again(ray_cluster: str, begin: Begin, tmp_path: Path) -> None:
     begin("never", chosen=((7, 0),))
     with pytest.raises(LearningError, match="no expert 0 in layer 7"):

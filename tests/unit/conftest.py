@@ -22,8 +22,9 @@ def _refuse(*_args: object, **_kwargs: object) -> NoReturn:
     )
 
 
-# A deadline would measure what else runs on the machine.
-settings.register_profile("unit", deadline=None)
+# A deadline would measure what else runs on the machine. Half as many examples as Hypothesis has by itself: where more
+# are needed to find what a test is for, it says so.
+settings.register_profile("unit", deadline=None, max_examples=50)
 settings.load_profile("unit")
 
 
@@ -42,6 +43,12 @@ def forbid_ray() -> None:
         (ray.util.client.ray, "connect"),
     ):
         setattr(place, name, _refuse)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_waiting_for_the_disk() -> None:
+    """The machine's power is not cut during a test: what a file has must not be on the disk before it goes on."""
+    os.fsync = lambda _: None  # type: ignore[assignment]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -29,7 +29,10 @@ def imports(source: str, *, module_level_only: bool) -> Iterator[str]:
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             yield node.module.partition(".")[0]
-        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in (
+            getattr(node.test, "id", ""),
+            getattr(node.test, "attr", ""),
+        ):
             waiting.extend(node.orelse)
         elif not (
             module_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
@@ -96,18 +99,6 @@ def test_importing_the_ground_loads_neither_torch_nor_ray() -> None:
         timeout=60,
     )
     assert (run.stdout.splitlines(), run.stderr) == ([f"{module} []" for module in modules], "")
-
-
-def test_what_the_engine_imports_before_it_starts_has_no_numba() -> None:
-    """vLLM 0.32 looks through all that is imported when it starts, and stumbles over Numba's bindings."""
-    run = subprocess.run(
-        [sys.executable, "-c", "import sys, actors.dispatch, cluster.traffic; print('numba' in sys.modules)"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert run.stdout.strip() == "False", run.stderr
 
 
 def test_unit_tests_cannot_start_ray() -> None:

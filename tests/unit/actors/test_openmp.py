@@ -1,10 +1,8 @@
-"""The OpenMP runtime of computing processes: found, used before torch's own, and nothing left in /dev/shm."""
+"""The OpenMP runtime of computing processes: found, used before any other, and removed from /dev/shm."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,19 +10,6 @@ import pytest
 from actors import openmp
 
 needed = pytest.mark.skipif(openmp.library() is None, reason="intel-openmp is not installed")
-
-
-@needed
-def test_a_killed_process_leaves_nothing_in_shared_memory() -> None:
-    program = (
-        "import os; from actors import openmp; openmp.load(); import torch; torch.set_num_threads(2);"
-        "torch.ones(1000, 1000) @ torch.ones(1000, 1000); maps = open('/proc/self/maps').read();"
-        "print('libiomp5' in maps, os.getpid(), flush=True); os.kill(os.getpid(), 9)"
-    )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    loaded, pid = run.stdout.split()
-    assert loaded == "True"
-    assert not list(Path("/dev/shm").glob(f"*KMP_REGISTERED_LIB_{pid}_*"))
 
 
 @needed

@@ -1,9 +1,7 @@
-"""The dispatch measurement: turns, ratios, bars, and a tiny run with real processes, without Ray."""
+"""The dispatch measurement: turns, ratios and bars, and the processes that it starts."""
 
 from __future__ import annotations
 
-import io
-import multiprocessing
 import os
 import random
 import time
@@ -13,12 +11,11 @@ from functools import partial
 from itertools import pairwise
 
 import pytest
-from rich.console import Console
 
 from cluster.errors import HostError
 from tests.unit.workloads.child_jobs import end_at_once, serve_nothing
 from workloads.bench.children import child
-from workloads.bench.dispatch import Settings, alternate, bars, measure, result, show
+from workloads.bench.dispatch import alternate, bars, result
 from workloads.bench.dispatch_mesh import EXPERTS, HostJob, jobs_of_process
 from workloads.bench.report import Quantiles
 
@@ -97,19 +94,3 @@ def test_a_child_ends_with_its_block_even_on_interruption() -> None:
 def test_a_child_that_never_is_ready_is_one_clear_error() -> None:
     with pytest.raises(HostError, match="end_at_once ended before it was ready"), child(end_at_once):
         pass
-
-
-def test_a_tiny_run_measures_every_path_and_leaves_no_process() -> None:
-    settings = Settings(rounds=2, ray=False, sizes=((1, 16), (3, 16)), hosts=(1, 2), block=3)
-    report = measure(settings, lambda _size: None)
-    assert [(line["rows"], line["hosts"]) for line in report["results"]] == [(1, 1), (1, 2), (3, 1), (3, 2)]
-    for line in report["results"]:
-        assert 0 < line["p50_us"] <= line["p99_us"]
-        assert all(line[f"{name}_p50_us"] > 0 for name in ("floor", "socket", "zeromq"))
-        assert line["ray_actor_ratio"] is None
-    assert report["series"]["dispatch_2/3x16_us"]["n"] == 6
-    assert report["ray_graph_reason"] == "skipped"
-    text = io.StringIO()
-    show(report, Console(file=text, width=160))
-    assert multiprocessing.active_children() == []
-    assert "3 × 16" in text.getvalue() and "floor_ratio_1x16" in text.getvalue()

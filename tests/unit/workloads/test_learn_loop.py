@@ -20,6 +20,7 @@ from cluster.learning.reservoir import Reservoir
 from cluster.learning.split import holdout_of
 from cluster.learning.stream import Stream
 from cluster.versions.files import Files
+from tests.unit.cluster.learning.remembered_stream import RememberedStream
 from workloads.learn_judging import Judgement
 from workloads.learn_loop import Loop
 from workloads.learn_serving import Pausing, Trialled
@@ -149,7 +150,7 @@ def records(domain: str, count: int, at: float = 0.0) -> list[Record]:
 
 def until_idle(folder: Path, server: FakeServer, crashes: Sequence[bool] = (), **more: bool) -> LoopState:
     """The loop, begun again as often as it is killed, until there is nothing to do; what it wrote down."""
-    stream, left = Stream(str(folder / "stream")), iter(crashes)
+    stream, left = RememberedStream(str(folder / "stream")), iter(crashes)
     while True:
         try:
             work = FakeWork(server, stream, left, **more)

@@ -19,6 +19,7 @@ from cluster.learning.journal import ACCEPTED, Journal, LoopState, Phase, at, be
 from cluster.learning.records import Record
 from cluster.learning.stream import Stream
 from cluster.versions.files import Files
+from tests.unit.cluster.learning.remembered_stream import RememberedStream
 
 CAPACITY = 30
 
@@ -109,7 +110,7 @@ def one_step(journal: Journal, stream: Stream, ends: list[Phase], used: list[tup
 
 def run(folder: Path, crashes: list[bool], ends: list[Phase]) -> tuple[LoopState, Any, list[Any]]:
     """A loop over five shards of two domains, begun again as often as it is killed."""
-    stream = Stream(str(folder / "stream"))
+    stream = RememberedStream(str(folder / "stream"))
     for number in range(5):
         stream.append(
             [
