@@ -30,7 +30,7 @@ serve: setup
 test: setup lint unit integration
 
 # With the long ones among the integration tests, some three quarters of an hour more: the chaos scenarios, loss of
-# nodes, trainings on several workers, autoscaling, Ray Serve, a learning loop that is killed.
+# nodes, trainings on several workers, autoscaling, a learning loop that is killed.
 SELECT := -m "not long"
 test-all: SELECT :=
 test-all: test

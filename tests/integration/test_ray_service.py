@@ -41,7 +41,6 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
         yield mesh
 
 
-@pytest.mark.long
 def test_the_mesh_is_as_planned_and_its_router_answers(mesh: Mesh, tmp_path: Path) -> None:
     config = mesh.write("mesh.yaml")
     told = mesh.deploy(config=str(config))
