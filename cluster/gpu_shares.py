@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import lru_cache
 from typing import Final
 
 GPU: Final = Decimal(1)
@@ -73,10 +74,17 @@ def turns(gpus: int, shares: Sequence[Decimal]) -> list[int]:
 
 def always_granted(gpus: int, *rounds: Sequence[Decimal]) -> bool:
     """Whether all shares find room, in whatever order those of one round are asked for, round after round."""
+    return _always_granted(gpus, tuple(tuple(sorted(shares)) for shares in rounds))
+
+
+# Nodes are often alike, and a host is tried on all of them: with four sizes of shares on eight GPUs one look takes
+# 0.4 seconds.
+@lru_cache(maxsize=1024)
+def _always_granted(gpus: int, rounds: tuple[tuple[Decimal, ...], ...]) -> bool:
     # What may be free on the GPUs, ascending: which one it is does not matter.
     possible = {(GPU,) * gpus}
     for shares in rounds:
-        states = {(free, tuple(sorted(shares))) for free in possible}
+        states = {(free, shares) for free in possible}
         for _ in shares:
             following = set()
             for free, waiting in states:

@@ -36,7 +36,7 @@ _GPU_GIB: Final[Mapping[str, int]] = {
 }
 _GPU_LABEL: Final = "ray.io/accelerator-type"
 _SHARES: Final = (
-    "a share comes from one GPU, on a node of several in whatever order Ray is asked: "
+    "; on a node of several GPUs Ray chooses which one a share comes from, by the order in which it is asked: "
     "equal shares, or a Ray node for each GPU, make the most of them"
 )
 _NEGATION: Final = re.compile(r"(!?)(?:in\(([^)]*)\)|(.*))")
@@ -289,10 +289,11 @@ def _memory(group: HostGroup, room: _Room) -> int:
 def _no_room(group: HostGroup, placed: int, wanted: int, matching: Sequence[_Room]) -> PlacementError:
     if group.gpu_share:
         there = "; ".join(f"{room.node.hostname} has {room.gpus}" for room in matching)
+        several = any(room.gpus.number > 1 for room in matching)
         wants = "a GPU" if group.gpu_share == 1 else f"{group.gpu_share:f} of a GPU"
         return PlacementError(
             f"host group {group.name}: {placed} of {wanted} hosts get {wants} each: {there}",
-            f"lower the group's gpus or count, or engine.gpus, or add GPU nodes; {_SHARES}",
+            f"lower the group's gpus or count, or engine.gpus, or add GPU nodes{_SHARES if several else ''}",
         )
     left = ", ".join(f"{room.node.hostname} {room.memory / 2**30:.1f} GiB" for room in matching)
     return PlacementError(

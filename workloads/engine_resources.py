@@ -13,7 +13,7 @@ from cluster.inventory import matches
 from cluster.messages import NodeInfo
 from workloads.config_view import show_size
 
-# Part of an engine's share of a GPU that vLLM counts on; the rest is for what CUDA itself takes for each process.
+# Part of an engine's share of a GPU that vLLM may take; the rest is for what CUDA itself takes for each process.
 _USABLE = Decimal("0.9")
 ENGINE_CPUS = 1
 """CPUs that Ray counts for an engine."""
@@ -96,5 +96,8 @@ def engine_needs(config: Config, checkpoint: Checkpoint, dtype: str) -> str:
 
 
 def gpu_arguments(share: Decimal) -> dict[str, float]:
-    """How much of its GPU vLLM may take: by default nearly all, and it refuses to start where less is free."""
+    """How much of its GPU vLLM may take: by default nearly all, and it refuses to start where less is free.
+
+    That is all that it is for, since the size of the KV cache is given.
+    """
     return {"gpu_memory_utilization": float(share * _USABLE)} if share < 1 else {}

@@ -189,7 +189,11 @@ def test_two_free_halves_are_no_gpu() -> None:
     )
     with pytest.raises(PlacementError, match=r"half: 4 of 5 hosts get 0\.5 of a GPU each") as no:
         slots([halves.model_copy(update={"count": 5})], nodes)
-    for way_out in ("lower the group's gpus or count", "engine.gpus", "add GPU nodes"):
+    for way_out in (
+        "lower the group's gpus or count",
+        "engine.gpus",
+        "add GPU nodes; on a node of several GPUs Ray chooses",
+    ):
         assert way_out in no.value.hint
     with pytest.raises(PlacementError, match="group local: 1 of 2 hosts get"):
         join(
