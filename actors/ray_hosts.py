@@ -154,7 +154,7 @@ class RayHosts:
             "name": _name(spec.host_id, generation),
             "namespace": self._namespace,
             "lifetime": "detached",
-            "num_gpus": 1 if spec.device == "cuda" else 0,
+            "num_gpus": float(spec.gpus),
             "scheduling_strategy": NodeAffinitySchedulingStrategy(spec.node_id, soft=False),
             "runtime_env": {"env_vars": {**compute_environment(spec.threads), **allowed_faults}},
         }

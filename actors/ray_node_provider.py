@@ -136,7 +136,7 @@ class ConnectedAutoscaler:
 
 def bundle(shape: NodeShape) -> dict[str, float]:
     """What one host takes, as Ray counts it; without what it does not take."""
-    named = {"CPU": shape.cpus, "GPU": shape.gpus, "memory": shape.memory_bytes}
+    named = {"CPU": shape.cpus, "GPU": float(shape.gpus), "memory": shape.memory_bytes}
     return {name: amount for name, amount in named.items() if amount}
 
 

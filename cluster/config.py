@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +28,7 @@ from cluster.config_values import (
     Count,
     Duration,
     EngineOptions,
+    GpuShare,
     GroupName,
     HostCount,
     Name,
@@ -53,11 +56,13 @@ class ModelConfig(_Section):
 class EngineConfig(_Section):
     """The vLLM engine: everything but the routed experts. ``options`` go to vLLM as they are.
 
-    ``selector``: labels of the nodes that engines run on, in Ray's notation.
+    ``gpus``: share of each GPU that an engine on ``cuda`` takes. ``selector``: labels of the nodes that engines run
+    on, in Ray's notation.
     """
 
     replicas: Count = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    gpus: GpuShare = Decimal(1)
     selector: dict[str, str] = {}
     threads: AutoCount = "auto"
     max_model_len: Count | None = None
@@ -67,9 +72,17 @@ class EngineConfig(_Section):
     enforce_eager: bool = False
     options: EngineOptions = {}
 
+    @property
+    def gpu_shares(self) -> tuple[Decimal, ...]:
+        """What one engine takes of GPUs: a share of one for each of its ranks; nothing on a CPU."""
+        if self.device != "cuda":
+            return ()
+        sizes = (self.options.get(key) for key in ("tensor_parallel_size", "pipeline_parallel_size"))
+        return (self.gpus,) * prod(size for size in sizes if isinstance(size, int))
+
 
 class HostGroup(_Section):
-    """Expert hosts of one kind; ``selector`` limits the nodes they may run on.
+    """Expert hosts of one kind; ``selector`` limits the nodes they may run on, ``gpus`` is each one's share of a GPU.
 
     ``count: per_node`` is one on every node that matches, on those that join later too.
     """
@@ -77,6 +90,7 @@ class HostGroup(_Section):
     name: GroupName = "local"
     count: HostCount = 1
     device: Literal["cpu", "cuda"] = "cpu"
+    gpus: GpuShare = Decimal(1)
     memory: AutoSize = "auto"
     memory_limit: Size | None = None
     threads: AutoCount = "auto"
@@ -93,6 +107,11 @@ class HostGroup(_Section):
         "noop",
     ] = "auto"
     autoscale: AutoscaleConfig | None = None
+
+    @property
+    def gpu_share(self) -> Decimal:
+        """What one host takes of a GPU; 0 on a CPU."""
+        return self.gpus if self.device == "cuda" else Decimal(0)
 
     @property
     def fewest(self) -> int:
@@ -162,12 +181,37 @@ class Config(_Section):
     learning: LearningConfig = LearningConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
+    @field_validator("engine")
+    @classmethod
+    def _share_of_a_gpu(cls, engine: EngineConfig) -> EngineConfig:
+        ranks = len(engine.gpu_shares)
+        if engine.gpus != 1 and not ranks:
+            raise BadValue(
+                f"{engine.gpus} of a GPU is for engines on cuda, engine.device is {engine.device}",
+                "set engine.device to cuda, or leave engine.gpus out",
+                path=("engine", "gpus"),
+            )
+        if engine.gpus != 1 and ranks > 1:
+            raise BadValue(
+                f"{engine.gpus} of a GPU each is not for an engine of {ranks} ranks: "
+                "Ray gives a process whole GPUs or a part of one",
+                "leave engine.gpus out, or tensor_parallel_size and pipeline_parallel_size in engine.options",
+                path=("engine", "gpus"),
+            )
+        return engine
+
     @field_validator("hosts")
     @classmethod
     def _some_hosts(cls, groups: tuple[HostGroup, ...]) -> tuple[HostGroup, ...]:
         if not groups:
             raise BadValue("there is no host group", "remove the key for one host on this machine")
         for index, group in enumerate(groups):
+            if group.gpus != 1 and not group.gpu_share:
+                raise BadValue(
+                    f"{group.gpus} of a GPU is for hosts on cuda, those of {group.name} are on {group.device}",
+                    f"set hosts.{index}.device to cuda, or leave hosts.{index}.gpus out",
+                    path=("hosts", index, "gpus"),
+                )
             bounds = group.autoscale
             if bounds is not None and group.count == "per_node":
                 raise BadValue(

@@ -101,6 +101,16 @@ def _share(value: object) -> Decimal:
     return share
 
 
+def _gpu_share(value: object) -> Decimal:
+    share = _decimal(value)
+    # Ray counts in ten thousandths, and refuses what is finer only when an actor is made.
+    if not (share.is_finite() and 0 < share <= 1 and share == round(share, 4)):
+        raise BadValue(
+            "should be a share of one GPU above 0 and at most 1, with at most 4 decimals, such as 0.4"
+        )
+    return share.normalize()
+
+
 def _number(value: object, allowed: Callable[[float], bool], problem: str) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(str(value))
@@ -217,6 +227,7 @@ Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 LayerIndex = Annotated[int, Field(ge=0)]
 ExpertIndex = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Share = Annotated[Decimal, BeforeValidator(_share)]
+GpuShare = Annotated[Decimal, BeforeValidator(_gpu_share)]
 Positive = Annotated[float, PlainValidator(_positive)]
 NonNegative = Annotated[float, PlainValidator(_non_negative)]
 Fraction = Annotated[float, PlainValidator(_fraction)]

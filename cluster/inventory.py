@@ -6,10 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial
 from typing import Any, Final
 
 from cluster.config import HostGroup
 from cluster.errors import PlacementError
+from cluster.gpu_shares import NodeGpus
 from cluster.messages import HostSlot, NodeInfo
 
 # Part of a host's share of its node that may be expert weights; the rest is for the process itself, its
@@ -32,6 +35,10 @@ _GPU_GIB: Final[Mapping[str, int]] = {
     "GB300": 268,
 }
 _GPU_LABEL: Final = "ray.io/accelerator-type"
+_SHARES: Final = (
+    "; on a node of several GPUs Ray chooses which one a share comes from, by the order in which it is asked: "
+    "equal shares, or a Ray node for each GPU, make the most of them"
+)
 _NEGATION: Final = re.compile(r"(!?)(?:in\(([^)]*)\)|(.*))")
 
 
@@ -73,15 +80,21 @@ class _Room:
 
     node: NodeInfo
     memory: int
-    gpus: float
+    gpus: NodeGpus
     cpu_hosts: int = 0
     """Hosts whose memory is ``auto``: they share what explicit limits leave."""
     hosts: int = 0
+    running: bool = False
+    """Whether those that it has were started before."""
 
     @property
     def share(self) -> int:
         """Bytes that one more host of ``auto`` memory would get."""
         return self.memory // (self.cpu_hosts + 1)
+
+    def with_gpu(self, share: Decimal) -> NodeGpus:
+        """Its GPUs with one more host on one of them."""
+        return self.gpus.with_host(share, late=self.running)
 
 
 def slots(
@@ -89,12 +102,13 @@ def slots(
     nodes: Sequence[NodeInfo],
     *,
     reserved_memory: Mapping[str, int] | None = None,
-    reserved_gpus: Mapping[str, int] | None = None,
+    reserved_gpus: Mapping[str, tuple[Decimal, ...]] | None = None,
 ) -> tuple[HostSlot, ...]:
-    """Lay the groups' hosts onto nodes, in turn, those with most free memory first.
+    """Lay the groups' hosts onto nodes, in turn, those with most free memory first; hosts on GPUs first of all where
+    they share one with an engine, which then computes with their memory.
 
-    ``reserved_*`` say by node id what the engines take (bytes, GPUs). A host's memory of ``auto`` is its
-    share of what the node has left, a GPU host's that of its GPU; threads of ``auto`` are the node's cores
+    ``reserved_*`` say by node id what the engines take (bytes, shares of GPUs). A host's memory of ``auto`` is its
+    share of what the node has left, a GPU host's its share of its GPU's; threads of ``auto`` are the node's cores
     over its hosts. Host ids are the group's name and a number.
 
     Raises PlacementError if no node matches a group, or those that do have too little memory or GPUs.
@@ -111,7 +125,7 @@ def slots(
                 fitting = [room for room in fitting if not taken[room.node.node_id]]
             if not fitting:
                 raise _no_room(group, index, wanted, matching)
-            room = min(fitting, key=lambda r: (taken[r.node.node_id], -r.share, r.hosts, r.node.node_id))
+            room = min(fitting, key=partial(_turn, group, taken))
             taken[room.node.node_id] += 1
             _take(group, room)
             chosen.append((group, f"{group.name}-{index}", room))
@@ -125,19 +139,22 @@ def join(
     nodes: Sequence[NodeInfo],
     *,
     reserved_memory: Mapping[str, int] | None = None,
-    reserved_gpus: Mapping[str, int] | None = None,
+    reserved_gpus: Mapping[str, tuple[Decimal, ...]] | None = None,
 ) -> HostSlot:
     """A slot for one more host, beside those that there are: (group, node id) of each.
 
-    On the node that has fewest of its group, then most memory for it. Raises PlacementError if none has room.
+    On a GPU that an engine has a share of, else on the node that has fewest of its group, then most memory for it.
+    Raises PlacementError if none has room.
     """
     rooms = _filled(placed, nodes, reserved_memory or {}, reserved_gpus or {})
+    for room in rooms.values():
+        room.running = True
     mine = Counter(node_id for other, node_id in placed if other.name == group.name)
     matching = _matching(group, rooms)
     fitting = [room for room in matching if _fits(group, room)]
     if not fitting:
         raise _no_room(group, sum(mine.values()), sum(mine.values()) + 1, matching)
-    room = min(fitting, key=lambda r: (mine[r.node.node_id], -r.share, r.hosts, r.node.node_id))
+    room = min(fitting, key=partial(_turn, group, mine))
     _take(group, room)
     return _slot(group, host_id, room)
 
@@ -147,7 +164,7 @@ def weight_limits(
     nodes: Sequence[NodeInfo],
     *,
     reserved_memory: Mapping[str, int] | None = None,
-    reserved_gpus: Mapping[str, int] | None = None,
+    reserved_gpus: Mapping[str, tuple[Decimal, ...]] | None = None,
 ) -> list[int]:
     """Bytes of weights that each of these hosts, (group, node id), may hold; 0 on a node that is gone.
 
@@ -158,13 +175,15 @@ def weight_limits(
 
 
 def _rooms(
-    nodes: Sequence[NodeInfo], reserved_memory: Mapping[str, int], reserved_gpus: Mapping[str, int]
+    nodes: Sequence[NodeInfo],
+    reserved_memory: Mapping[str, int],
+    reserved_gpus: Mapping[str, tuple[Decimal, ...]],
 ) -> dict[str, _Room]:
     return {
         node.node_id: _Room(
             node,
             memory=max(0, node.memory_bytes - reserved_memory.get(node.node_id, 0)),
-            gpus=node.gpus - reserved_gpus.get(node.node_id, 0),
+            gpus=NodeGpus(int(node.gpus), reserved_gpus.get(node.node_id, ())),
         )
         for node in nodes
     }
@@ -174,7 +193,7 @@ def _filled(
     placed: Sequence[tuple[HostGroup, str]],
     nodes: Sequence[NodeInfo],
     reserved_memory: Mapping[str, int],
-    reserved_gpus: Mapping[str, int],
+    reserved_gpus: Mapping[str, tuple[Decimal, ...]],
 ) -> dict[str, _Room]:
     rooms = _rooms(nodes, reserved_memory, reserved_gpus)
     for group, node_id in placed:
@@ -191,7 +210,14 @@ def _slot(group: HostGroup, host_id: str, room: _Room) -> HostSlot:
         node_id=room.node.node_id,
         memory_bytes=_memory(group, room),
         threads=max(1, int(room.node.cpus) // room.hosts) if group.threads == "auto" else group.threads,
+        gpus=group.gpu_share,
     )
+
+
+def _turn(group: HostGroup, mine: Mapping[str, int], room: _Room) -> tuple[bool, int, int, int, str]:
+    """The smallest is the room that the group's next host goes to; `mine` counts its hosts by node."""
+    beside = bool(group.gpu_share) and room.with_gpu(group.gpu_share).last_beside_engine
+    return not beside, mine[room.node.node_id], -room.share, room.hosts, room.node.node_id
 
 
 def _matching(group: HostGroup, rooms: Mapping[str, _Room]) -> list[_Room]:
@@ -230,15 +256,15 @@ def _matching(group: HostGroup, rooms: Mapping[str, _Room]) -> list[_Room]:
 
 
 def _fits(group: HostGroup, room: _Room) -> bool:
-    if group.device == "cuda":
-        return room.gpus >= 1
+    if group.gpu_share:
+        return room.with_gpu(group.gpu_share).granted
     return room.memory >= (1 if group.memory == "auto" else group.memory)
 
 
 def _take(group: HostGroup, room: _Room) -> None:
     room.hosts += 1
-    if group.device == "cuda":
-        room.gpus -= 1
+    if group.gpu_share:
+        room.gpus = room.with_gpu(group.gpu_share)
     elif group.memory == "auto":
         room.cpu_hosts += 1
     else:
@@ -255,18 +281,19 @@ def _memory(group: HostGroup, room: _Room) -> int:
         raise PlacementError(
             f"host group {group.name}: the memory of the GPUs on {room.node.hostname} is not known "
             f"({kind or 'no accelerator label'})",
-            "set the group's memory to what one GPU may hold, such as 20GiB",
+            "set the group's memory to what one host may hold, such as 20GiB",
         )
-    return int(_GPU_GIB[kind] * 2**30 * _WEIGHT_SHARE)
+    return int(_GPU_GIB[kind] * 2**30 * _WEIGHT_SHARE * float(group.gpu_share))
 
 
 def _no_room(group: HostGroup, placed: int, wanted: int, matching: Sequence[_Room]) -> PlacementError:
-    if group.device == "cuda":
-        total = sum(int(room.node.gpus) for room in matching)
+    if group.gpu_share:
+        there = "; ".join(f"{room.node.hostname} has {room.gpus}" for room in matching)
+        several = any(room.gpus.number > 1 for room in matching)
+        wants = "a GPU" if group.gpu_share == 1 else f"{group.gpu_share:f} of a GPU"
         return PlacementError(
-            f"host group {group.name}: {placed} of {wanted} hosts have a GPU, the others none "
-            f"(the matching nodes have {total}, engines included)",
-            "lower the group's count, or add GPU nodes",
+            f"host group {group.name}: {placed} of {wanted} hosts get {wants} each: {there}",
+            f"lower the group's gpus or count, or engine.gpus, or add GPU nodes{_SHARES if several else ''}",
         )
     left = ", ".join(f"{room.node.hostname} {room.memory / 2**30:.1f} GiB" for room in matching)
     return PlacementError(

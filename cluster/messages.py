@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from cluster.live_versions import Variants
@@ -43,6 +44,8 @@ class HostSlot:
     node_id: str
     memory_bytes: int
     threads: int
+    gpus: Decimal = Decimal(0)
+    """Its share of a GPU; 0 on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +221,8 @@ class HostSpec:
     """Most that the process may take; 0 for no limit."""
     group: str = ""
     """Name of its host group."""
+    gpus: Decimal = Decimal(0)
+    """Its share of a GPU; 0 on a CPU."""
     variants: Variants = field(default_factory=dict)
     """What those numbers are that are not the base checkpoint's."""
     store: StoreAddress | None = None

@@ -65,6 +65,7 @@ def _new_host(snapshot: Snapshot, group: str) -> HostSpec:
         unix=f"expertmesh-{deployment.run}-{slot.host_id}",
         tcp_port=0,
         memory_limit_bytes=wanted.memory_limit or 0,
+        gpus=wanted.gpu_share,
     )
     # On another node than the one it is like, only TCP leads there.
     return replace(moved(spec, node), threads=slot.threads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 
 from cluster.config import HostGroup
 
@@ -14,7 +15,8 @@ class NodeShape:
 
     count: int
     cpus: int
-    gpus: int = 0
+    gpus: Decimal = Decimal(0)
+    """Of one GPU, 1 at most."""
     memory_bytes: int = 0
     """0 if it does not matter."""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -29,7 +31,7 @@ def node_shape(group: HostGroup, count: int) -> NodeShape:
     """
     cpus = 1 if group.threads == "auto" else group.threads
     if group.device == "cuda":
-        return NodeShape(count, cpus, gpus=1, labels=group.selector)
+        return NodeShape(count, cpus, gpus=group.gpu_share, labels=group.selector)
     memory = 0 if group.memory == "auto" else int(group.memory)
     return NodeShape(count, cpus, memory_bytes=memory, labels=group.selector)
 
@@ -37,7 +39,7 @@ def node_shape(group: HostGroup, count: int) -> NodeShape:
 def in_words(shape: NodeShape) -> str:
     """Such as ``2 × (4 CPU + 3 GiB where zone: b)``."""
     parts = [f"{shape.cpus} CPU"] if shape.cpus else []
-    parts += [f"{shape.gpus} GPU"] if shape.gpus else []
+    parts += [f"{shape.gpus:f} GPU"] if shape.gpus else []
     parts += [f"{shape.memory_bytes / 2**30:g} GiB"] if shape.memory_bytes else []
     labels = ", ".join(f"{key}: {value}" for key, value in sorted(shape.labels.items()))
     return f"{shape.count} × ({' + '.join(parts)}{f' where {labels}' if labels else ''})"

@@ -151,7 +151,7 @@ def plan(
 
 
 def _speed(slot: HostSlot) -> int:
-    return _GPU_SPEED if slot.device == "cuda" else slot.threads
+    return max(1, int(_GPU_SPEED * slot.gpus)) if slot.gpus else slot.threads
 
 
 def _place(

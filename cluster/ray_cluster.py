@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -162,6 +163,13 @@ def local_node() -> NodeInfo:
         ip="127.0.0.1",
         hostname=socket.gethostname(),
         cpus=float(len(os.sched_getaffinity(0))),
-        gpus=0.0,
+        gpus=float(_gpus()),
         memory_bytes=psutil.virtual_memory().available,
     )
+
+
+def _gpus() -> int:
+    """NVIDIA GPUs of this machine that a Ray node on it would have."""
+    there = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return there if visible is None else min(there, len([gpu for gpu in visible.split(",") if gpu]))

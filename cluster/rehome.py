@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import Final
 
+from cluster.gpu_shares import NodeGpus
 from cluster.inventory import matches
 from cluster.messages import HostSpec, NodeInfo
 
@@ -25,7 +27,8 @@ class Limits:
     """Host id → the labels that its node must have, in Ray's notation."""
     reserved_bytes: Mapping[str, int] = field(default_factory=dict)
     """Node id → bytes that the engines take there."""
-    reserved_gpus: Mapping[str, int] = field(default_factory=dict)
+    reserved_gpus: Mapping[str, tuple[Decimal, ...]] = field(default_factory=dict)
+    """Node id → the shares of GPUs that the engines take there."""
     drained: tuple[str, ...] = ()
     """Ids of nodes that nothing is placed on."""
 
@@ -45,8 +48,8 @@ def new_home(
 ) -> NodeInfo | None:
     """The node for `moving`, of those with room; None if there is none.
 
-    First those where no other host has a copy of its experts, among them the one with most memory left.
-    `residents` are all other hosts.
+    First those where no other host has a copy of its experts, among them those where it shares a GPU with an engine,
+    which then computes with its memory, then the one with most memory left. `residents` are all other hosts.
     """
     able = [
         node
@@ -59,6 +62,7 @@ def new_home(
         able,
         key=lambda node: (
             _shared(moving, node, residents),
+            not (moving.spec.gpus and _gpus(moving, node, residents, limits).last_beside_engine),
             -_memory_left(node, residents, limits),
             node.node_id,
         ),
@@ -68,16 +72,15 @@ def new_home(
 
 def has_room(moving: Resident, node: NodeInfo, residents: Sequence[Resident], limits: Limits) -> bool:
     """Whether the node has the device and what the host takes of it."""
-    if moving.spec.device == "cuda":
-        taken = sum(other.spec.device == "cuda" for other in residents if other.node_id == node.node_id)
-        return node.gpus - limits.reserved_gpus.get(node.node_id, 0) - taken >= 1
+    if moving.spec.gpus:
+        return _gpus(moving, node, residents, limits).granted
     # A node that was started with no CPUs is one on which nothing should run, such as a bare head.
     return node.cpus >= 1 and _memory_left(node, residents, limits) >= memory(moving)
 
 
 def memory(host: Resident) -> int:
     """Bytes of its node's memory that a host takes; the weights of a GPU host lie elsewhere."""
-    return 0 if host.spec.device == "cuda" else int(host.weight_bytes * _MEMORY_PER_WEIGHT)
+    return 0 if host.spec.gpus else int(host.weight_bytes * _MEMORY_PER_WEIGHT)
 
 
 def moved(spec: HostSpec, node: NodeInfo) -> HostSpec:
@@ -91,6 +94,13 @@ def moved(spec: HostSpec, node: NodeInfo) -> HostSpec:
         tcp_ip=node.ip,
         threads=min(spec.threads, max(1, int(node.cpus))),
     )
+
+
+def _gpus(moving: Resident, node: NodeInfo, residents: Sequence[Resident], limits: Limits) -> NodeGpus:
+    """The node's GPUs with the host on one of them."""
+    shares = (other.spec.gpus for other in residents if other.node_id == node.node_id and other.spec.gpus)
+    there = NodeGpus(int(node.gpus), limits.reserved_gpus.get(node.node_id, ()), tuple(shares))
+    return there.with_host(moving.spec.gpus, late=True)
 
 
 def _memory_left(node: NodeInfo, residents: Sequence[Resident], limits: Limits) -> int:

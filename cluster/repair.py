@@ -186,7 +186,10 @@ def _launched(
 
 
 def _no_room(moving: Resident) -> str:
-    wants = "a GPU for it" if moving.spec.device == "cuda" else f"the {_size(memory(moving))} that it needs"
+    share = moving.spec.gpus
+    wants = f"the {_size(memory(moving))} that it needs"
+    if share:
+        wants = "a GPU for it" if share == 1 else f"its share of {share:f} left on one GPU"
     return f"node {moving.node_id} is gone and no living node that fits has {wants}"
 
 

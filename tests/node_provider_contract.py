@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Protocol
 
 from cluster.node_shape import NodeShape
@@ -17,7 +18,7 @@ Room = tuple[frozenset[tuple[str, float]], frozenset[tuple[str, str]]]
 """Resources and labels of one host, as the autoscaler has them."""
 
 CPU = NodeShape(2, 4, memory_bytes=3 * 2**30, labels={"zone": "b"})
-GPU = NodeShape(1, 1, gpus=1, labels={"kind": "in(a100, h100)", "zone": "!b"})
+GPU = NodeShape(1, 1, gpus=Decimal("0.4"), labels={"kind": "in(a100, h100)", "zone": "!b"})
 
 
 RAY_ASKED_FOR_NOTHING = "Ray's autoscaler is asked for nothing"
@@ -82,5 +83,5 @@ class NodeProviderContract:
         world.provider.request({"cpu": CPU, "gpu": GPU})
         text = world.provider.describe()
         assert "2 × (4 CPU + 3 GiB where zone: b)" in text
-        assert "1 × (1 CPU + 1 GPU where kind: in(a100, h100), zone: !b)" in text
+        assert "1 × (1 CPU + 0.4 GPU where kind: in(a100, h100), zone: !b)" in text
         assert "\n" not in text

@@ -120,7 +120,8 @@ def plan(
     """Show which host would hold which experts; starts nothing of the mesh."""
     from cluster.ray_cluster import local_node
     from workloads.config_view import plan_json, plan_table
-    from workloads.deploy import blueprint, engine_memory, engine_needs
+    from workloads.deploy import blueprint
+    from workloads.engine_resources import engine_memory, engine_needs
     from workloads.progress import stages
     from workloads.serve import open_model
 

@@ -47,7 +47,7 @@ def plan_table(plan: Plan, slots: Sequence[HostSlot], nodes: Sequence[NodeInfo])
         table.add_row(
             slot.host_id,
             _plain(hostnames.get(slot.node_id) or slot.node_id[:8]),
-            slot.device,
+            _device(slot),
             _ranges(plan, slot.host_id),
             str(slot.threads),
             str(totals[slot.host_id]),
@@ -81,6 +81,7 @@ def plan_json(plan: Plan, slots: Sequence[HostSlot], nodes: Sequence[NodeInfo]) 
             slot.host_id: {
                 "node": hostnames.get(slot.node_id) or slot.node_id,
                 "device": slot.device,
+                "gpus": float(slot.gpus),
                 "threads": slot.threads,
                 "bytes": sizes[slot.host_id],
                 "limit_bytes": slot.memory_bytes,
@@ -129,6 +130,11 @@ def _masked(value: object, key: str) -> object:
     if not isinstance(value, dict):
         return _MASK if _SECRET_OPTION.match(key) else value
     return {name: _masked(inner, f"{key}.{name}") for name, inner in value.items()}
+
+
+def _device(slot: HostSlot) -> str:
+    """Such as ``cpu``, ``cuda``, or ``0.4 cuda``."""
+    return slot.device if slot.gpus in (0, 1) else f"{slot.gpus:f} {slot.device}"
 
 
 def _ranges(plan: Plan, host_id: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from cluster.config import Config
 from cluster.deployment import Deployment, holding
 from cluster.errors import CheckpointError, PlacementError
 from cluster.frame import ITEM_BYTES
-from cluster.inventory import matches, slots
+from cluster.inventory import slots
 from cluster.live_versions import LiveVersions
 from cluster.messages import (
     AdminSettings,
@@ -34,14 +34,18 @@ from cluster.placement import Plan, plan
 from cluster.rehome import Limits
 from cluster.replication import read_counts
 from cluster.table import PlacementTable
-from workloads.config_view import show_size
+from workloads.engine_resources import (
+    engine_needs,
+    engine_nodes,
+    gpu_arguments,
+    reserved_gpus,
+    reserved_memory,
+)
 from workloads.models.unsupported import UNSUPPORTED
 from workloads.version_store import store_address, version_settings
 
 # Rows in one message. Prefill steps longer than this go in several rounds; it bounds the shared memory.
 _MAX_ROWS = 2048
-ENGINE_CPUS = 1
-"""CPUs that Ray counts for an engine."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,11 @@ def blueprint(
     """
     check_supported(checkpoint)
     counts = read_counts(config.placement.rules)
-    engines = engine_nodes(nodes, config.engine.selector, here)
+    engines = engine_nodes(nodes, config.engine.selector, here, config.engine.gpu_shares)
     reserved = reserved_memory(config, checkpoint, dtype, engines)
+    gpus = reserved_gpus(config, engines)
     try:
-        chosen = slots(config.hosts, nodes, reserved_memory=reserved)
+        chosen = slots(config.hosts, nodes, reserved_memory=reserved, reserved_gpus=gpus)
         placed = plan(
             checkpoint.moe_layers,
             chosen,
@@ -106,7 +111,7 @@ def blueprint(
             {layer.index: layer.num_experts for layer in checkpoint.moe_layers},
         ),
         table.to_json(),
-        Limits({slot.host_id: selectors[slot.group] for slot in chosen}, reserved),
+        Limits({slot.host_id: selectors[slot.group] for slot in chosen}, reserved, gpus),
         run=run,
         layers=checkpoint.moe_layers,
         item_bytes=ITEM_BYTES[dtype],
@@ -142,53 +147,6 @@ def check_supported(checkpoint: Checkpoint) -> None:
         )
 
 
-def engine_nodes(
-    nodes: Sequence[NodeInfo], selector: Mapping[str, str], here: str = ""
-) -> tuple[NodeInfo, ...]:
-    """The nodes that engines may run on: those that match the selector, if there is one.
-
-    Without one all engines run on one node, where they share the server's port: the one that `serve` was called on,
-    if Ray may start anything there. PlacementError if there is none.
-    """
-    able = [node for node in nodes if node.cpus >= ENGINE_CPUS]
-    if not able:
-        raise PlacementError(
-            "no node of the Ray cluster has a CPU for the engine", "start nodes with --num-cpus"
-        )
-    if not selector:
-        return (next((node for node in able if node.node_id == here), able[0]),)
-    found = tuple(node for node in able if matches(selector, node.labels))
-    if not found:
-        wanted = ", ".join(f"{key}: {value}" for key, value in selector.items())
-        raise PlacementError(
-            f"no node with a CPU matches engine.selector {wanted}",
-            "label a node with `ray start --labels=...`, or leave the selector out",
-        )
-    return found
-
-
-def reserved_memory(
-    config: Config, checkpoint: Checkpoint, dtype: str, engines: Sequence[NodeInfo]
-) -> dict[str, int]:
-    """Bytes by node id that engines take, if they are spread evenly over the nodes they may run on."""
-    each = engine_memory(config, checkpoint, dtype)
-    most = -(-config.engine.replicas // len(engines))
-    return {node.node_id: most * each for node in engines}
-
-
-def engine_memory(config: Config, checkpoint: Checkpoint, dtype: str) -> int:
-    """Bytes that one engine takes of its node's memory; none where it holds weights and KV cache on a GPU."""
-    if config.engine.device == "cuda":
-        return 0
-    return checkpoint.dense_bytes(dtype) + int(config.engine.kv_cache)
-
-
-def engine_needs(config: Config, checkpoint: Checkpoint, dtype: str) -> str:
-    """The same of one engine in words."""
-    weights, cache = show_size(checkpoint.dense_bytes(dtype)), show_size(int(config.engine.kv_cache))
-    return f"kept for each engine on its node: {weights} of weights, {cache} of KV cache"
-
-
 def host_specs(
     config: Config,
     checkpoint: Checkpoint,
@@ -222,6 +180,7 @@ def host_specs(
             tcp_port=0,
             memory_limit_bytes=limit[slot.group] or 0,
             group=slot.group,
+            gpus=slot.gpus,
             store=store_address(config, checkpoint),
         )
         for slot in chosen
@@ -284,7 +243,7 @@ def router_spec_for(config: Config, checkpoint: Checkpoint, dtype: str, name: st
         "kv_cache_memory_bytes": int(engine.kv_cache),
         "enforce_eager": engine.enforce_eager,
         "distributed_executor_backend": "uni",
-        **(attention_arguments(checkpoint, dtype) if engine.device != "cuda" else {}),
+        **(gpu_arguments(engine.gpus) if engine.device == "cuda" else attention_arguments(checkpoint, dtype)),
     }
     if engine.max_model_len is not None:
         arguments["max_model_len"] = engine.max_model_len

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.config import Config
-from workloads.deploy import ENGINE_CPUS, engine_environment
+from workloads.deploy import engine_environment
+from workloads.engine_resources import ENGINE_CPUS
 
 
 def replica_options(config: Config, selector: Mapping[str, str]) -> dict[str, Any]:
@@ -14,6 +15,7 @@ def replica_options(config: Config, selector: Mapping[str, str]) -> dict[str, An
     return {
         "ray_actor_options": {
             "num_cpus": ENGINE_CPUS,
+            "num_gpus": float(sum(config.engine.gpu_shares)),
             "label_selector": dict(selector),
             "runtime_env": {"env_vars": engine_environment(config)},
         },

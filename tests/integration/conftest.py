@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -27,8 +29,11 @@ os.environ.update(ray_environment(_token))
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
-    """A cluster of this process's own, with a token of its own; its address."""
-    with connected(RayConfig(token_path=str(_token))) as address:
+    """A cluster of this process's own, with a token of its own; its address. Its node is said to have two GPUs."""
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_OVERRIDE_RESOURCES", json.dumps({"GPU": 2}))
+            address = stack.enter_context(connected(RayConfig(token_path=str(_token))))
         yield address
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import yaml
 
 from cluster.inventory import slots
 from cluster.messages import NodeInfo
+from cluster.ray_cluster_manifest import read_nodes
 from tests.charts import matrix
 from tests.charts import serve_chart as chart
 from tests.charts.helm import of_kind, one
 from tests.charts.kubernetes_schemas import pod_templates
+from workloads.engine_resources import engine_nodes, reserved_gpus
+from workloads.ray_service import lacking
 
 _ROWS = [
     row for row in matrix.rows() if row.chart == chart.CHART and row.switch in (matrix.PLAIN, "own-store")
@@ -30,9 +34,13 @@ def test_the_program_reads_its_configuration(row: matrix.Row, tmp_path: Path) ->
     assert config.server.host == "0.0.0.0" and config.server.port == 8080 and config.admin.port == 8081
     assert [key.get_secret_value() for key in config.server.api_keys] == ["an api key"]
     assert [key.get_secret_value() for key in config.admin.keys] == ["an admin key"]
-    assert [group.name for group in config.hosts] == [name for name in groups if name != "router"]
+    inside = [host for host in config.hosts if host.name not in groups]
+    assert [*inside, *(host for host in config.hosts if host.name in groups)] == list(config.hosts)
+    assert [name for name in groups if name != "router"] == [
+        host.name for host in config.hosts[len(inside) :]
+    ]
     for host in config.hosts:
-        group = groups[host.name]
+        group = groups["router" if host in inside else host.name]
         assert host.count == group["replicas"]
         limits = chart.container(group)["resources"]["limits"]
         assert (host.device == "cuda") == ("nvidia.com/gpu" in limits)
@@ -74,6 +82,30 @@ def test_each_host_has_a_pod_of_its_own(example: str, tmp_path: Path) -> None:
     assert all(
         slot.host_id == slot.node_id or slot.group == slot.node_id.rpartition("-")[0] for slot in placed
     )
+
+
+def test_hosts_in_router_pods_share_the_engines_gpu(tmp_path: Path) -> None:
+    """By the planner: one of each in every pod, beside the engine, which Ray then grants them together."""
+    objects = chart.render("shared-gpu")
+    config = chart.config(objects, tmp_path)
+    manifest = tmp_path / "cluster.yaml"
+    manifest.write_text(yaml.safe_dump(one(objects, "RayService")))
+    nodes = read_nodes(manifest)
+    engines = reserved_gpus(
+        config, engine_nodes(nodes, config.engine.selector, gpus=config.engine.gpu_shares)
+    )
+    assert engines == {f"router-{index}": (Decimal("0.4"),) for index in range(2)}
+    placed = {slot.host_id: slot for slot in slots(config.hosts, nodes, reserved_gpus=engines)}
+    where = {host_id: slot.node_id for host_id, slot in placed.items()}
+    assert where == {
+        **{f"{name}-{index}": f"router-{index}" for name in ("near", "narrow") for index in range(2)},
+        **{f"cpu-{index}": f"cpu-{index}" for index in range(2)},
+    }
+    assert placed["narrow-0"].gpus == Decimal("0.3") and placed["cpu-0"].gpus == 0
+    near, narrow, _ = config.hosts
+    assert (narrow.memory_limit, narrow.kernel) == (24 << 30, "vllm-cuda-fp8")
+    assert (near.memory_limit, near.kernel, near.memory) == (None, "auto", 20 << 30)
+    assert not lacking(config, nodes)
 
 
 def _cpus(quantity: str) -> float:

@@ -18,7 +18,7 @@ def test_values_may_say_all_of_the_configuration_but_what_the_chart_decides() ->
     schema = json.loads((CHARTS / chart.CHART / "values.schema.json").read_text())["properties"]["config"]
     decided = {
         "": {"hosts", "ray", "admin"},
-        "engine": {"replicas", "device", "selector"},
+        "engine": {"replicas", "device", "gpus", "selector"},
         "server": {"host", "port", "api_keys"},
         "versions": {"store"},
     }
@@ -38,6 +38,10 @@ def test_names_are_as_long_as_kuberay_takes_and_no_longer() -> None:
         chart.render(release="r" * 31)
 
 
+_ON_GPU: dict[str, Any] = {
+    "device": "cuda",
+    "resources": {"limits": {"cpu": 1, "memory": "1Gi", "nvidia.com/gpu": 1}},
+}
 _REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"replicas": 3}, "replicas"),
     "unknown key of a group": ({"hostGroups": [{"name": "a", "count": 2}]}, "hostGroups.0.count"),
@@ -66,6 +70,26 @@ _REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "all pods kept": (
         {"hostGroups": [{"name": "a", "replicas": 2, "minAvailable": 2}]},
         "hostGroups.0.minAvailable",
+    ),
+    "a share of a processor": ({"router": {"gpus": 0.5}}, "router.gpus"),
+    "hosts beside no GPU": ({"router": {"hosts": [{"name": "a", "gpus": 0.5}]}}, "router.hosts"),
+    "a host without its share": ({"router": {**_ON_GPU, "hosts": [{"name": "a"}]}}, "router.hosts.0.gpus"),
+    "more shares than GPUs": (
+        {
+            "router": {
+                **_ON_GPU,
+                "gpus": 0.5,
+                "hosts": [{"name": "a", "gpus": 0.3}, {"name": "b", "gpus": 0.3}],
+            }
+        },
+        "router.hosts: engine and hosts take 1.1 GPUs in all",
+    ),
+    "a name in routers and groups": (
+        {
+            "router": {**_ON_GPU, "gpus": 0.5, "hosts": [{"name": "a", "gpus": 0.5}]},
+            "hostGroups": [{"name": "a"}],
+        },
+        "hostGroups.0.name: a is the name of router.hosts.0 too",
     ),
     "no GPU": ({"hostGroups": [{"name": "a", "device": "cuda"}]}, "hostGroups.0.resources.limits"),
     "a GPU for nobody": (

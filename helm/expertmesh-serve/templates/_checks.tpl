@@ -40,13 +40,20 @@
 {{- if gt (int $v.head.minAvailable) 1 -}}
 {{- fail "head.minAvailable: there is one head pod" -}}
 {{- end -}}
+{{- include "expertmesh.checkShares" $v.router -}}
 {{- $seen := dict -}}
+{{- range $index, $host := $v.router.hosts -}}
+{{- if hasKey $seen $host.name -}}
+{{- fail (printf "router.hosts.%d.name: %s is the name of %s too" $index $host.name (get $seen $host.name)) -}}
+{{- end -}}
+{{- $_ := set $seen $host.name (printf "router.hosts.%d" $index) -}}
+{{- end -}}
 {{- range $index, $group := (include "expertmesh.groups" . | fromYaml).groups -}}
 {{- $key := printf "hostGroups.%d" $index -}}
 {{- if hasKey $seen $group.name -}}
-{{- fail (printf "%s.name: %s is the name of hostGroups.%d too" $key $group.name (int (get $seen $group.name))) -}}
+{{- fail (printf "%s.name: %s is the name of %s too" $key $group.name (get $seen $group.name)) -}}
 {{- end -}}
-{{- $_ := set $seen $group.name $index -}}
+{{- $_ := set $seen $group.name $key -}}
 {{- include "expertmesh.checkDevice" (dict "key" $key "group" $group) -}}
 {{- with $group.autoscale -}}
 {{- if not (include "expertmesh.scales" $) -}}
@@ -57,6 +64,28 @@
 {{- end -}}
 {{- end -}}
 {{- include "expertmesh.checkBudget" (dict "key" $key "group" $group "least" (include "expertmesh.least" $group)) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Shares of the GPUs that a router pod asks for, in ten thousandths: Ray counts in them. */}}
+{{- define "expertmesh.checkShares" -}}
+{{- $engine := int (round (mulf 10000 (float64 .gpus)) 0) -}}
+{{- if eq .device "cpu" -}}
+{{- if ne $engine 10000 -}}
+{{- fail "router.gpus: is a share of a GPU, and router.device is cpu" -}}
+{{- end -}}
+{{- if .hosts -}}
+{{- fail "router.hosts: share the engine's GPU, and router.device is cpu; name them in hostGroups" -}}
+{{- end -}}
+{{- else -}}
+{{- $taken := $engine -}}
+{{- range $index, $host := .hosts -}}
+{{- $taken = add $taken (int (round (mulf 10000 (float64 $host.gpus)) 0)) -}}
+{{- end -}}
+{{- $there := get .resources.limits (include "expertmesh.gpu" .resources) | int -}}
+{{- if gt $taken (mul 10000 $there) -}}
+{{- fail (printf "router.hosts: engine and hosts take %v GPUs in all, router.resources.limits asks for %d" (divf $taken 10000) $there) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 

@@ -5,6 +5,7 @@
 {{- $engine := $config.engine | default dict -}}
 {{- $_ := set $engine "replicas" (int $router.replicas) -}}
 {{- $_ := set $engine "device" $router.device -}}
+{{- $_ := set $engine "gpus" $router.gpus -}}
 {{- $_ := set $engine "selector" (dict "expertmesh.io/role" "router") -}}
 {{- if not $engine.threads -}}
 {{- /* `auto` would be all cores of the node, of which the pod has a part. */ -}}
@@ -12,6 +13,12 @@
 {{- end -}}
 {{- $_ := set $config "engine" $engine -}}
 {{- $hosts := list -}}
+{{- range $router.hosts -}}
+{{- $host := dict "name" .name "count" (int $router.replicas) "device" $router.device "gpus" .gpus "memory" (.memory | default "auto") "kernel" (.kernel | default "auto") "threads" 1 -}}
+{{- $_ := set $host "selector" (dict "expertmesh.io/role" "router") -}}
+{{- with .memoryLimit -}}{{- $_ := set $host "memory_limit" . -}}{{- end -}}
+{{- $hosts = append $hosts $host -}}
+{{- end -}}
 {{- range (include "expertmesh.groups" . | fromYaml).groups -}}
 {{- $host := dict "name" .name "count" (int .replicas) "device" .device "memory" .memory "kernel" .kernel -}}
 {{- $_ := set $host "selector" (dict "expertmesh.io/group" .name) -}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 
 import pytest
 
@@ -13,7 +14,7 @@ from cluster.config import HostGroup
 from cluster.errors import PlacementError
 from cluster.group_loads import Queue, Snapshot
 from cluster.messages import HostAddress, HostReport
-from cluster.node_shape import NodeShape, node_shape
+from cluster.node_shape import NodeShape, in_words, node_shape
 
 GROUPS = (
     HostGroup.model_validate(
@@ -243,5 +244,7 @@ def test_after_its_end_nothing_is_asked_for(mesh: Mesh, scaler: Autoscaler) -> N
 def test_shapes() -> None:
     cpu, gpu = GROUPS
     assert node_shape(cpu, 3) == NodeShape(3, 4, memory_bytes=8 * 2**30, labels={"zone": "b"})
-    assert node_shape(gpu, 1) == NodeShape(1, 1, gpus=1)
+    assert node_shape(gpu, 1) == NodeShape(1, 1, gpus=Decimal(1))
+    part = node_shape(HostGroup.model_validate({"device": "cuda", "gpus": "0.40"}), 2)
+    assert part == NodeShape(2, 1, gpus=Decimal("0.4")) and in_words(part) == "2 × (1 CPU + 0.4 GPU)"
     assert node_shape(HostGroup(), 2) == NodeShape(2, 1)

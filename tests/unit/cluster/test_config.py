@@ -123,6 +123,25 @@ def test_merge_keys_and_anchors() -> None:
         ("port: 1\n", "file given.yaml:1: port = 1: unknown key\n  did you mean server.port or admin.port?"),
         ("zebra: 1\n", "valid keys here: model, engine, hosts,"),
         ("engine: {device: gpu}\n", "'gpu': not one of the allowed values\n  allowed: auto, cpu, cuda"),
+        (
+            "engine: {gpus: 0.4}\n",
+            "engine.gpus: 0.4 of a GPU is for engines on cuda, engine.device is auto",
+        ),
+        (
+            "engine: {device: cuda, gpus: 1.5}\n",
+            "engine.gpus = 1.5: should be a share of one GPU above 0 and at most",
+        ),
+        (
+            "engine: {device: cuda, gpus: 0.5, options: {tensor_parallel_size: 2}}\n",
+            "engine.gpus: 0.5 of a GPU each is not for an engine of 2 ranks",
+        ),
+        (
+            "hosts: [{name: a, gpus: 0.4}]\n",
+            "hosts.0.gpus: 0.4 of a GPU is for hosts on cuda, those of a are",
+        ),
+        ("hosts: [{device: cuda, gpus: 0}]\n", "hosts.0.gpus = 0: should be a share of one GPU above 0"),
+        ("hosts: [{device: cuda, gpus: 0.00001}]\n", "with at most 4 decimals, such as 0.4"),
+        ("hosts: [{device: cuda, gpus: true}]\n", "hosts.0.gpus = true: should be a share of one GPU"),
         ("log_level: inof\n", "did you mean info?"),
         ("engine: {max_num_seqs: many}\n", "engine.max_num_seqs = 'many': should be a valid integer"),
         ("engine: {max_num_seqs: true}\n", "engine.max_num_seqs = true: should be a whole number"),

@@ -83,7 +83,7 @@ def test_the_reference_s_defaults_of_autoscaling_are_the_code_s() -> None:
 def test_the_references_examples_load(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
     blocks = [block.partition("```")[0] for block in text.split("```yaml\n")[1:]]
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     for block in blocks:
         file = tmp_path / "block.yaml"
         file.write_text(block)

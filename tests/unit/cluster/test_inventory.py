@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from cluster.config import HostGroup
 from cluster.errors import PlacementError
-from cluster.inventory import matches, nodes_from_ray, slots
+from cluster.gpu_shares import turns
+from cluster.inventory import join, matches, nodes_from_ray, slots
 from cluster.messages import NodeInfo
 
 GIB = 2**30
@@ -147,13 +149,59 @@ def test_gpu_hosts_take_one_gpu_each_and_leave_the_engines() -> None:
         node("b", gpus=1, labels={"ray.io/accelerator-type": "L4"}),
         node("c", memory=900),
     ]
-    found = slots([group(count=2, device="cuda")], nodes, reserved_gpus={"a": 1})
+    found = slots([group(count=2, device="cuda")], nodes, reserved_gpus={"a": (Decimal(1),)})
     assert [(slot.node_id, slot.device, slot.memory_bytes) for slot in found] == [
         ("a", "cuda", 64 * GIB),
         ("b", "cuda", int(24 * GIB * 0.8)),
     ]
-    with pytest.raises(PlacementError, match="2 of 3 hosts have a GPU"):
-        slots([group(count=3, device="cuda")], nodes, reserved_gpus={"a": 1})
+    with pytest.raises(
+        PlacementError, match="group local: 2 of 3 hosts get a GPU each: host-of-a has 2 GPUs, of"
+    ):
+        slots([group(count=3, device="cuda")], nodes, reserved_gpus={"a": (Decimal(1),)})
+
+
+H100 = {"ray.io/accelerator-type": "H100"}
+
+
+def test_hosts_share_a_gpu_with_the_engine_before_they_take_another() -> None:
+    nodes = [node("a", gpus=1, labels=H100), node("b", gpus=1, labels=H100, memory=900)]
+    some = group(name="gpu", count=3, device="cuda", gpus=0.3)
+    found = slots([some], nodes, reserved_gpus={"a": (Decimal("0.4"),)})
+    assert [slot.node_id for slot in found] == ["a", "a", "b"]
+    assert {(slot.gpus, slot.memory_bytes) for slot in found} == {(Decimal("0.3"), int(80 * GIB * 0.8 * 0.3))}
+    placed = [(some, "a"), (some, "b")]
+    late = join(some, "gpu-9", placed, nodes, reserved_gpus={"a": (Decimal("0.4"),)})
+    assert late.node_id == "a"
+    late = join(some, "gpu-9", [*placed, (some, "a")], nodes, reserved_gpus={"a": (Decimal("0.4"),)})
+    assert late.node_id == "b"
+    explicit = group(device="cuda", gpus=0.3, memory="70GiB")
+    assert slots([explicit], nodes)[0].memory_bytes == 70 * GIB
+
+
+def test_two_free_halves_are_no_gpu() -> None:
+    nodes = [node("a", gpus=2, labels=H100)]
+    halves = group(name="half", count=3, device="cuda", gpus=0.5)
+    assert len(slots([halves], nodes)) == 3
+    with pytest.raises(PlacementError) as no:
+        slots([halves, group(name="whole", device="cuda")], nodes)
+    assert no.value.message == (
+        "host group whole: 0 of 1 hosts get a GPU each: host-of-a has 2 GPUs, of which hosts take 0.5 + 0.5 + 0.5"
+    )
+    with pytest.raises(PlacementError, match=r"half: 4 of 5 hosts get 0\.5 of a GPU each") as no:
+        slots([halves.model_copy(update={"count": 5})], nodes)
+    for way_out in (
+        "lower the group's gpus or count",
+        "engine.gpus",
+        "add GPU nodes; on a node of several GPUs Ray chooses",
+    ):
+        assert way_out in no.value.hint
+    with pytest.raises(PlacementError, match="group local: 1 of 2 hosts get"):
+        join(
+            group(device="cuda", gpus=0.6),
+            "local-1",
+            [(group(device="cuda", gpus=0.6), "a")],
+            [node("a", gpus=1)],
+        )
 
 
 def test_a_gpu_of_unknown_size_needs_a_limit() -> None:
@@ -178,11 +226,17 @@ some_nodes = st.lists(
 ).map(lambda rows: [node(f"n{i}", cpus=c, gpus=g, memory=m) for i, (c, g, m) in enumerate(rows)])
 some_groups = st.lists(
     st.tuples(
-        st.integers(1, 6), st.sampled_from(["cpu", "cuda"]), st.sampled_from(["auto", "1GiB", "40GiB"])
-    ).filter(lambda row: row[1:] != ("cuda", "auto")),
+        st.integers(1, 6),
+        st.sampled_from([("cpu", 1), ("cuda", 1), ("cuda", 0.5), ("cuda", 0.3), ("cuda", 0.1)]),
+        st.sampled_from(["auto", "1GiB", "40GiB"]),
+    ).filter(lambda row: row[1][0] == "cpu" or row[2] != "auto"),
     min_size=1,
     max_size=3,
-).map(lambda rows: [group(name=f"g{i}", count=c, device=d, memory=m) for i, (c, d, m) in enumerate(rows)])
+).map(
+    lambda rows: [
+        group(name=f"g{i}", count=c, device=d, gpus=s, memory=m) for i, (c, (d, s), m) in enumerate(rows)
+    ]
+)
 
 
 @given(some_groups, some_nodes)
@@ -196,5 +250,6 @@ def test_nodes_are_never_overdrawn(groups: list[HostGroup], nodes: list[NodeInfo
     for one in nodes:
         here = [slot for slot in found if slot.node_id == one.node_id]
         assert sum(slot.memory_bytes for slot in here if slot.device == "cpu") <= one.memory_bytes
-        assert sum(slot.device == "cuda" for slot in here) <= one.gpus
+        on_gpus = [slot.gpus for slot in here if slot.device == "cuda"]
+        assert len(set(turns(int(one.gpus), on_gpus))) <= one.gpus
         assert all(1 <= slot.threads <= one.cpus for slot in here)

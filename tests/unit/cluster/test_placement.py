@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 
 import pytest
 from hypothesis import given
@@ -20,7 +21,7 @@ PLENTY = 10**15
 def host(
     name: str, *, node: str = "n", memory: int = PLENTY, threads: int = 4, device: str = "cpu"
 ) -> HostSlot:
-    return HostSlot(name, "g", device, node, memory, threads)
+    return HostSlot(name, "g", device, node, memory, threads, Decimal(device == "cuda"))
 
 
 def settings(replicas: int = 1, **values: object) -> PlacementConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from decimal import Decimal
 
 import pytest
 
@@ -14,10 +15,14 @@ def node(node_id: str, memory: int = 1000, cpus: float = 4, gpus: float = 0, **l
     return NodeInfo(node_id, f"ip-{node_id}", node_id, cpus, gpus, memory, labels)
 
 
-def host(host_id: str, node_id: str, *experts: int, weight: int = 80, device: str = "cpu") -> Resident:
+def host(
+    host_id: str, node_id: str, *experts: int, weight: int = 80, device: str = "cpu", gpus: str = "1"
+) -> Resident:
     spec = HostSpec(
         host_id, node_id, "/m", "m", "m", "float32", device, "auto", 8, {3: experts}, host_id, "", 0
     )
+    if device == "cuda":
+        spec = replace(spec, gpus=Decimal(gpus))
     return Resident(spec, node_id, weight)
 
 
@@ -61,7 +66,25 @@ def test_a_gpu_host_needs_a_gpu_that_is_free() -> None:
     taken = (host("x", "a", 5, device="cuda"),)
     assert new_home(lost, taken, [node("a", gpus=1)], Limits()) is None
     assert new_home(lost, taken, [node("a", gpus=2)], Limits()) is not None
-    assert new_home(lost, taken, [node("a", gpus=2)], Limits(reserved_gpus={"a": 1})) is None
+    assert new_home(lost, taken, [node("a", gpus=2)], Limits(reserved_gpus={"a": (Decimal(1),)})) is None
+
+
+def test_a_share_of_a_gpu_is_of_one_gpu_and_of_the_engines_if_there_is_room() -> None:
+    lost = host("lost", "gone", 1, device="cuda", gpus="0.3")
+    engine = Limits(reserved_gpus={"b": (Decimal("0.5"),)})
+
+    def at(*others: Resident, limits: Limits = engine) -> str | None:
+        chosen = new_home(lost, others, [node("a", 9000, gpus=2), node("b", gpus=1)], limits)
+        return chosen and chosen.node_id
+
+    assert at(limits=Limits()) == "a"
+    assert at() == "b"
+    # Apart from the other copies counts for more.
+    assert at(host("x", "b", 1, device="cuda", gpus="0.1")) == "a"
+    beside = host("x", "b", 5, device="cuda", gpus="0.3")
+    assert at(beside) == "a"
+    taken = [host(f"y{i}", "a", 5, device="cuda", gpus="0.8") for i in range(2)]
+    assert at(beside, *taken) is None
 
 
 def test_elsewhere_a_host_is_reached_by_tcp_and_has_the_threads_that_are_there() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,16 @@ def test_every_value_is_shown_with_its_origin(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_plan_shows_hosts_nodes_experts_and_memory() -> None:
-    slots = [HostSlot(f"h{i}", "g", "cpu", f"node{i}-long-id", 2**30, 4) for i in range(2)]
+    slots = [
+        HostSlot("h0", "g", "cuda", "node0-long-id", 2**30, 4, Decimal("0.0313")),
+        HostSlot("h1", "g", "cpu", "node1-long-id", 2**30, 4),
+    ]
     nodes = [NodeInfo("node0-long-id", "", "alpha", 4, 0, 2**33)]
     layers = [MoeLayer(i, 8, 2**24) for i in range(3)] + [MoeLayer(3, 4, 2**24)]
     placed = plan(layers, slots, PlacementConfig(), item_bytes=2)
     assert lines(plan_table(placed, slots, nodes)) == [
         "Host Node Device Experts per layer Threads Experts Memory Limit Used",
-        "h0 alpha cpu 4 in 0-2, 2 in 3 4 14 448 MiB 1 GiB 44%",
+        "h0 alpha 0.0313 cuda 4 in 0-2, 2 in 3 4 14 448 MiB 1 GiB 44%",
         # A node that is gone is named by the beginning of its id.
         "h1 node1-lo cpu 4 in 0-2, 2 in 3 4 14 448 MiB 1 GiB 44%",
         "all 28 896 MiB 2 GiB 44%",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 
 from cluster.checkpoint import Checkpoint
 from cluster.config import Config
+from cluster.deployment import from_document, to_document
 from cluster.errors import CheckpointError, ConfigError, PlacementError
 from cluster.messages import CapacitySettings, EngineSettings, NodeInfo
+from cluster.repair_state import planned as planned_states
 from cluster.table import PlacementTable
 from tests.tiny_models import make_tiny
 from workloads.deploy import (
@@ -22,11 +25,11 @@ from workloads.deploy import (
     check_supported,
     choose_dtype,
     engine_environment,
-    engine_memory,
-    engine_nodes,
     router_spec,
+    router_spec_for,
     served_name,
 )
+from workloads.engine_resources import engine_memory
 from workloads.serve import open_model
 
 GIB = 2**30
@@ -142,22 +145,6 @@ def test_memory_is_kept_for_the_engines_on_their_node(checkpoint: Checkpoint) ->
     assert memory == {"n0": int((4 * GIB - taken) * 0.8), "n1": int(4 * GIB * 0.8)}
 
 
-def test_the_engine_runs_where_it_is_asked_for_if_it_may() -> None:
-    bare = NodeInfo("bare", "10.0.0.9", "head", cpus=0, gpus=0, memory_bytes=GIB)
-    two = nodes(2)
-    assert engine_nodes(two, {}, "n1") == two[1:]
-    assert engine_nodes((bare, *two), {}, "bare") == two[:1]
-    with pytest.raises(PlacementError, match="CPU"):
-        engine_nodes((bare,), {}, "bare")
-
-
-def test_engines_run_on_the_nodes_that_their_selector_names() -> None:
-    labelled = tuple(replace(node, labels={"role": role}) for node, role in zip(nodes(3), "abb", strict=True))
-    assert engine_nodes(labelled, {"role": "b"}, "n0") == labelled[1:]
-    with pytest.raises(PlacementError, match=r"matches engine\.selector role: c"):
-        engine_nodes(labelled, {"role": "c"})
-
-
 def test_memory_is_kept_on_every_node_that_engines_may_come_to(checkpoint: Checkpoint) -> None:
     settings = config(engine={"kv_cache": "512MiB", "replicas": 3, "selector": {"role": "!x"}})
     made = planned(settings, checkpoint, 2)
@@ -166,9 +153,27 @@ def test_memory_is_kept_on_every_node_that_engines_may_come_to(checkpoint: Check
     assert made.deployment.limits.reserved_bytes == {"n0": 2 * each, "n1": 2 * each}
 
 
-def test_an_engine_on_a_gpu_takes_no_memory_of_its_node(checkpoint: Checkpoint) -> None:
-    settings = config(engine={"device": "cuda", "kv_cache": "64GiB"})
+def test_an_engine_on_a_gpu_takes_its_share_of_it_and_no_memory_of_its_node(checkpoint: Checkpoint) -> None:
+    settings = config(
+        engine={"device": "cuda", "gpus": 0.4, "kv_cache": "64GiB"},
+        hosts=[{"name": "gpu", "count": 2, "device": "cuda", "gpus": "0.3", "memory": "1GiB"}],
+    )
     assert engine_memory(settings, checkpoint, "float32") == 0
+    two = tuple(replace(node, gpus=1) for node in nodes(2))
+    made = blueprint(settings, checkpoint, "float32", "tiny", two, "n1")
+    # The engine's GPU has room for both, and so none is on the other one.
+    assert [(spec.node_id, spec.gpus) for spec in made.deployment.hosts] == [("n1", Decimal("0.3"))] * 2
+    assert made.deployment.limits.reserved_gpus == {"n1": (Decimal("0.4"),)}
+    assert router_spec(settings, made).engine["gpu_memory_utilization"] == 0.36
+    again, _ = from_document(to_document(made.deployment, planned_states({}, 0), 0.0), 0.0)
+    assert (again.limits, again.hosts) == (made.deployment.limits, made.deployment.hosts)
+
+
+def test_vllm_takes_what_it_is_told_of_a_gpu_else_what_it_takes_by_default(checkpoint: Checkpoint) -> None:
+    told = {"device": "cuda", "gpus": 0.4, "options": {"gpu_memory_utilization": 0.5}}
+    for engine, expected in ((told, 0.5), ({"device": "cuda"}, None), ({}, None)):
+        spec = router_spec_for(config(engine=engine), checkpoint, "float32", "tiny")
+        assert spec.engine.get("gpu_memory_utilization") == expected
 
 
 @pytest.mark.parametrize(
