@@ -35,6 +35,8 @@ log = structlog.get_logger()
 # A host prepares graphs for what it may be asked before it says that it is ready.
 _READY_S: Final = 60.0
 _AGAIN_S: Final = 1.0
+# While there are as many neighbours as the device has room for.
+_FULL_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,7 @@ class GpuNeighbours:
         free = [number for number in range(MOST_NEIGHBOURS) if number not in self._open]
         if source not in self._wanted or not free:
             neighbour.close()
+            self._again[source] = time.monotonic() + _FULL_S
             return False
         self._numbers[source], self._open[free[0]] = free[0], neighbour
         self._exchange.set_neighbour(free[0], neighbour.row(self._parts))

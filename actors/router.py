@@ -53,6 +53,7 @@ _TABLE_WAIT_S, _TABLE_RETRY_S = 30.0, 0.5
 _DRAIN_POLL_S = 0.05
 # How long an engine on a GPU takes experts over between two steps.
 _SETTLE_S = 0.02
+_SETTLE_PAUSE_S = 0.005
 
 NextTable = Callable[[int, float, str, list[str]], str]
 
@@ -223,7 +224,8 @@ class Router:
     async def _tell_engine(self, table: str) -> None:
         left = sum(await self.engine.collective_rpc("expertmesh_set_table", args=(table,)))
         while left:
-            # Steps go on in between.
+            # Steps go on in between, and hosts on other GPUs get ready.
+            await asyncio.sleep(_SETTLE_PAUSE_S)
             left = sum(await self.engine.collective_rpc("expertmesh_settle", args=(_SETTLE_S,)))
 
     async def check_health(self) -> None:

@@ -6,10 +6,7 @@ engines, each in a process of its own (`gpu_serving.py`), with hosts as they are
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import ConfigError, HostError
+from workloads.bench import gpu_two
 from workloads.bench.gpu_model import ModelShape, make
+from workloads.bench.gpu_task import BATCHES, everything, host, run_task, spare_threads
 from workloads.bench.report import Bar, envelope, now
 
 PARTS: Final = ("kernels", "roundtrip", "tokens", "serving", "kill", "mixed")
-BATCHES: Final = (1, 16, 64, 256)
 _SMALL: Final = ModelShape(4, 512, 256, 32, 4, 8, 2, 64, 4096)
-_ENGINE_S: Final = 420.0
 # The same room for everybody's keys and values; hosts need the rest of the GPU.
 _CACHE: Final = {"kv_cache_memory_bytes": 4 << 30}
 _BESIDE: Final = {**_CACHE, "gpu_memory_utilization": 0.4}
@@ -41,15 +38,16 @@ _ERROR: Final = {"bf16": 1e-2, "fp8": 3e-2, "int8": 3e-2}
 
 
 def measure(
-    parts: Sequence[str] | None, folder: Path, trace: Path | None, note: Callable[[str], None]
+    parts: Sequence[str] | None, folder: Path, trace: Path | None, note: Callable[[str], None], gpus: int = 1
 ) -> dict[str, Any]:
-    """The parts asked for, or all. ConfigError for an unknown one, HostError on a machine without a GPU."""
+    """The parts asked for, or all. ConfigError for an unknown one, HostError on a machine without so many GPUs."""
     import torch
 
-    chosen = list(PARTS) if parts is None else list(parts)
-    if unknown := [part for part in chosen if part not in PARTS]:
+    there = PARTS if gpus == 1 else gpu_two.PARTS
+    chosen = list(there if parts is None else parts)
+    if unknown := [part for part in chosen if part not in there]:
         raise ConfigError(
-            f"--part {unknown[0]} is no part of this measurement", f"there are {', '.join(PARTS)}"
+            f"--part {unknown[0]} is no part of this measurement", f"there are {', '.join(there)}"
         )
     if "mixed" in chosen and trace is None:
         raise ConfigError(
@@ -58,6 +56,10 @@ def measure(
         )
     if not torch.cuda.is_available():
         raise HostError("no NVIDIA GPU on this machine", "run it where `nvidia-smi` shows one")
+    if (found_gpus := torch.cuda.device_count()) < gpus:
+        raise HostError(
+            f"--gpus {gpus}: this machine has {found_gpus}", "run it where `nvidia-smi` shows so many"
+        )
     started_at = now()
     found: dict[str, Any] = {
         "kernels": [],
@@ -70,7 +72,9 @@ def measure(
     with models_in(folder) as models:
         for part in chosen:
             note(f"measuring {part}")
-            if part == "kernels":
+            if gpus > 1:
+                found[part] = gpu_two.measure(part, models, note)
+            elif part == "kernels":
                 from workloads.bench import gpu_kernels
 
                 found[part] = [asdict(time) for time in gpu_kernels.measure(note=note)]
@@ -85,7 +89,14 @@ def measure(
                 found[part] = {"tokens": _tokens, "serving": _serving, "kill": _kill}[part](models, note)
             torch.cuda.empty_cache()
     return envelope(
-        "bench gpu", seed=0, started_at=started_at, series={}, bars=_bars(found), gpu=_machine(), **found
+        "bench gpu",
+        seed=0,
+        started_at=started_at,
+        series={},
+        bars=_bars(found) if gpus == 1 else gpu_two.bars(found),
+        gpu=_machine(),
+        gpus=gpus,
+        **found,
     )
 
 
@@ -102,50 +113,19 @@ def models_in(folder: Path) -> Iterator[Path]:
         yield Path(path)
 
 
-def _everything(shape: ModelShape) -> dict[int, list[int]]:
-    return {layer: list(range(shape.experts)) for layer in range(shape.layers)}
-
-
-def _host(name: str, device: str, experts: Mapping[int, Sequence[int]], threads: int = 1) -> dict[str, Any]:
-    return {"host_id": name, "device": device, "experts": experts, "threads": threads}
-
-
-def _threads() -> int:
-    """For experts on the processors: the engine takes two, one of which waits for the GPU."""
-    return max(1, len(os.sched_getaffinity(0)) - 3)
-
-
-def _task(note: Callable[[str], None], name: str, **task: Any) -> dict[str, Any]:
-    """Run an engine; HostError with the end of its log if it fails."""
-    note(f"  {name}")
-    with tempfile.TemporaryDirectory(prefix="expertmesh-bench-") as place:
-        file = Path(place) / "task.json"
-        file.write_text(json.dumps(task))
-        command = [sys.executable, "-m", "workloads.bench.gpu_serving", str(file)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_ENGINE_S)
-        except subprocess.TimeoutExpired as error:
-            raise HostError(f"{name} did not end in {_ENGINE_S:.0f} s") from error
-    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
-    if line is None:
-        raise HostError(f"{name} failed: {(done.stdout + done.stderr)[-2000:]}")
-    result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-    return result
-
-
 def _tokens(folder: Path, note: Callable[[str], None]) -> dict[str, Any]:
     """Greedy tokens in float32 of stock vLLM and of meshes."""
     model = make(folder / "small", _SMALL, "float32")
-    every = _everything(_SMALL)
+    every = everything(_SMALL)
     even = {layer: experts[::2] for layer, experts in every.items()}
     odd = {layer: experts[1::2] for layer, experts in every.items()}
     meshes = {
-        "two GPU hosts": [_host("a", "cuda:0", even), _host("b", "cuda:0", odd)],
-        "a GPU host and a CPU host": [_host("a", "cuda:0", even), _host("b", "cpu", odd, _threads())],
+        "two GPU hosts": [host("a", "cuda:0", even), host("b", "cuda:0", odd)],
+        "a GPU host and a CPU host": [host("a", "cuda:0", even), host("b", "cpu", odd, spare_threads())],
     }
     common = {"model": str(model), "dtype": "float32", "compare": 8, "engine": _FEWER}
-    stock = _task(note, "stock vLLM", hosts=None, **common)["tokens"]
-    told = {name: _task(note, name, hosts=hosts, **common)["tokens"] for name, hosts in meshes.items()}
+    stock = run_task(note, "stock vLLM", hosts=None, **common)["tokens"]
+    told = {name: run_task(note, name, hosts=hosts, **common)["tokens"] for name, hosts in meshes.items()}
     return {
         "answers": len(stock),
         "distinct": len({token for answer in stock for token in answer}),
@@ -157,11 +137,11 @@ def _serving(folder: Path, note: Callable[[str], None]) -> list[dict[str, Any]]:
     """Stock vLLM, and an engine whose experts another process lends it on the same GPU."""
     shape = ModelShape()
     common = {"model": str(make(folder / "uniform", shape)), "batches": BATCHES}
-    stock = _task(note, "stock vLLM", hosts=None, engine=_CACHE, **common)
-    mesh = _task(
+    stock = run_task(note, "stock vLLM", hosts=None, engine=_CACHE, **common)
+    mesh = run_task(
         note,
         "experts in another process",
-        hosts=[_host("a", "cuda:0", _everything(shape))],
+        hosts=[host("a", "cuda:0", everything(shape))],
         engine=_BESIDE,
         **common,
     )
@@ -172,11 +152,14 @@ def _kill(folder: Path, note: Callable[[str], None]) -> list[dict[str, Any]]:
     """A GPU host killed under load, its replica on the GPU or on the processors."""
     shape = ModelShape()
     model = make(folder / "uniform", shape)
-    every = _everything(shape)
+    every = everything(shape)
     found = []
     for replica, device, batch in (("GPU", "cuda:0", 64), ("CPU", "cpu", 4)):
-        hosts = [_host("a", "cuda:0", every), _host("b", device, every, _threads() if device == "cpu" else 1)]
-        done = _task(
+        hosts = [
+            host("a", "cuda:0", every),
+            host("b", device, every, spare_threads() if device == "cpu" else 1),
+        ]
+        done = run_task(
             note,
             f"replica on the {replica}",
             model=str(model),
@@ -205,13 +188,13 @@ def _mixed(folder: Path, trace: Path, note: Callable[[str], None]) -> list[dict[
     hot = {layer: sorted(order_LE[layer, half:].tolist()) for layer in range(shape.layers)}
     model = make(folder / "skewed", shape, popularity_LE=share_LE)
     common = {"model": str(model), "batches": BATCHES, "tokens": 32}
-    whole = _task(
-        note, "all on the GPU", hosts=[_host("a", "cuda:0", _everything(shape))], engine=_BESIDE, **common
+    whole = run_task(
+        note, "all on the GPU", hosts=[host("a", "cuda:0", everything(shape))], engine=_BESIDE, **common
     )
-    hosts = [_host("hot", "cuda:0", hot), _host("cold", "cpu", cold, _threads())]
-    mixed = _task(note, "cold half on the processors", hosts=hosts, engine=_BESIDE, runs=1, **common)
+    hosts = [host("hot", "cuda:0", hot), host("cold", "cpu", cold, spare_threads())]
+    mixed = run_task(note, "cold half on the processors", hosts=hosts, engine=_BESIDE, runs=1, **common)
     offload = {**_CACHE, "cpu_offload_gb": _OFFLOADED_GB}
-    stock = _task(note, "vLLM's offload", hosts=None, engine=offload, runs=1, **common)
+    stock = run_task(note, "vLLM's offload", hosts=None, engine=offload, runs=1, **common)
     beside = _beside("cold half on the processors, beside vLLM's offload", mixed, stock)
     return [
         {

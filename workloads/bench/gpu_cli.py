@@ -20,6 +20,14 @@ def gpu(
             help="kernels, roundtrip, tokens, serving, kill or mixed; repeat for several. All if none.",
         ),
     ] = None,
+    gpus: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=2,
+            help="2: experts on another GPU than the engine's; roundtrip, tokens, serving and kill.",
+        ),
+    ] = 1,
     folder: Annotated[
         Path,
         typer.Option(help="Models of random weights are made there, 20 GB each; memory is fastest."),
@@ -36,5 +44,5 @@ def gpu(
     """Experts on a GPU: kernels, round trips and serving, beside stock vLLM on the same machine."""
     from workloads.bench.gpu import measure, show
 
-    report = measure(part or None, folder, trace, note)
+    report = measure(part or None, folder, trace, note, gpus)
     end(report, json_, check, show)

@@ -97,6 +97,8 @@ def kill(llm: Any, mesh: GpuMesh, task: Task, vocabulary: int) -> dict[str, Any]
     import torch
 
     inputs = prompts(task.kill_batch, vocabulary, seed=11)
+    device = next(plan.device for plan in mesh.plans if plan.host_id == task.kill)
+    number = torch.device(device).index or 0
     answers(llm, inputs, 16)
     undisturbed, _ = answers(llm, inputs)
     ends: list[float] = []
@@ -108,7 +110,7 @@ def kill(llm: Any, mesh: GpuMesh, task: Task, vocabulary: int) -> dict[str, Any]
         ends.append(now)
         if not struck and len(ends) >= ANSWER // 3:
             torch.cuda.synchronize()
-            free = torch.cuda.mem_get_info()[0]
+            free = torch.cuda.mem_get_info(number)[0]
             mesh.kill(task.kill)
             struck = now
         elif struck and not published and now > struck + 0.05:
@@ -121,7 +123,7 @@ def kill(llm: Any, mesh: GpuMesh, task: Task, vocabulary: int) -> dict[str, Any]
     while left:
         left = llm.collective_rpc("expertmesh_settle", args=(_SETTLE_S,))[0]
     torch.cuda.synchronize()
-    after = torch.cuda.mem_get_info()[0]
+    after = torch.cuda.mem_get_info(number)[0]
     if not published:
         raise AssertionError("the answers ended before the host was dead and the engine told")
     again = _again(llm, mesh, task, inputs, undisturbed) if task.again else {}

@@ -21,6 +21,7 @@ from actors.cuda_experts import CudaExperts
 from actors.expert_kernels import NoopLayer
 from actors.host_server import HostServer
 from actors.hosted_layer import HostedLayer
+from actors.lenders import Source
 from actors.route import Route
 from actors.slot_format import SlotFormat
 from cluster.errors import HostError
@@ -54,8 +55,32 @@ class Slots:
 
 
 class Exchange:
-    def __init__(self, *_: Any) -> None: ...
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.dead: list[int] = []
+
     def close(self) -> None: ...
+
+
+class Neighbours:
+    """In place of GpuNeighbours: those hosts are asked that a test says."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.asked: dict[str, int] = {}
+        self.pending, self.changed = 0, False
+
+    def begin(self, addresses: list[HostAddress]) -> None: ...
+    def wait(self, seconds: float) -> None: ...
+    def close(self) -> None: ...
+
+    def look(self) -> bool:
+        changed, self.changed = self.changed, False
+        return changed
+
+    def number(self, source: Source) -> int | None:
+        return self.asked.get(source.host_id)
+
+    def now(self, **asked: int) -> None:
+        self.asked, self.changed = asked, True
 
 
 class Host(HostServer):
@@ -105,6 +130,7 @@ def hosts() -> Iterator[dict[str, Host]]:
 def engine(monkeypatch: pytest.MonkeyPatch) -> CudaExperts:
     monkeypatch.setattr(cuda_experts, "CudaSlots", Slots)
     monkeypatch.setattr(cuda_experts, "Exchange", Exchange)
+    monkeypatch.setattr(cuda_experts, "GpuNeighbours", Neighbours)
     monkeypatch.setattr(cuda_experts, "gpu_name", lambda device: "gpu")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     return CudaExperts(
@@ -227,3 +253,44 @@ def test_rows_that_cannot_be_added_are_refused() -> None:
         CudaExperts(
             Layout(8, 8, 2, "float16"), {}, device=torch.device("cpu"), model=MODEL, key=KEY, deadline_s=1.0
         )
+
+
+def asked(engine: CudaExperts, layer: int = 0) -> list[int]:
+    return engine._near[layer].tolist()
+
+
+def test_the_first_replica_is_used_be_it_here_or_on_another_gpu(
+    engine: CudaExperts, hosts: dict[str, Host]
+) -> None:
+    use(engine, hosts["a"], hosts["cpu"], holders=[[0, 1], [1, 0], [1], [0]])
+    engine.settle()
+    assert asked(engine) == [-1] * EXPERTS and engine.asked == {}
+    neighbours: Any = engine._neighbours
+    neighbours.now(cpu=2)
+    engine.look()
+    assert asked(engine) == [-1, 2, 2, -1] and asked(engine, 3) == [-1, 2, 2, -1]
+    # What is here as well stays mapped, for when the other does not answer.
+    assert whose(engine) == ["a", "a", "zeros", "a"]
+    assert engine.asked == {"cpu": 4} and engine.mapped == {"a": 6}
+    neighbours.now()
+    engine.look()
+    assert asked(engine) == [-1] * EXPERTS
+
+
+def test_another_table_changes_who_is_asked_at_once(engine: CudaExperts, hosts: dict[str, Host]) -> None:
+    neighbours: Any = engine._neighbours
+    use(engine, hosts["a"], hosts["cpu"], holders=[[1, 0]] * EXPERTS)
+    neighbours.now(cpu=0)
+    engine.settle()
+    assert asked(engine) == [0] * EXPERTS
+    use(engine, hosts["a"], hosts["cpu"], holders=[[0, 1]] * EXPERTS)
+    assert asked(engine) == [-1] * EXPERTS and whose(engine) == ["a"] * EXPERTS
+
+
+def test_what_is_not_here_yet_is_asked_for_until_it_is(engine: CudaExperts, hosts: dict[str, Host]) -> None:
+    neighbours: Any = engine._neighbours
+    neighbours.now(cpu=1)
+    use(engine, hosts["a"], hosts["cpu"])
+    assert asked(engine) == [1] * EXPERTS
+    engine.settle()
+    assert asked(engine) == [-1] * EXPERTS and whose(engine) == ["a"] * EXPERTS
