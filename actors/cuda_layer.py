@@ -6,6 +6,7 @@ the way there and back.
 
 from __future__ import annotations
 
+import time
 from importlib.util import find_spec
 from typing import Final
 
@@ -17,6 +18,8 @@ from actors.slot_format import SlotFormat, run_experts, skipping
 from actors.stored_expert import ExpertMatrices
 
 _ACTIVATIONS: Final = ("silu", "gelu")
+# Between two waits for the GPU, so that waiting is little of what is measured.
+_FEWEST_RUNS: Final = 8
 
 
 def can_run(maths: ExpertMaths) -> bool:
@@ -68,6 +71,38 @@ class CudaLayer:
         """See `actors.expert_kernels.LayerExperts`."""
         assert self._device.index is not None
         return CudaLayer(self.form, num_experts, self._device.index, self.tuned_for)
+
+    @torch.inference_mode()
+    def device_seconds(
+        self, x_NH: torch.Tensor, slots_NK: torch.Tensor, weights_NK: torch.Tensor, seconds: float
+    ) -> float:
+        """How long the GPU takes for these rows, as engines on it have it: in a graph, without the way there and back.
+
+        The mean of as many as fit into about `seconds`: others may be using the GPU, and take turns.
+        """
+        x, slots, weights = (tensor.to(self._device) for tensor in (x_NH, slots_NK, weights_NK))
+        with torch.cuda.stream(torch.cuda.Stream(self._device)):
+
+            def run() -> None:
+                run_experts(
+                    self.tensors, self.form.activation, x, slots, weights, self.skipping_S, self.tuned_for
+                )
+
+            run()
+            torch.cuda.current_stream().synchronize()
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                run()
+            finally:
+                graph.capture_end()
+            runs, began = 0, time.perf_counter()
+            while runs < _FEWEST_RUNS or time.perf_counter() - began < seconds:
+                for _ in range(_FEWEST_RUNS):
+                    graph.replay()
+                torch.cuda.current_stream().synchronize()
+                runs += _FEWEST_RUNS
+            return (time.perf_counter() - began) / runs
 
     @torch.inference_mode()
     def compute(

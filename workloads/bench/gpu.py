@@ -68,6 +68,7 @@ def measure(
         "serving": [],
         "kill": [],
         "mixed": [],
+        "placement": [],
     }
     with models_in(folder) as models:
         for part in chosen:
@@ -276,7 +277,7 @@ def _machine() -> dict[str, Any]:
 
 def show(report: dict[str, Any], console: Console) -> None:
     """Tables for people."""
-    for part in PARTS:
+    for part in dict.fromkeys((*PARTS, *gpu_two.PARTS)):
         rows = report[part] if isinstance(report[part], list) else []
         if rows:
             table = Table(title=part)

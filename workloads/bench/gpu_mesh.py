@@ -50,8 +50,11 @@ class GpuMesh:
     _pipes: dict[str, Any] = field(default_factory=dict)
     _epoch: int = 0
 
-    def table(self) -> str:
-        """The hosts that run, as JSON: a new epoch with each call."""
+    def table(self, first: Mapping[int, Sequence[str]] | None = None) -> str:
+        """The hosts that run, as JSON: a new epoch with each call.
+
+        `first`: layer → per expert the host to ask first of those that hold it; the first of `plans` if None.
+        """
         self._epoch += 1
         running = [plan for plan in self.plans if plan.host_id in self.addresses]
         holders: dict[int, list[list[str]]] = {
@@ -61,6 +64,10 @@ class GpuMesh:
             for layer, experts in plan.experts.items():
                 for expert in experts:
                     holders[layer][expert].append(plan.host_id)
+        if first is not None:
+            for layer, rows in holders.items():
+                for expert, hosts in enumerate(rows):
+                    hosts.sort(key=lambda host, wanted=first[layer][expert]: host != wanted)  # type: ignore[misc]
         return PlacementTable(
             self.checkpoint.digest,
             self._epoch,

@@ -19,6 +19,7 @@ from typing import Any
 
 from workloads.bench.gpu_engine import ANSWER, answers, engine, prompts, tokens_per_second
 from workloads.bench.gpu_mesh import GpuMesh, HostPlan, gpu_mesh
+from workloads.bench.gpu_placement import compare
 
 # How long experts are taken over between two steps.
 _SETTLE_S = 0.02
@@ -44,6 +45,8 @@ class Task:
     kill_batch: int = 64
     again: bool = False
     """Whether the killed host is started again, and whether it is used then."""
+    place: int = 0
+    """Requests with which a plan by the hosts' costs is compared with an even split."""
     runs: int = 3
     tokens: int = ANSWER
     """Of each answer that is timed."""
@@ -69,6 +72,8 @@ def run(task: Task) -> dict[str, Any]:
             result["hosts"] = {name: asdict(report) for name, report in mesh.reports.items()}
             if task.kill:
                 result["kill"] = kill(llm, mesh, task, vocabulary)
+            if task.place:
+                result["placement"] = compare(llm, mesh, task.place, vocabulary, task.runs)
             result["chosen"] = chosen(llm, mesh)
             stats = llm.collective_rpc("expertmesh_stats")[0]
             result["stats"] = {

@@ -9,10 +9,11 @@ from statistics import median
 from typing import Any, Final
 
 from workloads.bench.gpu_model import ModelShape, make
+from workloads.bench.gpu_placement import half_occupied
 from workloads.bench.gpu_task import BATCHES, everything, host, run_task
 from workloads.bench.report import Bar
 
-PARTS: Final = ("roundtrip", "tokens", "serving", "kill")
+PARTS: Final = ("roundtrip", "tokens", "serving", "kill", "placement")
 # Both engines of a machine's two GPUs hold half of the weights each, the mesh's none of the experts'.
 _ENGINE: Final = {"kv_cache_memory_bytes": 3 << 30, "gpu_memory_utilization": 0.4}
 _FEWER: Final = {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 1 << 30, "max_num_seqs": 32}
@@ -28,7 +29,9 @@ def measure(part: str, folder: Path, note: Callable[[str], None]) -> Any:
         from workloads.bench import gpu_apart
 
         return [asdict(turns) for turns in gpu_apart.measure()]
-    return {"tokens": _tokens, "serving": _serving, "kill": _kill}[part](folder, note)
+    return {"tokens": _tokens, "serving": _serving, "kill": _kill, "placement": _placement}[part](
+        folder, note
+    )
 
 
 def bars(found: dict[str, Any]) -> list[Bar]:
@@ -54,6 +57,15 @@ def bars(found: dict[str, Any]) -> list[Bar]:
             Bar("kill_gap_ms", killed["longest_gap_ms"], _GAP_MS, True),
             Bar("experts_after_return", killed["experts_after_return"], 1, False),
         ]
+    made += [
+        Bar(
+            f"planned_over_even_{row['batch']}",
+            row["tokens_per_s"]["planned"] / row["tokens_per_s"]["even"],
+            1.0,
+            False,
+        )
+        for row in found["placement"]
+    ]
     if found["tokens"]:
         made.append(
             Bar("unequal_tokens", sum(not same for same in found["tokens"]["equal"].values()), 0, True)
@@ -131,3 +143,21 @@ def _kill(folder: Path, note: Callable[[str], None]) -> list[dict[str, Any]]:
         engine=_ENGINE,
     )
     return [done["kill"]]
+
+
+def _placement(folder: Path, note: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Every expert on both GPUs, another process on GPU 1 half of the time."""
+    shape = ModelShape()
+    every = everything(shape)
+    model = make(folder / "uniform", shape)
+    with half_occupied(1):
+        done = run_task(
+            note,
+            "a plan over a whole and a half-occupied GPU",
+            model=str(model),
+            hosts=[host("a", "cuda:0", every), host("b", "cuda:1", every)],
+            place=64,
+            engine=_ENGINE,
+        )
+    costs = {name: report["cost"] for name, report in done["hosts"].items()}
+    return [{**done["placement"], "costs": costs}]

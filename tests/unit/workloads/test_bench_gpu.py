@@ -10,8 +10,12 @@ import torch
 
 from cluster.checkpoint import Checkpoint
 from cluster.errors import ConfigError, HostError
+from cluster.messages import HostAddress, HostCost
+from cluster.table import PlacementTable
 from workloads.bench import gpu
+from workloads.bench.gpu_mesh import GpuMesh, HostPlan, all_experts
 from workloads.bench.gpu_model import ModelShape, make, preference
+from workloads.bench.gpu_placement import even, planned
 
 TINY = ModelShape(layers=2, hidden=32, intermediate=16, experts=8, top_k=2, heads=2, kv_heads=1, head_dim=16,
                   vocabulary=64)  # fmt: skip
@@ -77,3 +81,34 @@ def test_a_router_s_preference_gives_the_shares_asked_for() -> None:
     chosen = (torch.randn(20_000, 32, generator=generator) + bias_E).topk(4, 1).indices
     found_E = torch.bincount(chosen.flatten(), minlength=32) / chosen.numel()
     assert torch.allclose(found_E, share_E / share_E.sum(), atol=0.004)
+
+
+def test_an_even_split_gives_every_host_as_many() -> None:
+    split = even({0: 6, 3: 4}, ["a", "b"])
+    assert split == {0: ["a", "b"] * 3, 3: ["a", "b"] * 2}
+
+
+def test_a_plan_follows_the_measured_speeds() -> None:
+    counts = {layer: [100] * 32 for layer in (0, 3)}
+    fast, slow = HostCost(0.0, 1e-5, 1e-6), HostCost(0.0, 3e-5, 3e-6)
+    first, seconds = planned({"a": fast, "b": slow}, counts, 64, 4)
+    for of_layer in first.values():
+        assert len(of_layer) == 32 and 6 <= of_layer.count("b") <= 10
+    alike, longer = planned({"a": slow, "b": slow}, counts, 64, 4)
+    assert {of_layer.count("b") for of_layer in alike.values()} == {16}
+    assert seconds < longer
+
+
+def test_a_table_names_first_who_is_to_be_asked_first(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(make(tmp_path / "model", TINY, device="cpu"))
+    every = all_experts(checkpoint)
+    plans = [HostPlan("a", "cuda:0", every), HostPlan("b", "cuda:1", every)]
+    mesh = GpuMesh(checkpoint, "float32", plans)
+    mesh.addresses = {name: HostAddress(name, "here", name, "", 1) for name in "ab"}
+    split = even({layer: len(held) for layer, held in every.items()}, ["b", "a"])
+    plain, ordered = (PlacementTable.from_json(text) for text in (mesh.table(), mesh.table(split)))
+    assert ordered.epoch == plain.epoch + 1
+    for layer in every:
+        assert {hosts for hosts in plain.experts[layer]} == {("a", "b")}
+        assert [hosts[0] for hosts in ordered.experts[layer]] == list(split[layer])
+        assert {frozenset(hosts) for hosts in ordered.experts[layer]} == {frozenset("ab")}
