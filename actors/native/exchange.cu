@@ -14,7 +14,40 @@
 // Nothing here depends on which step it is: the number of a request is kept on the device, so that a graph can be
 // replayed. T rows, K experts a row, E experts of the layer.
 
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+
 typedef unsigned long long u64;
+
+__device__ __forceinline__ u64 nanoseconds() {
+    u64 t;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+    return t;
+}
+__device__ __forceinline__ unsigned acquire_system(const unsigned* p) {
+    unsigned v;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ void release_system(unsigned* p, unsigned v) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ unsigned acquire_device(const unsigned* p) {
+    unsigned v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ void release_device(unsigned* p, unsigned v) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ unsigned short to_bf16(float value) {
+    unsigned short bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+#else
+#include "on_a_processor.h"
+#endif
 
 // Each flag on a cache line of its own.
 struct Request {
@@ -73,28 +106,6 @@ struct Desk {
     unsigned arrived;    // blocks that are done
 };
 
-__device__ __forceinline__ u64 nanoseconds() {
-    u64 t;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
-    return t;
-}
-__device__ __forceinline__ unsigned acquire_system(const unsigned* p) {
-    unsigned v;
-    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-}
-__device__ __forceinline__ void release_system(unsigned* p, unsigned v) {
-    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-}
-__device__ __forceinline__ unsigned acquire_device(const unsigned* p) {
-    unsigned v;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-}
-__device__ __forceinline__ void release_device(unsigned* p, unsigned v) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-}
-
 // Bit of a row that wants something from the mailbox; those behind it are the neighbours'.
 #define BOX 1u
 #define NEAR(n) (2u << (n))
@@ -131,7 +142,7 @@ extern "C" __global__ void post(
     int vectors, int layer, int experts)
 {
     __shared__ unsigned wants, mine[32];
-    if (threadIdx.x < 32) mine[threadIdx.x] = 0;
+    for (int n = threadIdx.x; n < 32; n += blockDim.x) mine[n] = 0;
     for (int t = blockIdx.x; t < T; t += gridDim.x) {
         if (threadIdx.x == 0) wants = 0;
         __syncthreads();
@@ -203,11 +214,8 @@ extern "C" __global__ void post(
 }
 
 __device__ __forceinline__ unsigned sum_bf16(unsigned a, unsigned b) {
-    float lo = __uint_as_float(a << 16) + __uint_as_float(b << 16);
-    float hi = __uint_as_float(a & 0xffff0000u) + __uint_as_float(b & 0xffff0000u);
-    unsigned short l, h;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(l) : "f"(lo));
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(hi));
+    unsigned short l = to_bf16(__uint_as_float(a << 16) + __uint_as_float(b << 16));
+    unsigned short h = to_bf16(__uint_as_float(a & 0xffff0000u) + __uint_as_float(b & 0xffff0000u));
     return (unsigned)l | ((unsigned)h << 16);
 }
 __device__ __forceinline__ unsigned sum_f32(unsigned a, unsigned b) {
