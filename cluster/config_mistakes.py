@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from difflib import get_close_matches
 from typing import Any, Final, NoReturn, get_args
 
@@ -136,4 +137,6 @@ def _shown(value: object) -> str | None:
         return str(value).lower()
     if value is None:
         return "null"
+    if isinstance(value, Decimal):
+        return f"{value:f}"
     return f"{value:g}" if isinstance(value, float) else str(value) if isinstance(value, int) else None

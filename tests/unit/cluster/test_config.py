@@ -140,7 +140,10 @@ def test_merge_keys_and_anchors() -> None:
             "hosts.0.gpus: 0.4 of a GPU is for hosts on cuda, those of a are",
         ),
         ("hosts: [{device: cuda, gpus: 0}]\n", "hosts.0.gpus = 0: should be a share of one GPU above 0"),
-        ("hosts: [{device: cuda, gpus: 0.00001}]\n", "with at most 4 decimals, such as 0.4"),
+        (
+            "hosts: [{device: cuda, gpus: 0.00001}]\n",
+            "with at most 4 decimals, such as 0.4\n  the default is 1",
+        ),
         ("hosts: [{device: cuda, gpus: true}]\n", "hosts.0.gpus = true: should be a share of one GPU"),
         ("log_level: inof\n", "did you mean info?"),
         ("engine: {max_num_seqs: many}\n", "engine.max_num_seqs = 'many': should be a valid integer"),
