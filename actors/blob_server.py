@@ -14,7 +14,7 @@ them; what is given comes with its size before it and its sha256 behind it (`act
                                            <-  {format}, how the layer's experts lie there | {error, hint}
     {ask: "memory", layer, gpu, expert}    ->
                                            <-  {format} (+fd), the expert's memory on that GPU | {error, hint}
-    {ask: "exchange", gpu, rows, …} (+fd)  ->      an engine on another GPU, see `actors.gpu_desk`
+    {ask: "exchange", gpu, sizes} (+fd)    ->      an engine on another GPU, see `actors.gpu_desk`
                                            <-  {} (+fd), memory for its requests | {error, hint}
     {ask: "bell"} (+fd)                    ->
                                            <-  {}, once the host is ready; nothing more is said

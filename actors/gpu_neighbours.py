@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Final
 
 import structlog
@@ -181,11 +181,7 @@ class GpuNeighbours:
             outbox.take(0)
             undo.callback(outbox.release, 0)
             outbox.clear(self._parts.y)
-            layout = self._layout
-            ask = {
-                "ask": "exchange", "gpu": self._gpu, "rows": layout.max_rows, "top_k": layout.top_k,
-                "hidden": layout.hidden, "dtype": layout.dtype,
-            }  # fmt: skip
+            ask = {"ask": "exchange", "gpu": self._gpu, **asdict(self._layout)}
             _send_and_close(sock, ask, outbox.export(0))
             _, descriptor = json_stream.receive(sock)
             inbox = CudaSlots(self._device, 1, self._parts.inbox)

@@ -105,6 +105,17 @@ def _identity(
     request: dict[str, Any], fd: int, host_id: str, model: str, dtype: str, hidden: int
 ) -> Identity:
     """What an engine asks for; ProtocolError if this host can't give it."""
+    layout = asked_layout(request, host_id, dtype, hidden)
+    if bool(request.get("shared")) != (fd >= 0):
+        raise ProtocolError("shared memory announced without a descriptor, or the reverse")
+    return Identity(model, layout, fd >= 0)
+
+
+def asked_layout(request: dict[str, Any], host_id: str, dtype: str, hidden: int) -> Layout:
+    """The sizes in an engine's message; ProtocolError if this host computes others.
+
+    KeyError, TypeError or ValueError if they are none.
+    """
     if request.get("dtype") != dtype or request.get("hidden") != hidden:
         raise ProtocolError(
             f"host {host_id} computes {dtype} rows of {hidden}, the engine sends "
@@ -114,9 +125,7 @@ def _identity(
     layout = Layout(int(request["max_rows"]), hidden, int(request["top_k"]), dtype)
     if not (0 < layout.max_rows <= 1 << 20 and 0 < layout.top_k <= 255):
         raise ProtocolError(f"sizes out of range: {layout.max_rows} rows, top-{layout.top_k}")
-    if bool(request.get("shared")) != (fd >= 0):
-        raise ProtocolError("shared memory announced without a descriptor, or the reverse")
-    return Identity(model, layout, fd >= 0)
+    return layout
 
 
 def _introduce(sock: socket.socket, key: bytes, role: str) -> str:

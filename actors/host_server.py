@@ -21,11 +21,11 @@ import numpy as np
 import structlog
 
 from actors.blob_server import Blobs, GiveVersion, serve_copies
-from actors.buffers import Buffers, Layout, Views
+from actors.buffers import Buffers, Views
 from actors.cuda_layer import CudaLayer
 from actors.cuda_memory import gpu_name
 from actors.gpu_desk import gpu_of, serve_neighbour
-from actors.handshake import greet
+from actors.handshake import asked_layout, greet
 from actors.header_parts import DISPATCH_LEAD, MAX_KEPT, PARTS, REPLY_LEAD, rest
 from actors.hosted_layer import FEW, HostedLayer, Ids
 from actors.streams import read_exactly, send_all
@@ -153,9 +153,10 @@ class HostServer:
                 raise HostError(f"host {self.host_id} has no experts on a GPU")
             if gpu_name(device) == asked.get("gpu"):
                 raise HostError(f"host {self.host_id} is on the engine's own GPU and lends its memory")
-            layout = Layout(*(asked.get(name) for name in ("rows", "hidden", "top_k", "dtype")))  # type: ignore[arg-type]
-            if (layout.hidden, layout.dtype) != (self._hidden, self._dtype):
-                raise HostError(f"host {self.host_id} has {self._dtype} rows of {self._hidden}, not {layout}")
+            try:
+                layout = asked_layout(asked, self.host_id, self._dtype, self._hidden)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ProtocolError(f"an engine asks for an exchange of {asked}") from error
             undo.pop_all()
         serve_neighbour(self.layers, sock, layout, outbox)
 

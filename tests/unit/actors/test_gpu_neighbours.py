@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,14 @@ import pytest
 from actors import gpu_neighbours, json_stream
 from actors.buffers import Layout
 from actors.cuda_exchange import MOST_NEIGHBOURS
+from actors.expert_kernels import NoopLayer
 from actors.gpu_neighbours import GpuNeighbours
+from actors.handshake import dial_to_copy
+from actors.host_server import HostServer
+from actors.hosted_layer import HostedLayer
 from actors.lenders import Source
+from actors.streams import open_stream
+from cluster.frame import manifest_id
 from cluster.messages import HostAddress
 
 
@@ -162,3 +170,28 @@ def test_there_are_never_more_than_the_device_has_room_for() -> None:
     assert len(asked(engine)) == MOST_NEIGHBOURS
     engine.look()
     assert engine.pending == 0
+
+
+def test_a_host_without_a_gpu_refuses_and_the_connection_stays() -> None:
+    model, key = "be" * 32, b"k" * 32
+    server = HostServer(
+        "cpu",
+        {0: HostedLayer(NoopLayer(), (0, 1), 2)},
+        manifest=manifest_id(model),
+        model=model,
+        dtype="float32",
+        hidden=8,
+        key=key,
+        blobs=object(),  # type: ignore[arg-type]
+    )
+    there = HostAddress("cpu", "here", f"test-{secrets.token_hex(6)}", "", 1)
+    server.listen_unix(there.unix)
+    try:
+        with open_stream(there, True, 5.0) as sock, Path("/dev/null").open("rb") as memory:
+            dial_to_copy(sock, key, model)
+            for _ in range(2):
+                json_stream.send(sock, {"ask": "exchange", "gpu": "gpu"}, memory.fileno())
+                with pytest.raises(json_stream.RefusedError, match="host cpu has no experts on a GPU"):
+                    json_stream.receive(sock)
+    finally:
+        server.close()
