@@ -77,3 +77,7 @@ class Client:
             ) from error
         except openai.APIStatusError as error:
             raise ExpertmeshError(f"{self._url} answered {error.status_code}: {error.message}") from error
+        except openai.APIError as error:
+            raise ExpertmeshError(
+                f"{self._url} broke the answer off: {error}", "ask again; see `expertmesh status`"
+            ) from error
